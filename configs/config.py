@@ -1,0 +1,232 @@
+"""One flat dataclass per script is schema, default and documentation; a YAML is one run; the command line is an edit.
+
+    @dataclass
+    class Config:
+        CONFIG: ClassVar[str] = "configs/dpo.yaml"          # read when no --config is given
+        lr: float = option(1e-4, "peak learning rate", above=0)
+        loss_type: Literal["sigmoid", "ipo"] = option("sigmoid", "which DPO loss")
+
+    config = load_config(Config)        # defaults < YAML < --lr 3e-4
+
+Unknown keys, wrong types, values out of range and options that contradict each other raise `UserError`, which
+`cli` prints as one message and turns into exit status 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from dataclasses import field
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave (a key, a file, a row). The message says what is wrong and what is allowed."""
+
+
+def option(default, help="", *, at_least=None, at_most=None, above=None, below=None):
+    """A dataclass field with its documentation and its allowed range (inclusive: at_*; exclusive: above, below)."""
+    limits = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    return field(default=default, metadata={"help": help, **{k: v for k, v in limits.items() if v is not None}})
+
+
+def load_config(Config, argv=None):
+    """Build `Config` from its defaults, then a YAML file, then the command line; later ones win.
+
+    Config: a dataclass; its class attribute CONFIG names the YAML that is read when `--config` is not given, and its
+        method `check(self)`, where it has one, raises UserError for options that contradict each other.
+    argv: the arguments after the script's name (default: sys.argv[1:]): `--key value`, `--key=value`, `--config PATH`.
+    Raises UserError (a ValueError) naming the key and what is allowed.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    edits, path = _parse_command_line(Config, argv)
+    if path is None and getattr(Config, "CONFIG", None):
+        path = ROOT / Config.CONFIG
+    values = {}
+    if path is not None:
+        for key, value in read_yaml(path).items():
+            values[key] = _cast(Config, key, value, f"in {_shown(path)}")
+    for key, value in edits.items():
+        values[key] = _cast(Config, key, value, "on the command line")
+    config = Config(**values)
+    for f in dataclasses.fields(Config):  # a bad default is a bug of ours: found by the same check
+        _check_range(f, getattr(config, f.name))
+    if callable(getattr(config, "check", None)):
+        config.check()
+    return config
+
+
+def read_yaml(path):
+    """The mapping in a YAML file, read with the safe loader. Raises UserError naming the file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file. The project's own are in {_shown(ROOT / 'configs')}/")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{_shown(path)}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{_shown(path)}: must be a mapping of keys to values, one `key: value` a line")
+    return content
+
+
+def config_to_dict(config):
+    return dataclasses.asdict(config)
+
+
+def format_config(config):
+    """`key: value` lines that `read_yaml` reads back to the same configuration."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def cli(main, Config):
+    """Run `main(load_config(Config))` as a command: a UserError becomes one message and exit status 2."""
+    try:
+        main(load_config(Config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse_command_line(Config, argv):
+    """`--key value` pairs as a dict, and the path given by --config."""
+    edits, path, i = {}, None, 0
+    while i < len(argv):
+        word = argv[i]
+        if word in ("-h", "--help"):
+            print(usage(Config))
+            sys.exit(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} on the command line: options are written --key value (see --help)")
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key != "config":
+            _field(Config, key, "on the command line")  # an unknown key before a missing value
+        if not equals:
+            i += 1
+            if i >= len(argv) or (argv[i].startswith("--") and len(argv[i]) > 2):
+                raise UserError(f"--{key} needs a value: --{key} {'PATH' if key == 'config' else 'VALUE'}")
+            value = argv[i]
+        if key == "config":
+            path = Path(value)
+        elif key in edits:
+            raise UserError(f"--{key} is given twice on the command line")
+        else:
+            edits[key] = value
+        i += 1
+    return edits, path
+
+
+def usage(Config):
+    """The help text: every key with its default (after the YAML), what it takes and what it does."""
+    path = getattr(Config, "CONFIG", None)
+    in_yaml = read_yaml(ROOT / path) if path else {}
+    doc = (sys.modules[Config.__module__].__doc__ or "").strip()
+    lines = [doc, "", f"options (defaults: {path or 'below'}; --config PATH reads another file)"]
+    for f in dataclasses.fields(Config):
+        default = in_yaml.get(f.name, f.default)
+        allowed = _describe(Config, f)
+        lines.append(f"  --{f.name} {default!r}".ljust(34) + f"  {f.metadata.get('help', '')} [{allowed}]")
+    return "\n".join(lines)
+
+
+def _field(Config, key, where):
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    if key in fields:
+        return fields[key]
+    near = difflib.get_close_matches(str(key), list(fields) + ["config"], n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"unknown key {str(key)!r} {where}.{hint} The keys are: {', '.join(fields)}")
+
+
+def _cast(Config, key, value, where):
+    """`value` as the field's type. YAML reads 3e-4 as a string and `on` as a boolean; the command line has strings."""
+    f = _field(Config, key, where)
+    kind = typing.get_type_hints(Config)[f.name]
+    wrong = UserError(f"{key} = {value!r} {where}: must be {_describe(Config, f)}")
+    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    if optional:
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise wrong
+        return value
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if kind is str:
+        if isinstance(value, (bool, dict, list)) or value is None:
+            raise UserError(f"{key} = {value!r} {where}: must be text; put it in quotes")
+        return str(value)
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise wrong
+        try:
+            number = float(value)
+        except ValueError:
+            raise wrong from None
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            raise wrong
+        return kind(number)
+    raise AssertionError(f"configuration field {key}: type {kind} is not supported")
+
+
+def _check_range(f, value):
+    if value is None or isinstance(value, str):
+        return
+    m = f.metadata
+    bad = (
+        ("at_least" in m and value < m["at_least"])
+        or ("at_most" in m and value > m["at_most"])
+        or ("above" in m and value <= m["above"])
+        or ("below" in m and value >= m["below"])
+    )
+    if bad:
+        raise UserError(f"{f.name} = {value!r} is out of range: must be {_limits(m)}")
+
+
+def _limits(metadata):
+    words = {"at_least": "at least", "at_most": "at most", "above": "above", "below": "below"}
+    return " and ".join(f"{words[k]} {metadata[k]}" for k in words if k in metadata)
+
+
+def _describe(Config, f):
+    """What the field takes, in words: 'a number above 0', 'one of a, b', 'true or false'."""
+    kind = typing.get_type_hints(Config)[f.name]
+    tail = ""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        tail = ", or none"
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(str(v) for v in typing.get_args(kind)) + tail
+    name = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[kind]
+    limits = _limits(f.metadata)
+    return name + (f" {limits}" if limits else "") + tail
+
+
+def _shown(path):
+    """A path as a person would type it: relative to the working directory where it lies below it."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,180 @@
+"""Documents packed into blocks of equal length: nothing computed for padding, and no sample sees another.
+
+A block's positions restart at 0 with each sample. Given such positions and no attention mask, transformers builds the
+block-diagonal mask by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from configs.config import UserError
+from configs.run import say
+from models.loader import completion_ids, prompt_ids
+
+
+@dataclass
+class Sample:
+    """Tokens that belong together, as arrays of one length."""
+
+    ids: np.ndarray
+    counts: np.ndarray  # bool: the loss counts this token
+    bytes: np.ndarray  # UTF-8 bytes of text that each counted token stands for
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, piece):
+        return Sample(self.ids[piece], self.counts[piece], self.bytes[piece])
+
+
+@dataclass
+class Blocks:
+    """Packed rows of one length, on the CPU."""
+
+    input_ids: torch.Tensor  # (N, T)
+    position_ids: torch.Tensor  # (N, T)
+    mask: torch.Tensor  # (N, T-1), aligned with input_ids[:, 1:]; 1 = counts
+    bytes: torch.Tensor  # (N,) UTF-8 bytes of what counts
+    tokens: torch.Tensor  # (N,) tokens that are not padding
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def pick(self, rows):
+        """These blocks alone."""
+        return Blocks(*(x[rows] for x in vars(self).values()))
+
+    def batch(self, rows, device):
+        """These blocks as what `lm_loss` takes."""
+        return {
+            "input_ids": self.input_ids[rows].long().to(device),
+            "position_ids": self.position_ids[rows].long().to(device),
+            "mask": self.mask[rows].to(device),
+        }
+
+    def counted(self, rows):
+        """Tokens in these blocks that count in the loss."""
+        return int(self.mask[rows].sum())
+
+
+def make_blocks(documents, kind, tokenizer, max_length, name):
+    """Pack documents into blocks of `max_length` tokens.
+
+    Text is cut where a block is full; a cut repeats one token as context, so that every token but a document's first is
+    a target once. Rows with a prompt stay whole, and only what the assistant says counts, its stop token included: a
+    prompt that leaves too little room is cut from the left, and a row whose completion alone is too long is dropped.
+    Both are counted and printed. Raises UserError when nothing is left.
+    """
+    dropped = cut = 0
+    if kind == "text":
+        samples = [text_sample(tokenizer, d["text"]) for d in documents]
+        rows = _fill(samples, max_length)
+    else:
+        samples = []
+        for i, document in enumerate(documents):
+            for prompt, completion in _turns(document):
+                where = f"{name}, document {i + 1}"
+                sample, was_cut = completion_sample(tokenizer, prompt, completion, max_length, where)
+                cut += was_cut
+                dropped += sample is None
+                samples += [sample] if sample else []
+        rows = _fit(samples, max_length)
+    if not rows:
+        raise UserError(f"{name}: nothing is left: all {dropped} completions are longer than max_length = {max_length}")
+    blocks = _stack(rows, max_length, tokenizer.pad_token_id)
+    lost = f"; {dropped} dropped as too long, {cut} prompts cut" if dropped or cut else ""
+    unit = "documents" if kind == "text" else "completions"
+    fill = int(blocks.tokens.sum()) / blocks.input_ids.numel()
+    say(f"{name}: {len(samples):,} {unit}, {len(blocks):,} blocks of {max_length} tokens, {fill:.1%} full{lost}")
+    return blocks
+
+
+def text_sample(tokenizer, text):
+    """A document and the end-of-sequence token that closes it. Its bytes are those of `text`."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+    bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    ends = np.maximum.accumulate(np.array([end for _, end in encoded.offset_mapping], dtype=np.int64))
+    sizes = np.diff(bytes_before[ends], prepend=0)  # a character in several tokens is counted with the first
+    ids = encoded.input_ids
+    if ids[-1] != tokenizer.eos_token_id:
+        ids, sizes = [*ids, tokenizer.eos_token_id], np.append(sizes, 0)
+    return Sample(np.array(ids), np.ones(len(ids), dtype=bool), sizes)
+
+
+def completion_sample(tokenizer, prompt, completion, max_length, where):
+    """(sample, prompt was cut) of a prompt and its completion; (None, False) if the completion alone is too long."""
+    try:
+        p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not p or len(c) < 2:
+        raise UserError(f"{where}: the {'completion' if p else 'prompt'} is empty: nothing of it would be learnt")
+    if len(c) >= max_length:
+        return None, False
+    kept = p[-(max_length - len(c)) :]
+    counts = np.array([False] * len(kept) + [True] * len(c))
+    text = completion if isinstance(completion, str) else completion[0]["content"]
+    sizes = np.zeros(len(counts), dtype=np.int64)
+    sizes[-1] = len(text.encode())  # a row is never split: the sum is what matters
+    return Sample(np.array(kept + c), counts, sizes), len(kept) < len(p)
+
+
+def _turns(document):
+    """(prompt, completion) of a row; of a conversation, one for each message of the assistant."""
+    if "prompt" in document:
+        return [(document["prompt"], document["completion"])]
+    messages = document["messages"]
+    return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i]
+
+
+def _fill(samples, max_length):
+    """Documents one after the other in rows of pieces; each row is full but the last."""
+    rows, room = [], 0
+    for sample in samples:
+        start = 0
+        while start < len(sample) - 1:
+            if room < 2:
+                rows.append([])
+                room = max_length
+            piece = sample[start : start + room]
+            rows[-1].append(piece)
+            room -= len(piece)
+            start += len(piece) - 1
+    return rows
+
+
+def _fit(samples, max_length):
+    """Whole samples into rows, the longest first, each where it leaves the least room."""
+    rows, by_room = [], {}
+    for sample in sorted(samples, key=len, reverse=True):
+        room = next((r for r in range(len(sample), max_length) if by_room.get(r)), max_length)
+        if room == max_length:
+            rows.append([])
+        row = by_room[room].pop() if room < max_length else rows[-1]
+        row.append(sample)
+        by_room.setdefault(room - len(sample), []).append(row)
+    return rows
+
+
+def _stack(rows, max_length, pad_id):
+    shape = (len(rows), max_length)
+    input_ids, position_ids = np.full(shape, pad_id, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+    mask, sizes, tokens = np.zeros(shape, dtype=bool), np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    for i, pieces in enumerate(rows):
+        end = 0
+        for piece in pieces:
+            start, end = end, end + len(piece)
+            input_ids[i, start:end] = piece.ids
+            position_ids[i, start:end] = np.arange(len(piece))
+            mask[i, start + 1 : end] = piece.counts[1:]  # nothing stands before a sample's first token to predict it
+            sizes[i] += piece.bytes[1:][piece.counts[1:]].sum()
+        position_ids[i, end:] = np.arange(max_length - end)  # padding is a sample of its own
+        tokens[i] = end
+    mask = mask[:, 1:].copy()
+    return Blocks(*(torch.from_numpy(x) for x in (input_ids, position_ids, mask, sizes, tokens)))

@@ -1,0 +1,93 @@
+"""Preference pairs from a model's own answers: sample several for each prompt, pair the best with the worst.
+
+    python data/generate_preferences.py
+    python data/generate_preferences.py --model_name models/dpo --judge my_judge:judge --out data/mine.jsonl
+
+Writes data/preferences.jsonl, one pair a line, which rlhf/train_reward_model.py, rlhf/dpo_train.py and TRL read:
+`prompt`, `chosen` and `rejected` as messages, `chosen_score`, `rejected_score`, and how each answer ended:
+`chosen_finish`, `rejected_finish` ("stop": by itself; "length": cut at max_new_tokens).
+
+This is "best-of-n against worst-of-n" on-policy data (Pang et al. 2024, "Iterative Reasoning Preference Optimization",
+section 2). A prompt whose answers all score the same says nothing about what is better: it is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+from configs.config import UserError, cli, option
+from configs.run import say
+from data.preferences import (
+    SamplingConfig,
+    claim,
+    data_option,
+    load_task,
+    messages,
+    sample_and_score,
+    save,
+    show_match,
+    summarise,
+)
+
+
+@dataclass
+class Config(SamplingConfig):
+    CONFIG: ClassVar[str] = "configs/preferences.yaml"
+    pairs_per_prompt: int = option(1, "pairs made of each prompt's answers, no answer in two of them", at_least=1)
+
+
+def make_pairs(answers, pairs_per_prompt=1):
+    """(chosen, rejected) answers: the k-th best with the k-th worst, as long as the scores differ.
+
+    Among equal scores an answer that ended by itself goes before one that was cut, as chosen and as rejected: every
+    trainer ends a text with the stop token, and after half a sentence it would teach the model to break off. After
+    that the order of sampling decides. Answers without text, and second copies of a text, are left out.
+    """
+    distinct = list({a.text: a for a in reversed(answers) if a.text}.values())[::-1]
+    best = sorted(distinct, key=lambda a: (-a.score, a.finish != "stop"))
+    worst = sorted(distinct, key=lambda a: (a.score, a.finish != "stop"))
+    return [(c, r) for c, r in zip(best, worst) if c.score > r.score][:pairs_per_prompt]
+
+
+def main(config):
+    started = time.time()
+    claim(config)
+
+    # 1. several answers for each prompt, each with its score
+    sampled = sample_and_score(config, load_task(config))
+
+    # 2. the best against the worst
+    rows, matches = [], []
+    ties = 0
+    for prompt, answers in sampled:
+        pairs = make_pairs(answers, config.pairs_per_prompt)
+        ties += not pairs
+        for chosen, rejected in pairs:
+            matches.append((prompt, chosen, rejected))
+            rows.append(
+                {
+                    "prompt": messages("user", prompt["prompt"]),
+                    "chosen": messages("assistant", chosen.text),
+                    "rejected": messages("assistant", rejected.text),
+                    "chosen_score": chosen.score,
+                    "rejected_score": rejected.score,
+                    "chosen_finish": chosen.finish,
+                    "rejected_finish": rejected.finish,
+                }
+            )
+    if not rows:
+        raise UserError(f"no pair came out: for each of the {len(sampled.answers)} prompts all answers score the same")
+
+    # 3. what a person needs to trust them
+    say(f"\n{len(rows)} pairs of {len(sampled.answers)} prompts; dropped {ties} whose answers all score the same")
+    summary = {"pairs": len(rows), "prompts": len(sampled.answers), "ties_dropped": ties}
+    summary |= summarise(config, sampled, [(c, r) for _, c, r in matches])
+    show_match(*matches[len(matches) // 2])
+    following = "python rlhf/train_reward_model.py" + data_option(config, "data", Config.out)
+    save(config, rows, sampled, summary, started, following)
+
+
+if __name__ == "__main__":
+    cli(main, Config)

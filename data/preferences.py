@@ -1,0 +1,316 @@
+"""What the two generators of preference data share: the prompts, answers with their scores, the summary, the file.
+
+    claim(config)                                       # may config.out be written
+    sampled = sample_and_score(config, load_task(config))
+    summary = summarise(config, sampled, matches)       # printed, and kept in the manifest
+    save(config, rows, sampled, summary, started, ...)  # config.out, and config.out's .manifest.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from configs.config import UserError, config_to_dict, option
+from configs.run import (
+    duration,
+    git_commit,
+    in_root,
+    machine,
+    peak_memory_gb,
+    quiet_libraries,
+    say,
+    sha256_file,
+    shown,
+    versions,
+    write_atomically,
+)
+from data.checks import PROMPTS, call_judge, is_degenerate, load_judge, load_prompts, passed, score
+from data.prompts import read_prompts, text_of
+from models.answers import Answer, mean, rate, sample_answers
+from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device, pick_precision, weights_hash
+
+
+@dataclass
+class SamplingConfig:
+    model_name: str = option("smollm2-135m", "the model that answers: an embedded name, a folder, or a hub id")
+    prompts: str = option(PROMPTS, "file of prompts (.json, .jsonl, .txt); of a .json those with split `train`")
+    limit: int | None = option(None, "answer only the first so many training prompts", at_least=1)
+    judge: str | None = option(None, "module:function that scores (prompt, completion) in place of the checks")
+    samples_per_prompt: int = option(4, "answers sampled for each prompt", at_least=2)
+    max_new_tokens: int = option(48, "longest answer, in tokens", at_least=1)
+    temperature: float = option(1.0, "of the sampling; training on the samples wants 1", above=0)
+    batch_size: int = option(128, "answers that are sampled at once", at_least=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights while sampling")
+    seed: int = option(0, "of the sampling", at_least=0)
+    out: str = option("data/preferences.jsonl", "the file to write, one JSON object a line")
+    overwrite: bool = option(False, "replace a file that another configuration made")
+
+    def check(self):
+        if not self.out.endswith(".jsonl"):
+            raise UserError(f"out = {self.out!r}: must be a file name that ends in .jsonl")
+        if self.batch_size < self.samples_per_prompt:
+            raise UserError(
+                f"batch_size = {self.batch_size}: must be at least samples_per_prompt = {self.samples_per_prompt}, "
+                "because the samples of a prompt run together"
+            )
+
+
+@dataclass
+class Task:
+    prompts: list[dict]  # with "prompt", and with "checks" where there is no judge
+    judge: Callable | None  # None: the checks decide
+    sha256: str  # of the prompt file
+
+
+@dataclass
+class Sampled:
+    task: Task
+    answers: list[list[Answer]]  # one list for each prompt
+    policy: str  # hash of the float32 weights that answered
+
+    def __iter__(self):
+        """(prompt, its answers), in file order."""
+        return iter(zip(self.task.prompts, self.answers))
+
+
+def manifest_path(out):
+    """data/preferences.jsonl -> data/preferences.manifest.json"""
+    return in_root(out).with_suffix(".manifest.json")
+
+
+def claim(config):
+    """Make sure that config.out may be written; end with status 0 if it already holds what this run would make.
+
+    Raises UserError if the file is there and something else made it, or if its folder cannot be written to.
+    """
+    out, manifest = in_root(config.out), manifest_path(config.out)
+    if out.is_dir():
+        raise UserError(f"out = {shown(out)} is a folder; give a file name that ends in .jsonl")
+    if out.is_file() and not config.overwrite:
+        advice = "Give another --out, or --overwrite true to replace it"
+        if not manifest.is_file():
+            raise UserError(f"{shown(out)} is there, and no {manifest.name} beside it says what made it. {advice}")
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+        if before["sha256"] != sha256_file(out):
+            raise UserError(f"{shown(out)} was changed since {manifest.name} was written. {advice}")
+        differences = _differences(before, config)
+        if differences:
+            raise UserError(
+                f"{shown(out)} was made with another configuration:\n  " + "\n  ".join(differences) + f"\n{advice}"
+            )
+        say(f"{shown(out)} is there already, made by this very configuration. --overwrite true makes it again.")
+        sys.exit(0)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {shown(out.parent)}: {error.strerror}") from None
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"cannot write to {shown(out.parent)}: permission denied")
+
+
+def _differences(before, config):
+    then, now = before["config"], config_to_dict(config)
+    found = [
+        f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and key not in ("out", "overwrite", "batch_size")
+    ]
+    prompts = sha256_file(prompt_file(config))
+    if not found and prompts != before["inputs"]["prompts"]:
+        found.append(f"{config.prompts}: its content has changed since")
+    return found
+
+
+def prompt_file(config):
+    """The path of the prompt file. Raises UserError if there is none."""
+    path = in_root(config.prompts)
+    if not path.is_file():
+        raise UserError(f"prompts = {config.prompts!r}: no such file")
+    return path
+
+
+def load_task(config):
+    """The training prompts to answer, and the judge.
+
+    Raises UserError, naming the prompt, if one of them is also held out: a model trained on it could not be measured.
+    """
+    judge = load_judge(config.judge) if config.judge else None
+    digest = sha256_file(prompt_file(config))
+    prompts = read_prompts(prompt_file(config), "train", need_checks=judge is None)
+    if config.limit is not None and config.limit > len(prompts):
+        raise UserError(f"limit = {config.limit}: {config.prompts} has only {len(prompts)} training prompts")
+    prompts = prompts[: config.limit]
+    heldout = {_plain(row["prompt"]): row["id"] for row in load_prompts(PROMPTS, "heldout")}
+    for row in prompts:
+        if _plain(row["prompt"]) in heldout:
+            raise UserError(
+                f"{config.prompts}: the prompt {text_of(row['prompt'])!r} is the held-out prompt "
+                f"{heldout[_plain(row['prompt'])]!r} of {PROMPTS}, on which models are measured; take it out"
+            )
+    return Task(prompts, judge, digest)
+
+
+def _plain(prompt):
+    """A prompt without case and spacing, by which two count as the same."""
+    return " ".join(text_of(prompt).casefold().split())
+
+
+def sample_and_score(config, task):
+    """Answer every prompt config.samples_per_prompt times and score each answer; progress is printed."""
+    quiet_libraries()
+    prompts, judge = task.prompts, task.judge
+    device = pick_device()
+    precision = pick_precision(config.precision, device)
+    tokenizer = load_tokenizer(config.model_name)
+    model = load_model(config.model_name, dtype=torch.float32, device=device)
+    policy = weights_hash(model)  # before the cast: what a trainer that loads float32 weights computes
+    model = model.to(frozen_dtype(precision))
+    many = len(prompts) * config.samples_per_prompt
+    say(
+        f"{config.model_name} ({precision}, {device}): {config.samples_per_prompt} answers to each of {len(prompts)} "
+        f"prompts, {many:,} in all, of at most {config.max_new_tokens} tokens, temperature {config.temperature:g}"
+    )
+    started = time.time()
+    answers = sample_answers(
+        model,
+        tokenizer,
+        [row["prompt"] for row in prompts],
+        config.max_new_tokens,
+        config.samples_per_prompt,
+        temperature=config.temperature,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    say(f"sampled {rate(answers, time.time() - started)}")
+    for row, group in zip(prompts, answers):
+        for answer in group:
+            if judge:
+                answer.score = call_judge(judge, text_of(row["prompt"]), answer.text)
+            else:
+                answer.score = score(answer.text, row["checks"])
+    return Sampled(task, answers, policy)
+
+
+def messages(role, content):
+    """A conversation of one message, the form that TRL and others read; a conversation stays as it is."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
+def summarise(config, sampled, matches):
+    """Print what a person needs to trust the data, and return the same numbers for the manifest.
+
+    matches: (chosen, rejected) answers, of which the first has the higher score.
+    """
+    answers = [a for group in sampled.answers for a in group]
+    scores = [a.score for a in answers]
+    longer = [len(c.ids) - len(r.ids) for c, r in matches]
+    longer_wins = sum(d > 0 for d in longer) + 0.5 * sum(d == 0 for d in longer)  # equal lengths: a coin decides
+    longer_right = longer_wins / len(matches)
+    summary = {
+        "answers": len(answers),
+        "mean_score": mean(scores),
+        "ended_by_themselves": mean(a.finish == "stop" for a in answers),
+        "degenerate": mean(is_degenerate(a.text) for a in answers),
+        "mean_tokens": mean(len(a.ids) for a in answers),
+        "chosen_mean_tokens": mean(len(c.ids) for c, _ in matches),
+        "rejected_mean_tokens": mean(len(r.ids) for _, r in matches),
+        "chosen_ended": mean(c.finish == "stop" for c, _ in matches),
+        "rejected_ended": mean(r.finish == "stop" for _, r in matches),
+        "longer_wins": longer_right,
+        "duplicate_answers": sum(len(group) - len({a.text for a in group}) for group in sampled.answers),
+        "duplicate_prompts": len(sampled.answers) - len({_plain(row["prompt"]) for row, _ in sampled}),
+        "heldout_overlap": 0,  # load_task has refused any
+        "pass_rate": pass_rates(sampled),
+    }
+    say(f"\nscores of all {len(answers):,} answers (mean {summary['mean_score']:.3f}):")
+    say(histogram(scores))
+    if summary["pass_rate"]:
+        say("share of answers that pass each check:")
+        rates = [f"{name} {rate:.2f}" for name, rate in summary["pass_rate"].items()]
+        for i in range(0, len(rates), 4):
+            say("  " + "".join(rate.ljust(24) for rate in rates[i : i + 4]).rstrip())
+    difference = summary["chosen_mean_tokens"] - summary["rejected_mean_tokens"]
+    rule, right = ("longer", longer_right) if longer_right >= 0.5 else ("shorter", 1 - longer_right)
+    say(
+        f"length: chosen {summary['chosen_mean_tokens']:.1f} tokens, rejected {summary['rejected_mean_tokens']:.1f} "
+        f"({difference:+.1f}). The rule '{rule} wins' alone is right on {right:.0%} of pairs (a coin: 50%)"
+    )
+    say(
+        f"ended by themselves within {config.max_new_tokens} tokens: {summary['ended_by_themselves']:.0%} of answers, "
+        f"{summary['chosen_ended']:.0%} of chosen, {summary['rejected_ended']:.0%} of rejected; "
+        f"looping: {summary['degenerate']:.1%}"
+    )
+    say(
+        f"duplicates: {summary['duplicate_answers']} answers repeat another to the same prompt, "
+        f"{summary['duplicate_prompts']} prompts repeat another; no prompt is a held-out one"
+    )
+    return summary
+
+
+def pass_rates(sampled):
+    """Share of answers that pass each check, by the check's name; empty when the prompts have no checks."""
+    tried, right = Counter(), Counter()
+    for row, group in sampled:
+        checks = row.get("checks") or []
+        for answer in group:
+            for check, good in zip(checks, passed(answer.text, checks)):
+                tried[check["name"]] += 1
+                right[check["name"]] += good
+    return {name: right[name] / tried[name] for name in sorted(tried)}
+
+
+def histogram(values, bins=8, width=40):
+    """Bars of text: one for each value where there are at most `bins` of them, else `bins` equal intervals."""
+    distinct = sorted(set(values))
+    if len(distinct) <= bins:
+        bars = [(f"{value:g}", values.count(value)) for value in distinct]
+    else:
+        low, step = distinct[0], (distinct[-1] - distinct[0]) / bins
+        place = Counter(min(int((value - low) / step), bins - 1) for value in values)
+        bars = [(f"{low + k * step:.3g} to {low + (k + 1) * step:.3g}", place[k]) for k in range(bins)]
+    label, most = max(len(name) for name, _ in bars), max(count for _, count in bars)
+    return "\n".join(f"  {name:>{label}} | {'#' * round(width * n / most):<{width}} {n:,}" for name, n in bars)
+
+
+def show_match(prompt, chosen, rejected):
+    """Print one prompt with its chosen and its rejected answer."""
+    say(f"\na sample\n  prompt:   {text_of(prompt['prompt'])!r}")
+    for name, answer in (("chosen:", chosen), ("rejected:", rejected)):
+        say(f"  {name:<9} {answer.text!r} (score {answer.score:g}, {len(answer.ids)} tokens, {answer.finish})")
+
+
+def save(config, rows, sampled, summary, started, next_command):
+    """Write the rows, then the manifest, each as a whole or not at all; say where they are and what comes next."""
+    out = in_root(config.out)
+    write_atomically(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    manifest = {
+        "script": Path(sys.argv[0]).name,
+        "config": config_to_dict(config),
+        "rows": len(rows),
+        "sha256": sha256_file(out),
+        "summary": summary,
+        "inputs": {"prompts": sampled.task.sha256, "policy": sampled.policy},
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    write_atomically(manifest_path(out), json.dumps(manifest, indent=2) + "\n")
+    say(f"\nwritten to {shown(out)} (and {manifest_path(out).name}) in {duration(manifest['seconds'])}")
+    say(f"next: {next_command}")
+
+
+def data_option(config, key, default):
+    """` --key FILE` for the next command where the file is not the one that the next stage reads by itself."""
+    return "" if config.out == default else f" --{key} {config.out}"

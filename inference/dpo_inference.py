@@ -1,0 +1,71 @@
+"""A DPO model beside its base: an answer of each, and the implicit reward of both answers.
+
+    python inference/dpo_inference.py                                       # models/dpo on held-out prompts
+    python inference/dpo_inference.py --prompt "Why is the sky blue?"
+
+A DPO model is its own reward model (Rafailov et al. 2023, eq. 5, up to a constant of the prompt): answer y to prompt x
+is worth beta * (log pi(y|x) - log pi_ref(y|x)), summed over the answer's tokens (for IPO: their mean). It says towards
+which answers training moved the model, and how far. The mean over a model's own answers is beta * KL(pi || pi_ref),
+never negative; over the base's answers it is never positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.config import cli, option
+from configs.run import say
+from data.prompts import text_of
+from models.answers import lengths, mean, show_answer, show_table, write_rows
+from rlhf.side_by_side import CompareConfig, SideBySide, run_value
+
+
+@dataclass
+class Config(CompareConfig):
+    model_name: str = option("models/dpo", "the folder of a DPO run")
+    beta: float | None = option(None, "of the implicit reward; none: the run's own", above=0)
+
+
+def implicit_reward(logprobs, ref_logprobs, beta, per_token=False):
+    """beta * log(pi / pi_ref) of one answer. logprobs, ref_logprobs: lists in nats, one entry a token."""
+    total = sum(logprobs) - sum(ref_logprobs)
+    return beta * (total / len(logprobs) if per_token else total)
+
+
+def main(config):
+    both = SideBySide(config, made_by="python rlhf/dpo_train.py")
+    beta = config.beta or run_value(both.folder, "beta")
+    per_token = run_value(both.folder, "loss_type", "sigmoid") == "ipo"
+
+    # 1. an answer of each model to each prompt
+    own, base = both.answers()
+
+    # 2. the implicit reward of each
+    rewards = []
+    for groups in (own, base):
+        rewards.append([implicit_reward(a, b, beta, per_token) for a, b in zip(*both.logprobs(groups))])
+
+    rows = []
+    for number, (prompt, [a], [b], reward, base_reward) in enumerate(zip(both.prompts, own, base, *rewards), 1):
+        say(f"\n{number}. {text_of(prompt)}")
+        show_answer(both.name, a, f"implicit reward {reward:+.2f}")
+        show_answer(both.base, b, f"implicit reward {base_reward:+.2f}")
+        rows.append(
+            {
+                "prompt": prompt,
+                "completion": a.text,
+                "implicit_reward": reward,
+                "base_completion": b.text,
+                "base_implicit_reward": base_reward,
+            }
+        )
+    say(f"\nmeans over {len(rows)} answers each; beta {beta:g}{', per token (IPO)' if per_token else ''}")
+    show_table(
+        ["answers of", "implicit reward", "tokens", "ended"],
+        [[both.name, mean(rewards[0]), *lengths(own)], [both.base, mean(rewards[1]), *lengths(base)]],
+    )
+    write_rows(config.out, rows)
+
+
+if __name__ == "__main__":
+    cli(main, Config)

@@ -1,0 +1,85 @@
+"""A GRPO model beside its base: a group of answers to each prompt, the reward of each, mean@k and best@k.
+
+    python inference/grpo_inference.py                                      # models/grpo, 8 answers a prompt
+    python inference/grpo_inference.py --prompt "Tell me a joke." --judge my_judge:judge
+
+mean@k is what GRPO maximises: the mean reward of k sampled answers. best@k is the reward of the best of them: what
+sampling k answers and keeping one would reach. Where mean@k rises and best@k does not, training made likely what the
+base already could (Shao et al. 2024, "DeepSeekMath", section 5.2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.config import cli, option
+from configs.run import say
+from data.checks import call_judge, load_judge, score
+from data.prompts import text_of
+from models.answers import lengths, mean, show_table, write_rows
+from rlhf.side_by_side import CompareConfig, SideBySide
+
+
+@dataclass
+class Config(CompareConfig):
+    model_name: str = option("models/grpo", "the folder of a GRPO run")
+    limit: int = option(6, "how many of the file's prompts", at_least=1)
+    group_size: int = option(8, "answers to each prompt: the k of mean@k and best@k", at_least=2)
+    judge: str | None = option(None, "module:function that scores an answer in place of the checks")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights")
+
+
+def mean_at_k(group):
+    return mean(answer.score for answer in group)
+
+
+def best_at_k(group):
+    return max(answer.score for answer in group)
+
+
+def main(config):
+    judge = load_judge(config.judge) if config.judge else None
+    both = SideBySide(config, made_by="python rlhf/grpo_train.py", need_checks=judge is None)
+    k = config.group_size
+
+    # 1. a group of answers to each prompt from each model
+    own, base = both.answers(k)
+
+    # 2. the reward of each answer
+    for row, group, base_group in zip(both.rows, own, base):
+        for a in (*group, *base_group):
+            a.score = call_judge(judge, text_of(row["prompt"]), a.text) if judge else score(a.text, row["checks"])
+
+    rows = []
+    for number, (prompt, group, base_group) in enumerate(zip(both.prompts, own, base), 1):
+        say(f"\n{number}. {text_of(prompt)}")
+        for a in group:
+            text = " ".join(a.text.split())
+            say(f"  {a.score:.2f} | {text[:100]}{'...' if len(text) > 100 else ''}")
+        for name, g in ((both.name, group), (both.base, base_group)):
+            say(f"  {name}: mean@{k} {mean_at_k(g):.2f}, best@{k} {best_at_k(g):.2f}")
+        rows.append(
+            {
+                "prompt": prompt,
+                "completions": [a.text for a in group],
+                "rewards": [a.score for a in group],
+                "base_completions": [a.text for a in base_group],
+                "base_rewards": [a.score for a in base_group],
+            }
+        )
+
+    # 3. mean@k and best@k over the prompts
+    say(f"\nmeans over {len(rows)} prompts")
+    show_table(
+        ["answers of", f"mean@{k}", f"best@{k}", "tokens", "ended"],
+        [
+            [name, mean(map(mean_at_k, groups)), mean(map(best_at_k, groups)), *lengths(groups)]
+            for name, groups in ((both.name, own), (both.base, base))
+        ],
+    )
+    write_rows(config.out, rows)
+
+
+if __name__ == "__main__":
+    cli(main, Config)

@@ -1,0 +1,220 @@
+"""Ask a model: one prompt, a file of them, standard input, or a chat.
+
+    python inference/inference.py                                            # a few prompts, answered in one batch
+    python inference/inference.py --model_name models/dpo --prompt "Why is the sky blue?"
+    python inference/inference.py --prompts questions.txt --out answers.jsonl
+    echo "Name three fruits." | python inference/inference.py
+    python inference/inference.py --chat true
+
+model_name is an embedded model, a hub id, or a run's folder: a full model, or an adapter, whose base is found.
+The prompts of a batch are padded on the left, so that every row goes on from its own last token.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from configs.config import UserError, cli, option
+from configs.run import quiet_libraries, say
+from data.prompts import parse_prompts, read_prompts, text_of
+from models.answers import TextStream, check_out, rate, sample_answers, sampling, synchronize, write_rows
+from models.generation import generate
+from models.loader import (
+    frozen_dtype,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    prompt_ids,
+    resolve_model,
+)
+
+EXAMPLES = (
+    "What is gravity?",
+    "Describe honey bees to a child. Write only in lowercase letters.",
+    "Name three fruits that are red.",
+    "Write a short notice about a lost umbrella.",
+)
+
+
+@dataclass
+class Config:
+    CONFIG: ClassVar[str] = "configs/inference.yaml"
+    model_name: str = option("smollm2-135m", "an embedded name, a folder (full model or adapter), or a hub id")
+    merge: bool = option(False, "fold the adapter into its base: the same answers, faster")
+    prompt: str | None = option(None, "one prompt")
+    prompts: str | None = option(None, "a file of prompts: .txt one a line, .jsonl, .json; - is standard input")
+    chat: bool = option(False, "talk with the model, its answers streamed")
+    max_new_tokens: int = option(96, "longest answer, in tokens", at_least=1)
+    temperature: float = option(0.7, "of the sampling; 0 takes the most probable token each time", at_least=0)
+    top_k: int = option(0, "sample among the k most probable tokens; 0: all", at_least=0)
+    top_p: float = option(0.95, "sample among the tokens that hold this share of the probability", above=0, at_most=1)
+    batch_size: int = option(64, "answers sampled at once", at_least=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights")
+    seed: int = option(0, "of the sampling", at_least=0)
+    out: str | None = option(None, "JSONL file to write prompts and answers to")
+
+    def check(self):
+        if (self.prompt is not None) + (self.prompts is not None) + self.chat > 1:
+            raise UserError("prompt, prompts and chat exclude each other: give one of them")
+        if self.chat and self.out:
+            raise UserError("out: a chat is not written to a file")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("prompt is empty")
+        check_out(self.out)
+
+
+def main(config):
+    rows = None if config.chat else asked(config)
+    quiet_libraries()
+    device = pick_device()
+    precision = pick_precision(config.precision, device)
+    adapter = is_adapter(config.model_name)
+    if config.merge and not adapter:
+        raise UserError(f"merge = true: {config.model_name} holds no adapter, there is nothing to merge")
+    model = load_model(config.model_name, dtype=frozen_dtype(precision), device=device, merge_adapter=config.merge)
+    tokenizer = load_tokenizer(config.model_name)
+    kind = "adapter, merged" if config.merge else "adapter" if adapter else "full model"
+    how = f"temperature {config.temperature:g}" if config.temperature else "greedy"
+    say(f"{config.model_name} ({kind}, {precision}, {device}), {how}, at most {config.max_new_tokens} tokens")
+    if config.chat:
+        chat(config, model, tokenizer)
+    else:
+        batch(config, model, tokenizer, rows)
+
+
+def batch(config, model, tokenizer, rows):
+    """Answer all prompts, print them, and write them to config.out."""
+    started = time.time()
+    prompts = [row["prompt"] for row in rows]
+    groups = sample_answers(model, tokenizer, prompts, config.max_new_tokens, **sampling(config))
+    synchronize(model.device)
+    seconds = time.time() - started
+    for number, (row, [answer]) in enumerate(zip(rows, groups), 1):
+        say(f"\n{number}. {text_of(row['prompt'])}")
+        for line in answer.text.splitlines() or [""]:
+            say(f"   {line}")
+        say(f"   ({len(answer.ids)} tokens, {'ended by itself' if answer.finish == 'stop' else 'cut at its length'})")
+    say(f"\n{len(rows)} answers, {rate(groups, seconds)}")
+    write_rows(
+        config.out,
+        [
+            {
+                "prompt": row["prompt"],
+                "completion": answer.text,
+                "finish_reason": answer.finish,
+                "tokens": len(answer.ids),
+                "model": config.model_name,
+            }
+            for row, [answer] in zip(rows, groups)
+        ],
+    )
+
+
+def chat(config, model, tokenizer):
+    """Read lines and stream answers until /quit or the end of the input; the whole conversation is the prompt."""
+    say("/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    sys.stdin.reconfigure(errors="replace")
+    history, turn = [], 0
+    while True:
+        try:
+            line = input("\nyou> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            say("\nbye")
+            return
+        if line == "/quit":
+            say("bye")
+            return
+        if line == "/reset":
+            history = []
+            say("(a new conversation)")
+            continue
+        if line.startswith("/"):
+            say("(the commands are /reset and /quit)")
+            continue
+        if not line:
+            continue
+        history.append({"role": "user", "content": line})
+        history, ids = fit(model, tokenizer, history, config.max_new_tokens)
+        if not history:
+            say(f"(this is too long for the model's context with {config.max_new_tokens} new tokens; say it shorter)")
+            continue
+        say("model> ", end="")
+        text = stream(config, model, tokenizer, ids, config.seed + turn)
+        history.append({"role": "assistant", "content": text})
+        turn += 1
+
+
+def fit(model, tokenizer, history, max_new_tokens):
+    """(history, prompt ids) without the oldest turns that leave no room for an answer; ([], []) if none is left."""
+    room = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    while history:
+        ids = prompt_ids(tokenizer, history)
+        if len(ids) + max_new_tokens <= room:
+            return history, ids
+        history = history[2:]
+        if history:
+            say("(the oldest question and answer no longer fit and are forgotten)")
+    return [], []
+
+
+def stream(config, model, tokenizer, ids, seed):
+    """Sample one answer and print it as it comes; Ctrl-C ends it early. Returns its text."""
+    pieces, printed = TextStream(tokenizer), []
+
+    def show(_, token):
+        printed.append(pieces.add(token))
+        say(printed[-1], end="")
+
+    settings = {**sampling(config), "seed": seed}
+    try:
+        generate(model, [ids], config.max_new_tokens, stop_ids=[tokenizer.eos_token_id], on_token=show, **settings)
+    except KeyboardInterrupt:
+        say(" (stopped)", end="")
+    printed.append(pieces.end())
+    say(printed[-1])
+    return "".join(printed).strip()
+
+
+def asked(config):
+    """The prompts of this run: from the option, the file, a pipe, or else a few examples."""
+    if config.prompt is not None:
+        return [{"prompt": config.prompt}]
+    if config.prompts is not None:
+        return read_prompts(config.prompts, split=None)
+    piped = piped_text()
+    return parse_prompts(piped, "standard input") if piped.strip() else [{"prompt": text} for text in EXAMPLES]
+
+
+def piped_text(wait=1.0):
+    """What was piped or redirected into this process; empty if nothing came within `wait` seconds.
+
+    Schedulers and notebooks leave a silent pipe open as standard input; `--prompts -` waits as long as it takes.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        return ""
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    if stat.S_ISFIFO(mode) and not select.select([sys.stdin], [], [], wait)[0]:
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def is_adapter(name):
+    path = resolve_model(name)
+    return isinstance(path, Path) and (path / "adapter_config.json").is_file()
+
+
+if __name__ == "__main__":
+    cli(main, Config)

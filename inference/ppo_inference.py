@@ -1,0 +1,80 @@
+"""A PPO model beside its base: an answer of each with the reward model's score, and how far from the base it went.
+
+    python inference/ppo_inference.py                                       # models/ppo and its reward model
+    python inference/ppo_inference.py --reward_model models/reward --limit 20
+
+PPO maximises the score minus kl_coef * KL (Stiennon et al. 2020, section 3.4). The KL of an answer is estimated from
+its own tokens as in the training log: the sum of k3 = exp(-d) - 1 + d, d = log pi - log pi_ref, in nats.
+Where a prompt has checks, the share that an answer passes (the gold score) stands beside the score (the proxy): a score
+that rises alone belongs to a reward model that is being fooled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from configs.config import cli, option
+from configs.run import say
+from data.checks import score
+from data.prompts import text_of
+from models.answers import lengths, mean, show_answer, show_table, write_rows
+from rlhf.packing import score_answers
+from rlhf.reward_model import RewardModel
+from rlhf.side_by_side import CompareConfig, SideBySide, run_folder, run_value
+from rlhf.utils import kl_estimate
+
+
+@dataclass
+class Config(CompareConfig):
+    model_name: str = option("models/ppo", "the folder of a PPO run")
+    reward_model: str | None = option(None, "folder of the reward model; none: the run's own")
+
+
+def main(config):
+    both = SideBySide(config, made_by="python rlhf/ppo_train.py")
+    reward_folder = run_folder(
+        config.reward_model or run_value(both.folder, "reward_model"), made_by="python rlhf/train_reward_model.py"
+    )
+    reward_model = RewardModel.load(reward_folder, dtype=both.dtype, device=both.device)
+
+    # 1. an answer of each model to each prompt
+    own, base = both.answers()
+
+    # 2. what the reward model says of each
+    scores, base_scores = (score_answers(reward_model, *both.ids(g), both.tokenizer.pad_token_id) for g in (own, base))
+
+    # 3. how far the model's answers are from the base
+    logprobs, ref_logprobs = both.logprobs(own)
+    kl = [kl_estimate(torch.tensor(a), torch.tensor(b), "k3").sum().item() for a, b in zip(logprobs, ref_logprobs)]
+
+    rows = []
+    for i, (row, [a], [b]) in enumerate(zip(both.rows, own, base)):
+        say(f"\n{i + 1}. {text_of(row['prompt'])}")
+        show_answer(both.name, a, f"score {scores[i]:+.2f} | kl {kl[i]:.2f}" + gold(row, a))
+        show_answer(both.base, b, f"score {base_scores[i]:+.2f}" + gold(row, b))
+        rows.append(
+            {
+                "prompt": row["prompt"],
+                "completion": a.text,
+                "score": scores[i],
+                "kl": kl[i],
+                "base_completion": b.text,
+                "base_score": base_scores[i],
+            }
+        )
+    say(f"\nmeans over {len(rows)} answers each; kl to the base in nats an answer")
+    show_table(
+        ["answers of", "score", "kl", "tokens", "ended"],
+        [[both.name, mean(scores), mean(kl), *lengths(own)], [both.base, mean(base_scores), 0.0, *lengths(base)]],
+    )
+    write_rows(config.out, rows)
+
+
+def gold(row, answer):
+    return f" | gold {score(answer.text, row['checks']):.2f}" if row.get("checks") else ""
+
+
+if __name__ == "__main__":
+    cli(main, Config)

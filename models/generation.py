@@ -1,0 +1,323 @@
+"""Sample from a model: a left-padded batch, a preallocated key-value cache, and nothing computed for finished rows.
+
+This is the loop in which reinforcement learning spends most of its time on a CPU, so it stands here in full:
+
+1. the prompts of a batch run once, however many samples each of them gets, and what they all begin with runs once for
+   all of them (prefill);
+2. their keys and values are repeated for the samples;
+3. each step draws one token a row by inverse CDF, from one uniform number that belongs to that row and step alone, so
+   that a row's answer does not depend on which rows share its batch;
+4. rows that stopped leave the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from configs.config import UserError
+from models.logprobs import unwrapped
+
+
+@dataclass
+class Generation:
+    """Rows in prompt order, `samples_per_prompt` consecutive rows a prompt."""
+
+    completions: list[list[int]]  # sampled ids, the stop id included when it was sampled
+    logprobs: list[list[float]]  # of each sampled id under the (tempered, truncated) distribution it was drawn from
+    finish_reasons: list[str]  # "stop" or "length"
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    samples_per_prompt=1,
+    stop_ids=(),
+    seed=None,
+    uniforms=None,
+    batch_size=64,
+    on_token=None,
+    progress=None,
+):
+    """Sample `samples_per_prompt` answers for each prompt; see `Generation` for what comes back.
+
+    prompts: token ids, one list a prompt. temperature: 0 is greedy (the log-probs are then those at temperature 1).
+    top_k, top_p: 0 and 1.0 leave the distribution whole, as training on the samples needs it.
+    stop_ids: ids that end an answer. seed: None draws from torch's global generator.
+    uniforms: (rows, max_new_tokens) numbers in [0, 1) that decide each draw, in place of those the seed gives.
+    batch_size: rows that run at once. on_token(row, id): called for each token as it comes.
+    progress(rows_done, rows): called after each batch.
+    Raises UserError for an empty prompt and for one that leaves no room for `max_new_tokens` in the model's context.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
+    rows = len(prompts) * samples_per_prompt
+    if uniforms is None:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64)
+    assert uniforms.shape == (rows, max_new_tokens), (uniforms.shape, rows, max_new_tokens)
+    completions, logprobs, reasons = [[]] * rows, [[]] * rows, ["length"] * rows
+
+    # prompts of like length share a batch, so that little of it is padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts_at_once = max(1, batch_size // samples_per_prompt)
+    samples_at_once = min(samples_per_prompt, batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        with _decode_attention(model):
+            for start in range(0, len(order), prompts_at_once):
+                chosen = order[start : start + prompts_at_once]
+                for first in range(0, samples_per_prompt, samples_at_once):
+                    samples = range(first, min(first + samples_at_once, samples_per_prompt))
+                    index = [i * samples_per_prompt + s for i in chosen for s in samples]
+                    batch = _Batch(model, [prompts[i] for i in chosen], len(samples), max_new_tokens)
+                    _sample(batch, index, uniforms, temperature, top_k, top_p, set(stop_ids), on_token)
+                    for row, ids, values, reason in batch.results:
+                        completions[row], logprobs[row], reasons[row] = ids, values, reason
+                if progress:
+                    progress(min(start + prompts_at_once, len(order)) * samples_per_prompt, rows)
+    finally:
+        model.train(was_training)
+    return Generation(completions, logprobs, reasons)
+
+
+def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_token):
+    """Draw tokens until every row of the batch has stopped; `batch.results` receives (row, ids, logprobs, reason)."""
+    limit = uniforms.shape[1]
+    device = batch.logits.device
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    uniforms = uniforms[index].to(device)
+    rows = torch.tensor(index)  # which answer each row of the batch is
+    ids = torch.zeros(len(index), limit, dtype=torch.long, device=device)
+    values = torch.zeros(len(index), limit, dtype=torch.float32, device=device)
+    for step in range(limit):
+        token, value = _draw(batch.logits, uniforms[:, step], temperature, top_k, top_p)
+        ids[:, step], values[:, step] = token, value
+        if on_token:
+            for row, t in zip(rows.tolist(), token.tolist()):
+                on_token(row, t)
+        stopped = torch.isin(token, stops)
+        ended = stopped | (step == limit - 1)
+        done = ended.nonzero()[:, 0].tolist()
+        for b in done:
+            reason = "stop" if stopped[b] else "length"
+            row_ids, row_values = ids[b, : step + 1].tolist(), values[b, : step + 1].tolist()
+            batch.results.append((int(rows[b]), row_ids, row_values, reason))
+        if done:
+            keep = (~ended).nonzero()[:, 0]
+            if not len(keep):
+                return
+            batch.keep(keep)
+            rows, ids, values, uniforms, token = rows[keep.cpu()], ids[keep], values[keep], uniforms[keep], token[keep]
+        batch.step(token)
+
+
+def _draw(logits, uniform, temperature, top_k, top_p):
+    """One token for each row and its log-prob: the inverse of the cumulative distribution at `uniform` (B,)."""
+    logprobs = tempered_logprobs(logits, temperature or 1.0, top_k, top_p)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float32)
+        target = uniform.float() * cumulative[:, -1]
+        token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+        # a uniform that rounds to 1 lands behind the last token: take the last one that has probability
+        last = (cumulative < cumulative[:, -1:]).sum(-1)
+        token = torch.minimum(token, last.clamp(max=logits.shape[-1] - 1))
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def tempered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Log-probs (B, V), float32, of the distribution that is sampled: over the temperature, then cut and renormalised.
+
+    top_k keeps the k most probable tokens; top_p the smallest set whose probability reaches p (Holtzman et al. 2020).
+    """
+    logits = logits.float() / temperature
+    if top_k:
+        threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1.0:
+        ordered, index = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # mass of the tokens ranked above: the first is always kept
+        logits = logits.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
+    return logits.log_softmax(-1)
+
+
+class _Batch:
+    """Rows that decode together: their cache, their mask, and the logits of their next token (`logits`, (B, V))."""
+
+    def __init__(self, model, prompts, samples, max_new_tokens):
+        device = model.get_input_embeddings().weight.device
+        self.model, self.results = model, []
+
+        # what all prompts begin with (a system message) runs once, and its keys and values serve every row
+        shared = _common_prefix(prompts)
+        rest = [p[shared:] for p in prompts]
+        width = max(map(len, rest))
+        self.length = shared + width
+        self.cache = _PreallocatedCache(model.config.num_hidden_layers, self.length + max_new_tokens)
+        if shared:
+            ids = torch.tensor([prompts[0][:shared]], device=device)
+            self._forward(ids, torch.ones_like(ids), torch.arange(shared, device=device)[None])
+            self.cache.batch_repeat_interleave(len(prompts))
+
+        mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in rest], device=device)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in rest], device=device)
+        self._forward(ids, mask, (mask.cumsum(-1) - 1)[:, shared:].clamp(min=0))
+        self.logits = self.logits.repeat_interleave(samples, 0)
+        self.cache.batch_repeat_interleave(samples)
+        self.cache.decoding()
+        self.next_position = mask.sum(-1).repeat_interleave(samples, 0)
+        room = mask.new_zeros(len(prompts), max_new_tokens)
+        self.seen = torch.cat([mask, room], 1).bool().repeat_interleave(samples, 0)  # (B, keys)
+
+    def step(self, token):
+        """Append one token to each row. token: (B,)."""
+        self.seen[:, self.length] = True
+        self.length += 1
+        # (B, 1, 1, keys): taken by transformers as it is, where a 2-D mask would be built anew for each token
+        self._forward(token[:, None], self.seen[:, None, None], self.next_position[:, None])
+        self.next_position = self.next_position + 1
+
+    def keep(self, index):
+        """Go on with these rows only."""
+        self.seen, self.next_position = self.seen[index], self.next_position[index]
+        self.cache.batch_select_indices(index)
+
+    def _forward(self, ids, mask, position_ids):
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = out.logits[:, -1]
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """One layer's keys and values, written into memory laid out once for the longest answer.
+
+    A single new token attends to all of that memory under a mask: contiguous, and so faster than to its filled part.
+    """
+
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity, self.length, self.decoding = capacity, 0, False
+
+    def lazy_initialization(self, key_states, value_states):
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = _room(key_states, self.capacity)
+        self.values = _room(value_states, self.capacity)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return (self.keys, self.values) if self.decoding else (self.keys[:, :, :end], self.values[:, :, :end])
+
+    def get_seq_length(self):
+        return self.length
+
+
+def _room(states, capacity):
+    batch, heads, _, size = states.shape
+    return states.new_zeros(batch, heads, capacity, size)
+
+
+class _PreallocatedCache(Cache):
+    def __init__(self, layers, capacity):
+        super().__init__(layers=[_PreallocatedLayer(capacity) for _ in range(layers)])
+
+    def decoding(self):
+        """The prompts are in; from now on each step brings one token a row."""
+        for layer in self.layers:
+            layer.decoding = True
+
+
+def _common_prefix(prompts):
+    """How many tokens all prompts begin with; each keeps at least one of its own, and one prompt shares with nobody."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # what the first and the last in order share, all share
+    longest = min(map(len, prompts)) - 1
+    return next((i for i in range(longest) if first[i] != last[i]), longest)
+
+
+def _grouped_decode_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention of one new token to the cache, as two batched products over the key-value heads.
+
+    PyTorch's fused CPU kernel is made for many queries; for a single one, and with fewer key-value heads than query
+    heads, this is several times as fast. Prefill goes to the fused kernel.
+    query: (B, heads, 1, D). key, value: (B, kv_heads, L, D). Returns (B, 1, heads, D).
+    """
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, heads, _, size = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, size)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).float()  # (B, kv_heads, group, L)
+    scores *= size**-0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    out = torch.matmul(scores.softmax(-1).to(value.dtype), value)  # (B, kv_heads, group, D)
+    return out.reshape(batch, 1, heads, size), None
+
+
+AttentionInterface.register("grouped_decode", _grouped_decode_attention)
+AttentionMaskInterface.register("grouped_decode", sdpa_mask)
+
+
+@contextlib.contextmanager
+def _decode_attention(model):
+    """Use `_grouped_decode_attention` on a CPU while answers are sampled."""
+    inner = unwrapped(model)
+    before = inner.config._attn_implementation
+    if model.get_input_embeddings().weight.device.type != "cpu" or before != "sdpa":
+        yield
+        return
+    inner.set_attn_implementation("grouped_decode")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(before)
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt):
+    context = getattr(model.config, "max_position_embeddings", None)
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {i} is empty: a model needs at least one token to go on from")
+        if context and len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it does not fit into the "
+                f"model's context of {context}: shorten it, or set max_new_tokens to at most {context - len(prompt)}"
+            )
+    for name, value, good in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("temperature", temperature, temperature >= 0),
+        ("top_k", top_k, top_k >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("samples_per_prompt", samples_per_prompt, samples_per_prompt >= 1),
+    ):
+        if not good:
+            raise UserError(f"{name} = {value!r} is out of range")

@@ -1,0 +1,67 @@
+"""A model from nothing: random weights of a given shape, and a byte-level BPE tokenizer trained on the corpus."""
+
+from __future__ import annotations
+
+import torch
+
+from configs.config import UserError
+from models.tiny import CHAT_TEMPLATE
+
+
+def train_tokenizer(documents, vocab_size):
+    """A byte-level BPE tokenizer (Sennrich et al. 2016) with `vocab_size` ids, which reads any text without loss.
+
+    documents: as `load_corpus` gives them. Raises UserError when the corpus is too small for so many ids.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    chat = "text" not in documents[0]
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # all 256 bytes, seen or not
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_texts(documents), trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(f"scratch_vocab = {vocab_size}: the corpus has pairs for {found} ids only; set that or less")
+    eos = "<|im_end|>" if chat else "<|endoftext|>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, unk_token="<|endoftext|>")
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _texts(documents):
+    for document in documents:
+        if "text" in document:
+            yield document["text"]
+        for value in (document.get("prompt"), document.get("completion"), document.get("messages")):
+            yield from [value] if isinstance(value, str) else [m["content"] for m in value or []]
+
+
+def build_scratch(architecture, layers, width, heads, context, tokenizer, seed):
+    """A causal language model with random float32 weights, as the architecture's authors initialise them.
+
+    architecture: "llama" (rotary positions, RMSNorm, SwiGLU of 8/3 width) or "gpt2" (learned positions, LayerNorm).
+    context: the longest text it reads, in tokens. The output embedding is tied to the input embedding.
+    """
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if architecture == "gpt2":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": context}
+        config = GPT2Config(vocab_size=len(tokenizer), **shape, **dropout, **ids)
+    else:
+        inner = -(-width * 8 // 3 // 32) * 32  # 8/3 of the width, rounded up to a multiple of 32
+        shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
+        attention = {"num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": context}
+        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **attention, **ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,0 +1,148 @@
+"""Every stage in order, from the fetched model to the comparison: what `make demo` runs.
+
+    python report/demo.py
+    python report/demo.py --smoke true      # the same stages on a tiny model with random weights
+
+Each stage is one of README's commands in a process of its own. A stage that is done already says so and ends at once:
+after a failure or an interruption the same command goes on from there. Nothing here trains or measures.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from configs.config import ROOT, UserError, cli, option
+from configs.run import duration, in_root, say
+
+# Seconds that each stage takes on two cores of an AMD EPYC with bf16. The pace of this machine rescales them.
+MEASURED = {
+    "fetch": 29,
+    "preferences": 173,
+    "groups": 82,
+    "lm": 83,
+    "sft": 78,
+    "reward": 186,
+    "dpo": 156,
+    "ppo": 209,
+    "grpo_offline": 106,
+    "grpo": 275,
+    "compare": 690,
+}
+SMOKE_PACE = 0.1  # of the stages on a tiny model, until the first of them has been timed
+DONE_SECONDS = 6  # a stage that finds its work done only starts Python and reads a manifest
+ALREADY = ("this very ", ": already in ")  # what the scripts print then: "holds this very run", for one
+
+
+@dataclass
+class Config:
+    smoke: bool = option(False, "the same stages with configs/smoke/: seconds each, on random weights")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. `made`: the file whose presence says that the stage was finished before."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    made: str
+
+
+def stages(smoke=False):
+    """The stages in order."""
+    where, data, models = ("configs/smoke", "data/smoke", "models/smoke") if smoke else ("configs", "data", "models")
+
+    def stage(name, title, script, config, made, *edits, always=False):
+        """`--config` is written out where the script would not read it by itself."""
+        given = ("--config", f"{where}/{config}.yaml") if smoke or always else ()
+        return Stage(name, title, (script, *given, *edits), made)
+
+    lm = ("--out", "models/smoke/lm") if smoke else ("--max_steps", "10", "--out", "models/lm_demo")
+    fetch = Stage("fetch", "the pretrained model and the text", ("models/fetch.py",), "models/smollm2-135m/config.json")
+    return [
+        *([] if smoke else [fetch]),  # a tiny model is built where it is needed
+        stage("preferences", "preference pairs", "data/generate_preferences.py", "preferences",
+              f"{data}/preferences.manifest.json"),
+        stage("groups", "groups with several rejections", "data/generate_preferences_multi.py", "preferences_multi",
+              f"{data}/groups.manifest.json"),
+        stage("lm", "language-model training, a few steps", "train/train_lm.py", "train_base",
+              f"{lm[-1]}/manifest.json", *lm),
+        stage("sft", "supervised fine-tuning on the chosen answers", "train/train_lm_lora.py", "sft",
+              f"{models}/sft/manifest.json", always=True),
+        stage("reward", "reward model", "rlhf/train_reward_model.py", "reward", f"{models}/reward/manifest.json"),
+        stage("dpo", "DPO", "rlhf/dpo_train.py", "dpo", f"{models}/dpo/manifest.json"),
+        stage("ppo", "PPO", "rlhf/ppo_train.py", "ppo", f"{models}/ppo/manifest.json"),
+        stage("grpo_offline", "GRPO on the stored groups", "rlhf/grpo_train.py", "grpo_offline",
+              f"{models}/grpo_offline/manifest.json", always=True),
+        stage("grpo", "GRPO online", "rlhf/grpo_train.py", "grpo", f"{models}/grpo/manifest.json"),
+        stage("compare", "measure and compare", "report/compare.py", "compare", ""),
+    ]  # fmt: skip
+
+
+def seconds_left(todo, pace):
+    """Seconds that these stages will take: the measured ones times `pace`; next to none for what is there already."""
+    return sum(DONE_SECONDS if s.made and in_root(s.made).is_file() else MEASURED[s.name] * pace for s in todo)
+
+
+def run_stage(stage):
+    """Run one stage and pass its output on line by line. Returns (exit status, whether it found its work done)."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    already = False
+    process = subprocess.Popen(
+        [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, encoding="utf-8", errors="replace", bufsize=1,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            already = already or any(words in line for words in ALREADY)
+            say(line, end="")
+        return process.wait(), already
+    except KeyboardInterrupt:  # the stage got it too: let it end in its own way
+        process.wait()
+        raise
+
+
+def run_all(todo, again, pace=1.0):
+    """Run the stages one after the other. `again`: the command that goes on after a failure.
+
+    pace: how long stages are expected to take as a share of MEASURED, until the first has been timed.
+    Raises UserError when a stage fails: the stages after it would learn from what is not there.
+    """
+    started = time.time()
+    spent = expected = 0.0  # by the stages that had work to do: how fast this machine is
+    for k, stage in enumerate(todo):
+        pace = spent / expected if expected else pace
+        minutes = max(1, round(seconds_left(todo[k:], pace) / 60))
+        elapsed = duration(time.time() - started)
+        say(f"\nstage {k + 1} of {len(todo)}: {stage.title} | {elapsed} | about {minutes} min left")
+        say(f"$ {shlex.join(['python', *stage.command])}")
+        clock = time.time()
+        try:
+            status, already = run_stage(stage)
+        except KeyboardInterrupt:
+            say(f"\nstopped in stage {k + 1} of {len(todo)} ({stage.title}). To go on from there: {again}")
+            raise
+        if status:
+            raise UserError(
+                f"stage {k + 1} of {len(todo)} ({stage.title}) ended with status {status}; its own message is above. "
+                f"What was finished stays. To go on from there: {again}"
+            )
+        if not already:
+            spent, expected = spent + time.time() - clock, expected + MEASURED[stage.name]
+    say(f"\nall {len(todo)} stages in {duration(time.time() - started)}")
+
+
+def main(config):
+    again = "python report/demo.py --smoke true" if config.smoke else "make demo (or python report/demo.py)"
+    run_all(stages(config.smoke), again, SMOKE_PACE if config.smoke else 1.0)
+    report = "report/runs/smoke/REPORT.md" if config.smoke else "report/REPORT.md"
+    say(f"the comparison above, with figures and sample answers: {report}")
+
+
+if __name__ == "__main__":
+    cli(main, Config)

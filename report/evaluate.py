@@ -1,0 +1,420 @@
+"""Measure one checkpoint on the held-out prompts: what it gained, what that cost, and how sure both are.
+
+    python report/evaluate.py --model_name models/dpo
+    python report/evaluate.py --model_name smollm2-135m --best_of 4     # the best of 4 answers by the reward model
+
+It samples answers, scores them with the checks (gold) and the reward model (proxy), takes the KL to the base from one
+forward pass of each model over the same tokens, and reads held-out text. Writes report/runs/NAME.json, answers
+included, and measures nothing that an equal measurement there already says.
+
+Intervals hold 95 %. They are Student's, over the prompts' mean scores: the answers to one prompt are not independent,
+the prompts are. Left out: the spread over training seeds, which report/compare.py adds where there are several runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+
+from configs.config import ROOT, UserError, cli, config_to_dict, option
+from configs.run import (
+    git_commit,
+    in_root,
+    machine,
+    quiet_libraries,
+    say,
+    sha256_file,
+    shown,
+    versions,
+    write_atomically,
+)
+from data.blocks import make_blocks
+from data.checks import PROMPTS, is_degenerate, load_prompts, passed, score, words
+from data.corpus import load_corpus
+from models.answers import progress_line
+from models.generation import generate
+from models.loader import (
+    adapter_base,
+    answer_text,
+    frozen_dtype,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    prompt_ids,
+    resolve_model,
+    weights_hash,
+)
+from rlhf.packing import completion_logprobs, score_answers
+from rlhf.reward_model import RewardModel
+from rlhf.utils import kl_estimate
+from train.common import data_order, evaluate_lm
+
+NOT_IDENTITY = ("model_name", "out", "overwrite", "batch_size")  # the model counts by its weights
+BLOCKS_AT_ONCE = 8
+
+
+@dataclass
+class Measure:
+    """What is measured and how: the same for every model that is to be compared."""
+
+    base: str = option("smollm2-135m", "the model that the KL is taken to: where training started")
+    reward_model: str | None = option("models/reward", "folder of the reward model, the proxy; left out if not there")
+    prompts: str = option(PROMPTS, "prompt file; its held-out prompts are answered")
+    limit: int | None = option(None, "answer only the first so many held-out prompts", at_least=2)
+    samples_per_prompt: int = option(2, "answers measured for each prompt", at_least=1)
+    max_new_tokens: int = option(48, "longest answer, in tokens", at_least=1)
+    temperature: float = option(1.0, "of the sampling and of the log-probs", above=0)
+    batch_size: int = option(240, "answers sampled at once", at_least=1)
+    text: str = option("shakespeare", "corpus whose held-out part is read for the perplexity")
+    text_tokens: int = option(4096, "tokens of it that are read, about", at_least=16)
+    text_length: int = option(256, "tokens that are read in one piece", at_least=8)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights of all models")
+    seed: int = option(0, "of the sampling", at_least=0)
+    overwrite: bool = option(False, "measure again what was measured already")
+
+
+@dataclass
+class Config(Measure):
+    CONFIG: ClassVar[str] = "configs/evaluate.yaml"
+    model_name: str = option("smollm2-135m", "what is measured: an embedded name, a folder with a model or an adapter")
+    best_of: int = option(1, "keep of so many answers the one that the reward model scores highest", at_least=1)
+    out: str | None = option(None, "the file to write; default report/runs/NAME.json")
+
+
+def t975(df):
+    """The 97.5 % quantile of Student's t: Abramowitz & Stegun 26.7.5, within 1 % from 3 degrees of freedom on."""
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / df**k for k, term in enumerate(terms, start=1))
+
+
+def interval(values):
+    """{"mean", "se", "half", "n"} of independent values: the mean, its standard error, half of its 95 % interval.
+
+    se and half are None for fewer than two values.
+    """
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+        return {"mean": mean, "se": None, "half": None, "n": n}
+    se = statistics.stdev(values) / math.sqrt(n)
+    return {"mean": mean, "se": se, "half": t975(n - 1) * se, "n": n}
+
+
+def prompt_means(answers, value):
+    """{prompt id: mean of value(answer) over its answers}."""
+    groups = {}
+    for answer in answers:
+        groups.setdefault(answer["id"], []).append(value(answer))
+    return {key: statistics.fmean(group) for key, group in groups.items()}
+
+
+def clustered(answers, value):
+    """`interval` of value(answer), clustered by prompt: over the prompts' means."""
+    return interval(list(prompt_means(answers, value).values()))
+
+
+def distinct(texts, n):
+    """Distinct-n of Li et al. 2016: different word n-grams / all word n-grams, over all texts together; 0 without any.
+
+    It falls as texts get longer or more: compare it between models only at like lengths.
+    """
+    grams = []
+    for text in texts:
+        found = words(text)
+        grams += zip(*(found[i:] for i in range(n)))
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def best_of_kl(n):
+    """Nats an answer by which best-of-n can differ from its base at most: log n - (n - 1) / n (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n
+
+
+def summarise(answers, unseen):
+    """The figures of a list of answers; `unseen`: the check types that occur in no training prompt.
+
+    An answer is {"id", "text", "gold", "proxy" or None, "kl" or None (nats), "tokens", "stopped", "checks"}, the last a
+    list of [name, passed]. Gold, proxy and KL are per answer, with intervals; kl_per_token is in nats.
+    """
+    by_check = {}
+    for answer in answers:
+        for name, good in answer["checks"]:
+            by_check.setdefault(name, []).append({"id": answer["id"], "good": good})
+    asked = [{"id": a["id"], "good": good} for a in answers for name, good in a["checks"] if name in unseen]
+    have_proxy = all(a["proxy"] is not None for a in answers)
+    have_kl = all(a["kl"] is not None for a in answers)
+    texts = [a["text"] for a in answers]
+    return {
+        "answers": len(answers),
+        "gold": clustered(answers, lambda a: a["gold"]),
+        "unseen": clustered(asked, lambda c: c["good"]) if asked else None,
+        "checks": {name: clustered(by_check[name], lambda c: c["good"]) for name in sorted(by_check)},
+        "proxy": clustered(answers, lambda a: a["proxy"]) if have_proxy else None,
+        "kl": clustered(answers, lambda a: a["kl"]) if have_kl else None,
+        "kl_per_token": sum(a["kl"] for a in answers) / sum(a["tokens"] for a in answers) if have_kl else None,
+        "ended": statistics.fmean(a["stopped"] for a in answers),
+        "tokens": statistics.fmean(a["tokens"] for a in answers),
+        "looping": statistics.fmean(is_degenerate(text) for text in texts),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+    }
+
+
+def files_hash(name):
+    """A hash of a model's weight files, the base's included for an adapter; of a hub's model, of its weights."""
+    path = resolve_model(name)
+    if not isinstance(path, Path):
+        return weights_hash(load_model(name, dtype=torch.float32))
+    digest = hashlib.sha256()
+    if (path / "adapter_config.json").is_file():
+        digest.update(files_hash(adapter_base(path)).encode())
+        files = [path / "adapter_model.safetensors"]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{shown(path)} has no weights: {file.name} is missing")
+        digest.update(sha256_file(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def measurement_path(config):
+    """Where the measurement goes: `out`, or report/runs/NAME.json with models/smoke/dpo as smoke-dpo."""
+    if config.out:
+        return in_root(config.out)
+    name = shown(in_root(config.model_name)) if in_root(config.model_name).is_dir() else config.model_name
+    name = name.strip("/").removeprefix("models/").replace("/", "-")
+    return ROOT / "report" / "runs" / f"{name}{f'-best{config.best_of}' if config.best_of > 1 else ''}.json"
+
+
+def identity(config):
+    """What decides the figures: the settings, and hashes of the weights, the prompts and the checks' code."""
+    settings = {k: v for k, v in config_to_dict(config).items() if k not in NOT_IDENTITY}
+    settings["precision"] = pick_precision(config.precision, pick_device())
+    reward = config.reward_model and in_root(config.reward_model)
+    there = bool(reward) and reward.is_dir()
+    prompts = in_root(config.prompts)
+    if not prompts.is_file():
+        raise UserError(f"prompts = {config.prompts!r}: no such file")
+    if config.best_of > 1 and not there:
+        raise UserError(
+            f"best_of = {config.best_of} needs a reward model, and reward_model = {config.reward_model!r} is not "
+            "there. This makes it: python rlhf/train_reward_model.py"
+        )
+    hashes = {
+        "model": files_hash(config.model_name),
+        "base": files_hash(config.base),
+        "reward_model": files_hash(config.reward_model) if there else None,
+        "prompts": sha256_file(prompts)[:16],
+        "checks": sha256_file(ROOT / "data" / "checks.py")[:16],
+    }
+    return {"config": settings, "hashes": hashes}
+
+
+def evaluate(config):
+    """The measurement of config.model_name as a dict, which is also written to `measurement_path(config)`.
+
+    Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers,
+    seconds (of sampling, kl, reward_model, text, total), and where it was measured. An equal measurement is read back.
+    Raises UserError for models that do not share a tokenizer, and for what the loaders refuse.
+    """
+    started = time.time()
+    who, path = identity(config), measurement_path(config)
+    if path.is_file() and not config.overwrite:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["identity"] == who:
+            say(f"{shown(path)} holds this very measurement. --overwrite true measures again.")
+            return before
+    quiet_libraries()
+    device = pick_device()
+    dtype = frozen_dtype(who["config"]["precision"])
+    tokenizer = load_tokenizer(config.model_name)
+    same_tokens(tokenizer, config.base)
+    prompts, unseen = heldout_prompts(config)
+    seconds = {}
+
+    # 1. answers. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
+    clock = time.time()
+    model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True).to(dtype)
+    per_prompt = config.samples_per_prompt * config.best_of
+    generation = generate(
+        model,
+        [prompt_ids(tokenizer, row["prompt"]) for row in prompts],
+        config.max_new_tokens,
+        temperature=config.temperature,
+        samples_per_prompt=per_prompt,
+        stop_ids=[tokenizer.eos_token_id],
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=progress_line(),
+    )
+    questions = [prompt_ids(tokenizer, row["prompt"]) for row in prompts for _ in range(per_prompt)]
+    completions = generation.completions
+    seconds["sampling"] = time.time() - clock
+
+    # 2. the reward model's scores; of best_of answers the highest is kept
+    clock = time.time()
+    scores = [None] * len(completions)
+    if who["hashes"]["reward_model"]:
+        same_tokens(tokenizer, config.reward_model)
+        reward_model = RewardModel.load(config.reward_model, dtype=dtype, device=device)
+        scores = score_answers(reward_model, questions, completions, tokenizer.pad_token_id)
+        del reward_model
+    else:
+        say(f"reward_model = {config.reward_model!r} is not there: its score is left out")
+    kept = range(len(completions))
+    if config.best_of > 1:
+        kept = [max(kept[i : i + config.best_of], key=scores.__getitem__) for i in kept[:: config.best_of]]
+    questions, completions = [questions[i] for i in kept], [completions[i] for i in kept]
+    seconds["reward_model"] = time.time() - clock
+
+    # 3. held-out text, then the KL: k1 of each answer, both log-probs from the same kind of forward pass
+    clock = time.time()
+    blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
+    text = evaluate_lm(model, blocks, BLOCKS_AT_ONCE)
+    seconds["text"] = time.time() - clock
+    clock = time.time()
+    if config.best_of > 1:
+        kls = [None] * len(kept)
+    elif who["hashes"]["model"] == who["hashes"]["base"]:
+        kls = [0.0] * len(kept)
+    else:
+        kls = answer_kls(model, config.base, dtype, questions, completions, tokenizer.pad_token_id, config.temperature)
+    seconds["kl"] = time.time() - clock
+
+    # 4. the checks, and all of it in numbers
+    answers = []
+    for k, i in enumerate(kept):
+        row, ids = prompts[i // per_prompt], generation.completions[i]
+        said = answer_text(tokenizer, ids)
+        good = [x and not is_degenerate(said) for x in passed(said, row["checks"])]
+        answers.append(
+            {
+                "id": row["id"],
+                "prompt": row["prompt"],
+                "text": said,
+                "gold": score(said, row["checks"]),
+                "proxy": scores[i],
+                "kl": kls[k],
+                "tokens": len(ids),
+                "stopped": generation.finish_reasons[i] == "stop",
+                "checks": [[check["name"], x] for check, x in zip(row["checks"], good)],
+            }
+        )
+    measured = summarise(answers, unseen)
+    if config.best_of > 1:
+        measured["kl"] = {"mean": best_of_kl(config.best_of), "se": None, "half": None, "n": 0}
+    seconds["total"] = time.time() - started
+    result = {
+        "model_name": config.model_name,
+        "identity": who,
+        "measured": measured,
+        "text": text,
+        "unseen_types": unseen,
+        "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "answers": answers,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def same_tokens(tokenizer, name):
+    """UserError unless the model `name` reads the same token ids: log-probs and scores of ids would not compare."""
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{name} and the model that is measured have different tokenizers: give another one")
+
+
+def heldout_prompts(config):
+    """(held-out prompts, check types that no training prompt has)."""
+    path = PROMPTS if config.prompts == PROMPTS else in_root(config.prompts)
+    rows = load_prompts(path)
+    trained = {check["name"] for row in rows if row["split"] == "train" for check in row["checks"]}
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    if not heldout:
+        raise UserError(f"{config.prompts} has no held-out prompts")
+    unseen = sorted({check["name"] for row in heldout for check in row["checks"]} - trained)
+    return heldout[: config.limit], unseen
+
+
+def answer_kls(model, base, dtype, questions, completions, pad_id, temperature):
+    """k1 of each answer in nats, log pi(answer) - log base(answer): an estimate of the KL without bias."""
+    device = model.get_input_embeddings().weight.device
+    rows = (questions, completions, pad_id, temperature)
+    logprobs = completion_logprobs(model, *rows)
+    ref_logprobs = completion_logprobs(load_model(base, dtype=dtype, device=device, merge_adapter=True), *rows)
+    pairs = zip(logprobs, ref_logprobs)
+    return [kl_estimate(torch.tensor(p), torch.tensor(q), "k1").double().sum().item() for p, q in pairs]
+
+
+@functools.lru_cache(maxsize=2)
+def heldout_blocks(text, tokens, length, tokenizer_name):
+    """About `tokens` tokens of a corpus' held-out part as blocks of `length`: the same blocks for every model."""
+    path = in_root(text)
+    corpus = load_corpus(str(path) if path.exists() else text)
+    if not corpus.heldout:
+        raise UserError(f"text = {text!r}: no document of it is held out")
+    tokenizer = load_tokenizer(tokenizer_name)
+    blocks = make_blocks(corpus.heldout, corpus.kind, tokenizer, length, f"{corpus.name}, held out")
+    return blocks.pick(sorted(data_order(len(blocks), 0, 0)[: max(1, tokens // length)]))
+
+
+def plus_minus(x, digits=3):
+    """`0.412 +- 0.051`; a dash for what was not measured."""
+    if x is None:
+        return "-"
+    return f"{x['mean']:.{digits}f}" + (f" +- {x['half']:.{digits}f}" if x["half"] is not None else "")
+
+
+def show(config, result):
+    """Print what was measured."""
+    m = result["measured"]
+    say(f"\n{config.model_name}: {m['answers']} answers to {m['gold']['n']} held-out prompts; intervals hold 95 %")
+    say(f"  gold score           {plus_minus(m['gold'])}")
+    say(f"  unseen check types   {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
+    say(f"  reward model         {plus_minus(m['proxy'])}")
+    bound = "  (at most: log n - (n - 1) / n)" if config.best_of > 1 else ""
+    se = f"  (standard error {m['kl']['se']:.3f})" if m["kl"]["se"] is not None else ""
+    per_token = f", {m['kl_per_token']:.4f} a token" if m["kl_per_token"] is not None else ""
+    say(f"  KL to the base       {plus_minus(m['kl'])} nats an answer{per_token}{se}{bound}")
+    say(f"  ended by itself      {m['ended']:.0%} of answers; {m['tokens']:.1f} tokens long; {m['looping']:.1%} loop")
+    say(f"  distinct-1, -2       {m['distinct_1']:.3f}, {m['distinct_2']:.3f}")
+    text = result["text"]
+    perplexity = math.exp(text["nats_per_token"])
+    say(f"  held-out text        {text['nats_per_token']:.4f} nats per token, perplexity {perplexity:.1f}")
+    say("  share passed, by check type (* only held-out):")
+    rates = [f"{name}{'*' * (name in result['unseen_types'])} {x['mean']:.2f}" for name, x in m["checks"].items()]
+    for i in range(0, len(rates), 4):
+        say("    " + "".join(rate.ljust(22) for rate in rates[i : i + 4]).rstrip())
+    for answer in result["answers"][:: max(1, len(result["answers"]) // 3)][:3]:
+        say(f"\n  {answer['prompt']}\n  -> {' '.join(answer['text'].split())[:300]}  (gold {answer['gold']:.2f})")
+
+
+def main(config):
+    result = evaluate(config)
+    show(config, result)
+    parts = ", ".join(f"{key} {value:.1f} s" for key, value in result["seconds"].items())
+    say(f"\n{parts}\nwritten to {shown(measurement_path(config))}")
+    say("next: python report/compare.py")
+
+
+if __name__ == "__main__":
+    cli(main, Config)

@@ -1,0 +1,151 @@
+"""The report's figures: PNG, readable at the width of a README, in colours that the colour-blind can tell apart."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+STYLES = {  # Okabe & Ito's colours (2008), and a marker of its own for each method
+    "base": ("#000000", "s"),
+    "sft": ("#999999", "D"),
+    "best_of": ("#CC79A7", "P"),
+    "dpo": ("#0072B2", "o"),
+    "ppo": ("#E69F00", "^"),
+    "grpo_offline": ("#56B4E9", "v"),
+    "grpo": ("#009E73", "*"),
+}
+SIZE = {"*": 13, "P": 9}
+
+
+def new_figure(width, height, columns):
+    """A figure that needs no display and no global state, with `columns` axes side by side."""
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.92")
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def point(ax, row, x, y):
+    """One method with both its intervals; x and y are dicts of report/evaluate.py's `interval`."""
+    color, marker = STYLES[row.key]
+    ax.errorbar(
+        x["mean"], y["mean"], xerr=x["half"] or 0, yerr=y["half"] or 0, fmt=marker, color=color,
+        ms=SIZE.get(marker, 8), mec="white", mew=0.6, elinewidth=1.2, capsize=2.5, label=row.label,
+    )  # fmt: skip
+
+
+def scores_figure(rows, path):
+    """Gold score against KL to the base, and against the reward model's score, with 95 % intervals."""
+    proxied = all(row.measured["proxy"] for row in rows)
+    figure, axes = new_figure(10.5 if proxied else 6.5, 4.6, 2 if proxied else 1)
+    for row in rows:
+        if row.measured["kl"]:
+            point(axes[0], row, row.measured["kl"], row.gold)
+        if proxied:
+            point(axes[1], row, row.measured["proxy"], row.gold)
+    axes[0].set_xlabel("KL to the base, nats an answer (best-of-n: upper bound)")
+    axes[0].set_title("Gold score against KL")
+    if proxied:
+        axes[1].set_xlabel("reward model's score (proxy)")
+        axes[1].set_title("Gold score against proxy")
+    base = next(row for row in rows if row.key == "base")
+    for ax in axes:
+        ax.set_ylabel("gold score: share of checks passed")
+        ax.set_ylim(bottom=0)
+        ax.axhline(base.gold["mean"], color="0.6", lw=0.8, ls=":", zorder=0)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(rows), 7), frameon=False)
+    figure.suptitle("Held-out prompts; bars are 95 % intervals", fontsize=10, color="0.35")
+    figure.savefig(path)
+
+
+def running_mean(values, width):
+    """Mean of each value with those before it, at most `width` of them."""
+    return [float(np.mean(values[max(0, i + 1 - width) : i + 1])) for i in range(len(values))]
+
+
+def curve(ax, row, key, per_step, **style):
+    """One logged value of a run against what it had seen, thin, and its running mean, thick."""
+    points = [(line["step"] * per_step, line[key]) for line in row.curves or () if key in line]
+    if not points:
+        return False
+    x, y = zip(*points)
+    color = style.pop("color", STYLES[row.key][0])
+    ax.plot(x, y, color=color, lw=0.8, alpha=0.35)
+    ax.plot(x, running_mean(y, max(1, len(y) // 8)), color=color, lw=2, **style)
+    return True
+
+
+def answers_a_prompt(settings):
+    """Answers sampled for each prompt: GRPO's group_size, PPO's samples_per_prompt."""
+    return settings["group_size"] if "group_size" in settings else settings.get("samples_per_prompt", 1)
+
+
+def curves_figure(rows, path):
+    """Gold score of what PPO and GRPO sampled, PPO's reward and KL, DPO's accuracy and loss, against what they saw."""
+    by_key = {row.key: row for row in rows}
+    figure, axes = new_figure(11.5, 4.0, 3)
+    drawn = [False] * 3
+    for key in ("ppo", "grpo"):
+        if key in by_key:
+            row = by_key[key]
+            per_step = row.settings["prompts_per_step"] * answers_a_prompt(row.settings)
+            drawn[0] |= curve(axes[0], row, "gold", per_step, label=row.label)
+            if key == "ppo":
+                drawn[1] |= curve(axes[1], row, "reward", per_step, label="reward model's score")
+                curve(axes[1], row, "kl", per_step, color="#0072B2", ls="--", label="KL to the base, nats an answer")
+    if "dpo" in by_key:
+        row = by_key["dpo"]
+        pairs = row.settings["batch_size"]
+        drawn[2] |= curve(axes[2], row, "accuracy", pairs, label="accuracy: chosen above rejected")
+        curve(axes[2], row, "loss", pairs, color="#D55E00", ls="--", label="loss, nats a pair")
+        axes[2].axhline(math.log(2), color="0.6", lw=0.8, ls=":")
+        axes[2].annotate("ln 2", (1, math.log(2)), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    titles = ("Gold score while learning", "PPO: what it is paid for, and the price", "DPO on its pairs")
+    labels = ("gold score of the sampled answers", "score; nats", "accuracy; loss")
+    for ax, title, label, what, seen in zip(axes, titles, labels, ("answers", "answers", "pairs"), drawn):
+        ax.set_title(title, fontsize=11)
+        ax.set_xlabel(f"training {what} seen")
+        ax.set_ylabel(label)
+        if seen:
+            ax.legend(frameon=False, fontsize=8.5)
+        else:
+            ax.text(0.5, 0.5, "no such run", transform=ax.transAxes, ha="center", color="0.5")
+    axes[0].set_ylim(bottom=0)
+    figure.suptitle("Training prompts; thick: running mean over an eighth of the run", fontsize=10, color="0.35")
+    figure.savefig(path)
+
+
+def checks_figure(rows, path):
+    """A map of the share of answers that pass each check type; the types that occur only held-out stand apart."""
+    base = next(row for row in rows if row.key == "base")
+    unseen = base.runs[0]["unseen_types"]
+    checks = base.measured["checks"]
+    groups = [[name for name in checks if name not in unseen], [name for name in checks if name in unseen]]
+    groups = [sorted(group, key=lambda name: checks[name]["mean"]) for group in groups if group]
+    figure = Figure(figsize=(max(6.0, 2.6 + 0.56 * len(checks)), 1.9 + 0.42 * len(rows)), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False, width_ratios=[len(group) for group in groups])[0]
+    colors = matplotlib.colormaps["cividis"]
+    for k, (ax, names) in enumerate(zip(axes, groups)):
+        # (methods, types)
+        shares = np.array([[row.measured["checks"][name]["mean"] for name in names] for row in rows])
+        image = ax.imshow(shares, vmin=0, vmax=1, cmap=colors, aspect="auto")
+        for (i, j), share in np.ndenumerate(shares):
+            ax.text(j, i, f"{share:.2f}"[0 if share >= 0.995 else 1 :], ha="center", va="center", fontsize=8.5,
+                    color="black" if share > 0.55 else "white")  # fmt: skip
+        ticks = [f"{name} ({checks[name]['n']})" for name in names]
+        ax.set_xticks(range(len(names)), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
+        ax.set_yticks(range(len(rows)), [row.label for row in rows] if k == 0 else [])
+        ax.set_title("types seen in training" if names[0] not in unseen else "only held-out", fontsize=10)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+    bar = figure.colorbar(image, ax=list(axes), fraction=0.03, pad=0.01)
+    bar.set_label("share of answers that pass")
+    figure.supxlabel("check type (held-out prompts that ask for it)", fontsize=9)
+    figure.savefig(path)

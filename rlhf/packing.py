@@ -1,0 +1,133 @@
+"""Answers to the same prompt in one row, so that the prompt is computed once: the layout of every RLHF forward pass.
+
+A row is [prompt, answer 1, answer 2, ...]. Each answer sees the prompt and itself, and its positions go on where the
+prompt ends, so every number is the one that the answer gets in a row of its own; with 8 short answers a prompt there
+are half as many tokens to compute. What comes out is per answer again: (N, L), N answers, L tokens of the longest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from models.logprobs import head_logprobs, hidden_states, unwrapped
+
+
+@dataclass
+class Packed:
+    """N answers in R rows of T tokens."""
+
+    input_ids: torch.Tensor  # (R, T)
+    position_ids: torch.Tensor  # (R, T)
+    attention_mask: torch.Tensor  # (R, 1, T, T), True where a token (third axis) sees another (fourth)
+    targets: torch.Tensor  # (N, L) the answers' ids
+    mask: torch.Tensor  # (N, L) 1 on the answers' tokens
+    predictor: torch.Tensor  # (N, L) index into the R * T tokens of the one that predicts each target
+    last: torch.Tensor  # (N,) index of each answer's last token
+    tokens: int  # real tokens in all rows
+
+    def to_answers(self, values):
+        """Values of the counted tokens, in the order of `mask`, as (N, L) with zeros elsewhere."""
+        empty = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
+        return empty.masked_scatter(self.mask.bool(), values)
+
+    def align(self, lists):
+        """A list of numbers for each answer as (N, L)."""
+        numbers = [x for row in lists for x in row]
+        return self.to_answers(torch.tensor(numbers, dtype=torch.float32, device=self.mask.device))
+
+
+def pack(prompts, completions, pad_id, device):
+    """Pack answers; consecutive ones with the same prompt share a row.
+
+    prompts, completions: lists of token ids, one each an answer. Answers come back in the order given. Padding is told
+    by length, never by token id.
+    """
+    rows, segments, positions, predictor, last = [], [], [], [], []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        if i == 0 or prompt != prompts[i - 1]:
+            rows.append(list(prompt))
+            segments.append([0] * len(prompt))
+            positions.append(list(range(len(prompt))))
+        row, start = len(rows) - 1, len(rows[-1])
+        predictor.append([(row, len(prompt) - 1), *((row, start + t) for t in range(len(completion) - 1))])
+        last.append((row, start + len(completion) - 1))
+        rows[-1] += completion
+        segments[-1] += [segments[-1][-1] + 1] * len(completion)
+        positions[-1] += range(len(prompt), len(prompt) + len(completion))
+
+    width, longest = max(map(len, rows)), max(map(len, completions))
+    tokens = sum(map(len, rows))
+
+    def filled(lists, value, to):
+        return torch.tensor([[*x, *[value] * (to - len(x))] for x in lists], device=device)
+
+    segment = filled(segments, -1, width)
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    same = segment[:, :, None] == segment[:, None, :]  # padding (-1) sees padding: a row without any key would be NaN
+    sees_prompt = (segment[:, None, :] == 0) & (segment[:, :, None] >= 0)
+    return Packed(
+        input_ids=filled(rows, pad_id, width),
+        position_ids=filled(positions, 0, width),
+        attention_mask=(causal & (same | sees_prompt))[:, None],
+        targets=filled(completions, pad_id, longest),
+        mask=filled([[1] * len(c) for c in completions], 0, longest),
+        predictor=filled([[r * width + t for r, t in p] for p in predictor], 0, longest),
+        last=torch.tensor([r * width + t for r, t in last], device=device),
+        tokens=tokens,
+    )
+
+
+def answer_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
+    """Log-probs (N, L) of the answers' tokens in float32, at the sampling temperature; entries outside the mask are 0.
+
+    entropy=True also returns the entropies (N, L) in nats, without gradient. With a value head, a module
+    (..., H) -> (..., 1), also the values (N, L) of the states in which each token is chosen, and (N,) after the last.
+    """
+    hidden = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids).flatten(0, 1)
+    at = packed.mask.bool()
+    states = hidden[packed.predictor[at]]  # (tokens of the answers, H)
+    head = unwrapped(model).get_output_embeddings()
+    measured = head_logprobs(head, states, packed.targets[at], temperature, entropy)
+    found = [packed.to_answers(x) for x in (measured if entropy else (measured,))]
+    if value_head is not None:
+        found.append(packed.to_answers(value_head(states.float()).float().squeeze(-1)))
+        found.append(value_head(hidden[packed.last].float()).float().squeeze(-1))
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def answer_scores(model, packed, head):
+    """Scores (N,) of a reward model: its head on the last token of each answer."""
+    hidden = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids).flatten(0, 1)
+    return head(hidden[packed.last]).float().squeeze(-1)
+
+
+@torch.no_grad()
+def score_answers(reward_model, prompts, completions, pad_id, batch_size=64):
+    """Scores by a RewardModel, as floats in the order given; answers to one prompt should stand together."""
+    device = next(reward_model.parameters()).device
+    scores = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        packed = pack(prompts[part], completions[part], pad_id, device)
+        scores += answer_scores(reward_model.model, packed, reward_model.head).tolist()
+    return scores
+
+
+@torch.no_grad()
+def completion_logprobs(model, prompts, completions, pad_id, temperature=1.0, batch_size=64, progress=None):
+    """Log-prob of each completion token given its prompt: a list of lists, in the order given.
+
+    Answers to one prompt should stand together. Runs in the caller's autocast context. progress(done, all).
+    """
+    device = model.get_input_embeddings().weight.device
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        packed = pack(prompts[part], completions[part], pad_id, device)
+        logprobs = answer_logprobs(model, packed, temperature)
+        found += [row[: len(c)].tolist() for row, c in zip(logprobs, completions[part])]
+        if progress:
+            progress(len(found), len(prompts))
+    return found

@@ -1,0 +1,105 @@
+"""The reward model: a transformer with one number on top, and the loss that makes the number prefer what people chose.
+
+Bradley-Terry (Stiennon et al. 2020, eq. 1): the probability that `chosen` is preferred is sigmoid of the difference of
+scores. A margin (Touvron et al. 2023, eq. 2) asks for a larger difference where the preference was stronger; centering
+(Eisenstein et al. 2023) pulls the sum of both scores to 0, which Bradley-Terry itself leaves free.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from configs.config import UserError
+from configs.run import shown
+from models.loader import pick_device, portable_name, resolve_model
+from models.logprobs import hidden_states, unwrapped
+
+ADAPTER = "adapter"  # subfolder of a reward model trained with LoRA: the adapter alone, for sharing a backbone
+
+
+def reward_loss(chosen_scores, rejected_scores, margin=None, center_coef=0.0):
+    """Mean over pairs of -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2; all (B,)."""
+    difference = chosen_scores - rejected_scores
+    if margin is not None:
+        difference = difference - margin
+    losses = -F.logsigmoid(difference) + center_coef * (chosen_scores + rejected_scores).square()
+    return losses.mean()
+
+
+def last_token(attention_mask):
+    """Index (B,) of each row's last real token, whichever side the padding is on."""
+    index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask.bool() * index).argmax(-1)
+
+
+def score_at_end(hidden, attention_mask, head):
+    """Scores (B,) in float32 from body outputs (B, T, H), read at each row's last real token."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return head(hidden[rows, last_token(attention_mask)]).float().squeeze(-1)
+
+
+class RewardModel(torch.nn.Module):
+    """A sequence classifier of transformers with one label, whose score is read by the mask, not by the pad token."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def load(cls, name, dtype=torch.float32, device=None):
+        """From a folder that `save` wrote (or any one-label sequence classifier), or a language model with a new head.
+
+        Raises UserError when the classifier has another number of labels.
+        """
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        path = resolve_model(name)
+        if isinstance(path, Path) and (path / "adapter_config.json").is_file():
+            raise UserError(f"{shown(path)} is an adapter; a reward model starts from a full model: merge it first")
+        config = AutoConfig.from_pretrained(str(path))
+        architecture = (config.architectures or [""])[0]
+        if architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
+            raise UserError(f"{name}: a reward model has one label, this classifier has {config.num_labels}")
+        new_head = not architecture.endswith("ForSequenceClassification")
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                str(path), num_labels=1, dtype=dtype, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load a reward model from {name}: {str(error).splitlines()[0]}") from None
+        if new_head:  # small, so that training starts from indifference: Stiennon et al. 2020, appendix B.1
+            torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
+        return cls(model.to(device or pick_device()).eval())
+
+    @property
+    def head(self):
+        return unwrapped(self.model).score
+
+    def forward(self, input_ids, attention_mask):
+        return self.score(input_ids, attention_mask)
+
+    def score(self, input_ids, attention_mask):
+        """Scores (B,) of rows (B, T); padding on either side, or none, gives the same."""
+        return score_at_end(hidden_states(self.model, input_ids, attention_mask), attention_mask, self.head)
+
+    def save(self, folder, tokenizer, base):
+        """Write a folder that AutoModelForSequenceClassification loads; with LoRA also the adapter alone in `adapter/`.
+
+        transformers finds the end of a row by its pad token, so the saved pad is a token that no text holds.
+        """
+        folder = Path(folder)
+        model = self.model
+        if model is not unwrapped(model):
+            for adapter in model.peft_config.values():
+                adapter.base_model_name_or_path = portable_name(base)
+            model.save_pretrained(folder / ADAPTER)
+            model = model.merge_and_unload()
+        eos = tokenizer.eos_token_id
+        if tokenizer.pad_token_id == eos and tokenizer.unk_token_id not in (None, eos):
+            tokenizer.pad_token = tokenizer.unk_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

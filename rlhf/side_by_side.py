@@ -1,0 +1,115 @@
+"""A trained model beside the base that it started from, on the same prompts: what three inference scripts share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.config import UserError, option, read_yaml
+from configs.run import in_root, quiet_libraries, say, shown
+from data.prompts import read_prompts
+from models.answers import check_out, sample_answers, sampling
+from models.loader import (
+    adapter_base,
+    frozen_dtype,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    prompt_ids,
+    resolve_model,
+)
+from rlhf.packing import completion_logprobs
+from rlhf.utils import as_reference
+
+
+@dataclass
+class CompareConfig:
+    model_name: str = option("", "the run's folder")
+    prompt: str | None = option(None, "one prompt of your own, in place of the file's")
+    prompts: str = option("data/prompts.json", "file of prompts (.json, .jsonl, .txt); of a .json the held-out ones")
+    limit: int = option(8, "how many of the file's prompts", at_least=1)
+    max_new_tokens: int = option(48, "longest answer, in tokens", at_least=1)
+    temperature: float = option(1.0, "of sampling and of the log-probs", above=0)
+    batch_size: int = option(64, "answers sampled at once", at_least=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "of the weights; fp32 gives exact log-probs")
+    seed: int = option(0, "of the sampling; both models draw with the same random numbers", at_least=0)
+    out: str | None = option(None, "JSONL file to write the answers to")
+
+    def check(self):
+        check_out(self.out)
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("prompt is empty")
+
+
+class SideBySide:
+    """The model of a run, its base, and the prompts that both answer.
+
+    The base is the model with its adapter switched off; for a full model it is loaded by the name that the run's
+    config.yaml gives as model_name.
+    """
+
+    def __init__(self, config, made_by, need_checks=False):
+        """made_by: the command that makes the folder, for the UserError that says it is not there."""
+        quiet_libraries()
+        self.config, self.name = config, config.model_name
+        self.folder = run_folder(config.model_name, made_by)
+        self.rows = read_some(config, need_checks)
+        self.prompts = [row["prompt"] for row in self.rows]
+        self.device = pick_device()
+        self.dtype = frozen_dtype(pick_precision(config.precision, self.device))
+        self.model = load_model(self.folder, dtype=self.dtype, device=self.device)
+        self.tokenizer = load_tokenizer(self.folder)
+        if (self.folder / "adapter_config.json").is_file():
+            self.base, self.reference = adapter_base(self.folder), None
+        else:
+            self.base = run_value(self.folder, "model_name")
+            self.reference = load_model(self.base, dtype=self.dtype, device=self.device)
+
+    def answers(self, samples=1):
+        """(the model's answers, the base's), each a list with `samples` Answers for each prompt."""
+        config = self.config
+        each = f"{samples} answers" if samples > 1 else "an answer"
+        say(f"{self.name} and its base {self.base}: {each} to each of {len(self.prompts)} prompts,", end=" ")
+        say(f"temperature {config.temperature:g}")
+        settings = (self.tokenizer, self.prompts, config.max_new_tokens, samples)
+        own = sample_answers(self.model, *settings, **sampling(config))
+        with as_reference(self.model, self.reference) as ref:
+            return own, sample_answers(ref, *settings, **sampling(config))
+
+    def ids(self, groups):
+        """(prompt ids, completion ids) of all answers, one entry an answer; those to one prompt stand together."""
+        rows = [(prompt_ids(self.tokenizer, p), a.ids) for p, group in zip(self.prompts, groups) for a in group]
+        return [p for p, _ in rows], [c for _, c in rows]
+
+    def logprobs(self, groups):
+        """(log-probs under the model, under the base), each a list with one list of nats a token for each answer."""
+        settings = (*self.ids(groups), self.tokenizer.pad_token_id, self.config.temperature)
+        own = completion_logprobs(self.model, *settings)
+        with as_reference(self.model, self.reference) as ref:
+            return own, completion_logprobs(ref, *settings)
+
+
+def run_folder(name, made_by):
+    """The folder of a finished run. Raises UserError, with the command that makes it, if it is not there."""
+    if not in_root(name).is_dir():
+        raise UserError(f"{name} is not there. This makes it: {made_by}")
+    return resolve_model(name)
+
+
+def run_value(folder, key, default=None):
+    """What the run in `folder` was configured with; UserError if neither its config.yaml nor `default` says it."""
+    path = folder / "config.yaml"
+    value = read_yaml(path).get(key, default) if path.is_file() else default
+    if value is None:
+        raise UserError(f"{shown(path)} does not say {key}: is {shown(folder)} the folder of such a run?")
+    return value
+
+
+def read_some(config, need_checks=False):
+    """The prompts that a comparison is made on: config.prompt alone, or the first config.limit of config.prompts."""
+    if config.prompt is None:
+        return read_prompts(config.prompts, "heldout", need_checks)[: config.limit]
+    if need_checks:
+        raise UserError("prompt: your own prompt has no checks to be scored by; give a --judge module:function")
+    return [{"prompt": config.prompt}]

@@ -1,0 +1,38 @@
+"""Tests run with sockets blocked but for loopback: what they need is fetched before (`python models/fetch.py`)."""
+
+import os
+import socket
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        host = address[0] if isinstance(address, tuple) else ""
+        if self.family != socket.AF_UNIX and host not in ("127.0.0.1", "localhost", "::1", "0.0.0.0"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def tiny():
+    """A function (name, **config changes) -> a small random model in float64, eval mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from models.tiny import tiny_config
+
+    def build(name="tiny-llama", dtype=torch.float64, vocab_size=64, **changes):
+        torch.manual_seed(0)
+        config = tiny_config(name, vocab_size, 2, **changes)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    return build

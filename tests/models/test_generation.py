@@ -1,0 +1,124 @@
+"""The sampler against transformers' own generate, against forward passes, and against probabilities."""
+
+import math
+
+import pytest
+import torch
+
+from models.generation import generate, tempered_logprobs
+
+BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
+
+
+@BOTH
+def test_greedy_equals_transformers_on_a_padded_batch(tiny, name):
+    model = tiny(name)
+    found = generate(model, PROMPTS, 10, temperature=0)
+    for prompt, mine in zip(PROMPTS, found.completions):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None)
+        assert mine == theirs[0, len(prompt) :].tolist()
+
+
+@BOTH
+def test_a_row_gets_in_a_batch_what_it_gets_alone(tiny, name):
+    model = tiny(name)
+    numbers = torch.rand(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    together = generate(model, PROMPTS, 8, samples_per_prompt=3, stop_ids=range(4), uniforms=numbers)
+    small = generate(model, PROMPTS, 8, samples_per_prompt=3, stop_ids=range(4), uniforms=numbers, batch_size=2)
+    alone = [generate(model, [PROMPTS[i // 3]], 8, stop_ids=range(4), uniforms=numbers[i : i + 1]) for i in range(12)]
+    assert together.completions == small.completions == [g.completions[0] for g in alone]
+    assert together.finish_reasons == [g.finish_reasons[0] for g in alone]
+    assert {"stop", "length"} == set(together.finish_reasons)  # rows left the batch at different steps
+    for a, b in zip(together.logprobs, alone):
+        assert a == pytest.approx(b.logprobs[0], abs=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.6)])
+def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(tiny, name, temperature, top_k, top_p):
+    model = tiny(name)
+    g = generate(model, PROMPTS, 6, temperature, top_k, top_p, samples_per_prompt=2, seed=0)
+    for i, (completion, logprobs) in enumerate(zip(g.completions, g.logprobs)):
+        prompt = PROMPTS[i // 2]
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected = tempered_logprobs(logits, temperature, top_k, top_p).gather(-1, torch.tensor(completion)[:, None])
+        assert logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("tails", [[[1], [2, 3], [4, 5, 6]], [[1], [], [1, 2]], [[], []]])
+def test_prompts_that_begin_alike_get_what_they_get_alone(tiny, name, tails):
+    model = tiny(name)
+    prompts = [[7, 8, 9, 10, *tail] for tail in tails]
+    together = generate(model, prompts, 8, temperature=0)
+    alone = [generate(model, [p], 8, temperature=0) for p in prompts]
+    assert together.completions == [g.completions[0] for g in alone]
+    for a, b in zip(together.logprobs, alone):
+        assert a == pytest.approx(b.logprobs[0], abs=1e-6)
+
+
+def test_frequencies_of_first_tokens_follow_the_probabilities(tiny):
+    model = tiny(vocab_size=6)
+    g = generate(model, [[3, 4]], 1, samples_per_prompt=20_000, seed=0, batch_size=5000)
+    counts = torch.bincount(torch.tensor([c[0] for c in g.completions]), minlength=6) / 20_000
+    p = model(torch.tensor([[3, 4]])).logits[0, -1].softmax(-1)
+    assert (counts - p).abs().max() < 4 * 0.5 / math.sqrt(20_000)
+
+
+def test_top_k_and_top_p_on_worked_numbers():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert tempered_logprobs(logits, top_k=2).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    # 0.5 < 0.7 <= 0.5 + 0.3: the smallest set that reaches 0.7 is the first two
+    assert tempered_logprobs(logits, top_p=0.7).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert tempered_logprobs(logits, top_p=0.5).exp()[0].tolist() == pytest.approx([1, 0, 0, 0])
+    # temperature 0.5 squares: 0.25, 0.09, 0.0225, 0.0025 over 0.365
+    assert tempered_logprobs(logits, 0.5).exp()[0, 0].item() == pytest.approx(0.25 / 0.365)
+
+
+def test_the_stop_id_is_kept_and_ends_the_answer(tiny):
+    g = generate(tiny(vocab_size=4), [[3]] * 20, 30, stop_ids=[2], seed=0)
+    for completion, reason, logprobs in zip(g.completions, g.finish_reasons, g.logprobs):
+        assert len(completion) == len(logprobs)
+        assert (reason == "stop") == (completion[-1] == 2) and 2 not in completion[:-1]
+        assert reason == "stop" or len(completion) == 30
+
+
+def test_same_seed_same_answers_and_training_mode_is_kept(tiny):
+    model = tiny().train()
+    first, second, other = (generate(model, PROMPTS, 5, seed=s).completions for s in (0, 0, 1))
+    assert first == second != other and model.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_tokens_stream_as_they_come(tiny):
+    seen = []
+    g = generate(tiny(), [[5, 6]], 5, seed=0, on_token=lambda row, token: seen.append((row, token)))
+    assert seen == [(0, t) for t in g.completions[0]]
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[5], []], {}, "prompt 1 is empty"),
+        ([[5] * 510], {}, "does not fit into the model's context of 512"),
+        ([[5]], {"temperature": -1}, "temperature = -1"),
+        ([[5]], {"top_p": 0}, "top_p = 0"),
+    ],
+)
+def test_bad_input_is_named(tiny, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), prompts, 8, **options)
+
+
+def test_greedy_equals_transformers_with_smollm2_on_real_prompts():
+    from models.loader import load_model, load_tokenizer, prompt_ids
+
+    model, tokenizer = load_model("smollm2-135m", device="cpu"), load_tokenizer("smollm2-135m")
+    texts = ["What is the capital of France?", "Hi", "Name three colours. Write only in lowercase letters."]
+    ids = [prompt_ids(tokenizer, t) for t in texts]
+    found = generate(model, ids, 12, temperature=0, stop_ids=[tokenizer.eos_token_id])
+    for prompt, mine in zip(ids, found.completions):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+        assert mine == theirs[: len(mine)]
+    assert "Paris" in tokenizer.decode(found.completions[0])

@@ -1,0 +1,183 @@
+"""The comparison on made-up measurements: the figures are there, the sentences follow the numbers both ways."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.config import UserError
+from report import compare
+from report.compare import (
+    Config,
+    Method,
+    checks_sentence,
+    cost_sentence,
+    curves_sentence,
+    find_runs,
+    gain,
+    headline,
+    kl_sentence,
+    listed,
+    plain,
+    proxy_sentence,
+    run_folder,
+    seconds_before,
+    sure,
+    table,
+    write_report,
+)
+
+spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).with_name("synthetic.py"))
+synthetic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(synthetic)
+synthetic_rows = synthetic.synthetic_rows
+
+NOTHING = dict.fromkeys(("sft", "dpo", "ppo", "grpo_offline", "grpo"), (0.15, 0.0, 4.0, 3.8))
+
+
+def test_report_and_figures(tmp_path):
+    path = write_report(Config(out=str(tmp_path)), synthetic_rows(), ["models/dpo learned from other data."])
+    text = path.read_text()
+    for name in ("scores", "curves", "checks"):
+        figure = tmp_path / "figures" / f"{name}.png"
+        assert f"(figures/{name}.png)" in text
+        content = figure.read_bytes()
+        assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+        width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+        assert 700 < width < 2000 and 300 < height < 1000
+    for words in ("de-quantised from 4-bit", "models/dpo learned from other data.", "0123456789abcdef", "seed 0",
+                  "One training seed", "at most 0.64", "GRPO online has the highest gold score"):  # fmt: skip
+        assert words in text, words
+
+
+def test_every_row_of_the_table_has_every_column():
+    lines = table(synthetic_rows())
+    assert {len(line) for line in lines} == {len(compare.COLUMNS)}
+    assert [line[0] for line in lines[1:4]] == ["base", "SFT on chosen", "best of 4"]
+    assert lines[1][2] == "" and "+-" in lines[2][2]
+
+
+def test_headline_names_the_best_and_who_overlaps():
+    text = headline(synthetic_rows())
+    assert text.startswith("GRPO online has the highest gold score")
+    assert "without overlap: DPO" in text or "GRPO online; overlapping" in text
+    swapped = headline(synthetic_rows(dpo=(0.8, 1, 5, 3.8)))
+    assert swapped.startswith("DPO has the highest")
+    worse = headline(synthetic_rows(**dict.fromkeys(NOTHING, (0.0, 0, 4, 3.8)), best_of=None))
+    assert worse.startswith("No method scores above the base")
+    assert "below it, without overlap: SFT on chosen, DPO, PPO, GRPO offline and GRPO online" in worse
+    assert "without overlap: none" in worse
+    only = {key: None for key in synthetic.LEVELS if key != "base"}
+    assert headline(synthetic_rows(**only)).startswith("Only the base was measured")
+
+
+def test_proxy_sentence_tells_the_thing_from_the_proxy():
+    levels = dict.fromkeys(("sft", "best_of", "grpo_offline"))
+    text = proxy_sentence(synthetic_rows(**levels, dpo=(0.9, 3, 9, 3.8), ppo=(0.15, 3, 9, 3.8), grpo=(0.9, 0, 9, 3.8)))
+    assert "gold and proxy both rose: DPO;" in text
+    assert "only the proxy rose: PPO" in text
+    assert "only the gold score rose: GRPO online" in text
+    assert "neither rose: DPO" in proxy_sentence(synthetic_rows(**levels, ppo=None, grpo=None, dpo=(0.0, -2, 9, 3.8)))
+    rows = synthetic_rows()
+    rows[1].measured["proxy"] = None
+    assert "not measured" in proxy_sentence(rows)
+
+
+def test_kl_sentence():
+    text = kl_sentence(synthetic_rows())
+    assert text.startswith("GRPO online reaches") and "GRPO online went furthest" in text
+    assert "best of 4 gains most a nat" in text
+    text = kl_sentence(synthetic_rows(best_of=None, ppo=(0.3, 1, 40, 3.8)))
+    assert "PPO went furthest" in text
+    nobody = dict.fromkeys(NOTHING, (0.0, 0, 4, 3.8))
+    assert kl_sentence(synthetic_rows(**nobody, best_of=None)).startswith("None of the methods")
+
+
+def test_curves_sentence_says_rose_and_fell():
+    rows = synthetic_rows()
+    assert "GRPO online's gold score rose" in curves_sentence(rows)
+    grpo = rows[-1]
+    grpo.curves = [{"step": line["step"], "gold": 1 - line["gold"]} for line in grpo.curves]
+    assert "GRPO online's gold score fell" in curves_sentence(rows)
+    for row in rows:
+        row.curves = []
+    assert curves_sentence(rows) == "No run left a log of its scores."
+
+
+def test_checks_and_cost_sentences_follow_the_numbers():
+    rows = synthetic_rows()
+    assert checks_sentence(rows).startswith("GRPO online gains most on")
+    assert "(includes, numbered)" in checks_sentence(rows)
+    assert "GRPO online, the highest, 3.880 (+0.080; perplexity +8.3%)" in cost_sentence(rows)  # exp(0.08) = 1.0833
+    assert "PPO, the highest, 3.900" in cost_sentence(synthetic_rows(ppo=(0.3, 1, 4, 3.9)))
+
+
+def test_paired_gain_is_sharper_than_two_intervals():
+    rows = synthetic_rows(**NOTHING)
+    base, same = rows[0], rows[0]
+    assert gain(same, base)["mean"] == 0 and sure(gain(same, base)) == 0
+    found = gain(synthetic_rows()[-1], base)
+    assert sure(found) == 1
+    assert found["mean"] == pytest.approx(synthetic_rows()[-1].gold["mean"] - base.gold["mean"])
+
+
+def test_missing_runs_are_named_with_their_commands(tmp_path):
+    config = Config(models=str(tmp_path), reward_model=str(tmp_path / "reward"), seeds="0,1")
+    with pytest.raises(UserError) as error:
+        find_runs(config)
+    for words in (f"{tmp_path}/dpo: python rlhf/dpo_train.py\n", f"--seed 1 --out {tmp_path}/dpo-seed1",
+                  f"{tmp_path}/reward: python rlhf/train_reward_model.py", "--allow_missing true"):  # fmt: skip
+        assert words in str(error.value)
+    config.allow_missing = True
+    (tmp_path / "dpo").mkdir()
+    (tmp_path / "dpo" / "manifest.json").write_text("{}")
+    config.seeds = None
+    assert [method.key for method in find_runs(config)] == ["base", "dpo"]
+
+
+def test_seeds_are_checked_and_name_their_folders():
+    assert Config(seeds="0, 2").seed_list() == [0, 2]
+    assert run_folder(Config(), Method("dpo", "DPO", "dpo"), 0) == "models/dpo"
+    assert run_folder(Config(), Method("dpo", "DPO", "dpo"), 2) == "models/dpo-seed2"
+    for bad in ("0,0", "a", "1,,2"):
+        with pytest.raises(UserError, match="seeds"):
+            Config(seeds=bad).seed_list()
+
+
+def test_several_seeds_are_pooled_and_their_spread_is_shown(tmp_path):
+    config = Config(seeds="0,1", models=str(tmp_path), out=str(tmp_path / "out"))
+    methods = [method for method in compare.METHODS if method.key in ("base", "grpo")]
+    results = {m.key: [synthetic.measurement(m.key, *synthetic.LEVELS[m.key], seed=s) for s in (0, 1)] for m in methods}
+    for suffix, seconds in (("", 100), ("-seed1", 200)):
+        folder = tmp_path / f"grpo{suffix}"
+        folder.mkdir()
+        manifest = {"seconds": seconds, "peak_memory_gb": 2.0, "inputs": {}, "script": "grpo_train.py"}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "config.yaml").write_text("model_name: smollm2-135m\nprompts_per_step: 8\ngroup_size: 8\n")
+    rows = compare.make_rows(config, methods, results)
+    one, two = (run["measured"]["gold"]["mean"] for run in results["grpo"])
+    assert rows[1].gold["mean"] == pytest.approx((one + two) / 2)
+    assert rows[1].gold["n"] == 54 and rows[1].seconds == 150  # prompts, not prompts times seeds
+    text = write_report(config, rows).read_text()
+    assert f"| GRPO online | {one:.3f} | {two:.3f} |" in text
+    (tmp_path / "grpo" / "config.yaml").write_text("model_name: gpt2\n")
+    with pytest.raises(UserError, match="gpt2"):
+        compare.make_rows(config, methods, results)
+
+
+def test_time_of_what_a_run_needs_is_counted_once(tmp_path):
+    pairs, reward = tmp_path / "pairs.jsonl", tmp_path / "reward"
+    pairs.write_text("{}\n")
+    pairs.with_suffix(".manifest.json").write_text(json.dumps({"seconds": 60, "inputs": {"prompts": "x"}}))
+    reward.mkdir()
+    (reward / "manifest.json").write_text(json.dumps({"seconds": 100, "inputs": {str(pairs): "x"}}))
+    assert seconds_before({str(pairs): ""}) == 60
+    assert seconds_before({str(pairs): "", str(reward): ""}) == 160
+    assert seconds_before({"data/nothing-of-that-name.json": ""}) == 0
+
+
+def test_answers_cannot_break_the_tables():
+    assert plain("a | b\n\n- c*d*") == r"a \| b / - c\*d\*"
+    assert plain("") == "(nothing)"
+    assert listed(["a", "b", "c"]) == "a, b and c" and listed([]) == "none"

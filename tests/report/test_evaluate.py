@@ -1,0 +1,94 @@
+"""One checkpoint measured as a command: on random weights, in seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from configs.config import ROOT, UserError
+from models.loader import load_model, load_tokenizer
+from report.evaluate import Config, answer_kls, evaluate, heldout_prompts, measurement_path
+
+QUICK = {"base": "tiny-llama", "reward_model": None, "limit": 6, "max_new_tokens": 6, "text": "tests/train/text.jsonl",
+         "text_tokens": 128, "text_length": 32, "precision": "fp32"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of an adapter on tiny-llama that says something else than its base."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(load_model("tiny-llama"), settings)
+    model.peft_config["default"].base_model_name_or_path = "tiny-llama"
+    model.save_pretrained(folder, save_embedding_layers=False)
+    load_tokenizer("tiny-llama").save_pretrained(folder)
+    return folder
+
+
+def run(*edits):
+    return subprocess.run(
+        [sys.executable, "report/evaluate.py", "--config", "configs/smoke/evaluate.yaml", *edits],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_as_a_command_twice(adapter, tmp_path):
+    out = tmp_path / "adapter.json"
+    edits = ("--model_name", str(adapter), "--reward_model", "none", "--out", str(out))
+    first = run(*edits)
+    assert first.returncode == 0, first.stderr
+    assert "KL to the base" in first.stdout and "its score is left out" in first.stdout
+    before = out.stat().st_mtime_ns
+    second = run(*edits)
+    assert second.returncode == 0 and "this very measurement" in second.stdout
+    assert out.stat().st_mtime_ns == before
+
+
+def test_measures_again_what_changed(adapter, tmp_path):
+    path = str(tmp_path / "out.json")
+    config = Config(**QUICK, model_name=str(adapter), out=path)
+    first = evaluate(config)
+    assert first["measured"]["kl"]["mean"] != 0 and len(first["answers"]) == 12
+    assert evaluate(Config(**QUICK, model_name=str(adapter), out=path)) == json.loads(json.dumps(first))
+    assert evaluate(Config(**QUICK, model_name=str(adapter), out=path, seed=1))["answers"] != first["answers"]
+    base = evaluate(Config(**QUICK, model_name="tiny-llama", out=path))
+    assert base["measured"]["kl"]["mean"] == 0.0
+    assert base["identity"]["hashes"]["model"] == base["identity"]["hashes"]["base"]
+    assert base["identity"]["hashes"]["model"] != first["identity"]["hashes"]["model"]
+
+
+def test_kl_of_answers_against_a_sum_in_float64(adapter):
+    questions, completions = [[5, 6, 7], [8, 9]], [[10, 11, 12, 13], [14, 2]]
+    model = load_model(str(adapter), merge_adapter=True)
+    found = answer_kls(model, "tiny-llama", torch.float32, questions, completions, 2, temperature=0.7)
+    exact = [load_model(name, dtype=torch.float64, merge_adapter=True) for name in (str(adapter), "tiny-llama")]
+    for question, completion, kl in zip(questions, completions, found):
+        ids = torch.tensor([question + completion])
+        sums = []
+        for m in exact:
+            logprobs = (m(ids).logits[0, :-1] / 0.7).log_softmax(-1)
+            sums.append(logprobs.gather(-1, ids[0, 1:, None])[-len(completion) :].sum().item())
+        assert kl == pytest.approx(sums[0] - sums[1], abs=1e-4)
+        assert abs(kl) > 1e-3
+
+
+def test_best_of_needs_a_reward_model():
+    with pytest.raises(UserError, match="train_reward_model"):
+        evaluate(Config(**(QUICK | {"reward_model": "models/none"}), model_name="tiny-llama", best_of=2))
+
+
+def test_unseen_types_are_those_that_no_training_prompt_has():
+    prompts, unseen = heldout_prompts(Config(limit=7))
+    assert len(prompts) == 7 and all(row["split"] == "heldout" for row in prompts)
+    assert unseen == ["numbered", "repeats", "sentences"]
+
+
+def test_where_a_measurement_goes():
+    assert measurement_path(Config(model_name="smollm2-135m")) == ROOT / "report/runs/smollm2-135m.json"
+    assert measurement_path(Config(model_name="models/x/dpo")) == ROOT / "report/runs/x-dpo.json"
+    assert measurement_path(Config(model_name="gpt2", best_of=4)).name == "gpt2-best4.json"

@@ -1,0 +1,223 @@
+"""The RLHF scripts as commands: tiny runs, two processes against one, user errors."""
+
+import contextlib
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.config import UserError, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(script, *arguments):
+    """Run a script's main in this process (a new one takes seconds to import its libraries); what it printed."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        module.main(load_config(module.Config, [str(a) for a in arguments]))
+    return printed.getvalue()
+
+
+def command(script, *arguments, processes=1, cwd=ROOT, status=0):
+    """Run a script as a command, under accelerate for several processes; what it printed."""
+    words = [sys.executable]
+    if processes > 1:
+        words += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words += [str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert status == 0 or "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def under_accelerate(script, *arguments):
+    return command(script, *arguments, processes=2, cwd=Path.cwd())
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Pairs in which the chosen answer is the one with the letter a."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = []
+    for i in range(24):
+        answers = ("a" * (1 + i % 3), "b" * (1 + i % 4))
+        rows.append({
+            "prompt": [{"role": "user", "content": f"letter {i}"}],
+            "chosen": [{"role": "assistant", "content": answers[0]}],
+            "rejected": [{"role": "assistant", "content": answers[1]}],
+            "chosen_score": 1.0, "rejected_score": 0.5 if i % 2 else 0.0,
+        })  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reward(pairs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "reward"
+    call("rlhf/train_reward_model.py", "--config", "configs/smoke/reward.yaml", "--data", pairs, "--lr", "1e-2",
+        "--epochs", 3, "--out", out)  # fmt: skip
+    return out
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b, tolerance):
+    a, b = (load_file(Path(x) / "adapter_model.safetensors") for x in (a, b))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=tolerance, rtol=0)
+    assert any(key.endswith("lora_B.weight") and value.abs().max() > 1e-4 for key, value in a.items())
+
+
+def test_reward_model_learns_and_reports(reward):
+    manifest = json.loads((reward / "manifest.json").read_text())
+    assert manifest["result"]["heldout_accuracy"] == 1.0
+    assert (reward / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [(), ("--loss_type", "ipo"), ("--precompute_reference", "false", "--lora_r", "0")])
+def test_dpo_runs_and_a_second_run_is_recognised(pairs, tmp_path, options):
+    arguments = ("--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / "dpo", *options)
+    call("rlhf/dpo_train.py", *arguments)
+    losses = [row["loss"] for row in metrics(tmp_path / "dpo")]
+    assert losses[-1] < losses[0]
+    assert "holds this very run, finished" in call("rlhf/dpo_train.py", *arguments)
+    with pytest.raises(UserError, match="beta: 0.1 there, 0.3 now(.|\n)*--overwrite true"):
+        call("rlhf/dpo_train.py", *arguments, "--beta", "0.3")
+
+
+def test_cached_reference_equals_fresh(pairs, tmp_path):
+    for cached in ("true", "false"):
+        call("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / cached,
+            "--precompute_reference", cached)  # fmt: skip
+    same_weights(tmp_path / "true", tmp_path / "false", 1e-5)
+
+
+def test_gradient_checkpointing_moves_every_lora_b_and_changes_nothing(pairs, tmp_path):
+    for on in ("true", "false"):
+        call("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / on,
+            "--gradient_checkpointing", on, "--max_steps", 1, "--warmup_steps", 0)  # fmt: skip
+    same_weights(tmp_path / "true", tmp_path / "false", 1e-5)
+    weights = load_file(tmp_path / "true" / "adapter_model.safetensors")
+    b = [value for key, value in weights.items() if "lora_B" in key]
+    assert len(b) == 14 and all(value.abs().max() > 0 for value in b)
+
+
+def test_two_processes_take_the_steps_of_one_dpo(pairs, tmp_path):
+    for n, run in ((1, call), (2, under_accelerate)):
+        run("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / str(n),
+            "--max_grad_norm", "0.05", "--batch_size", 3, "--max_steps", 3)  # fmt: skip
+    same_weights(tmp_path / "1", tmp_path / "2", 2e-5)
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    for a, b in zip(one, two):
+        for key in ("loss", "accuracy", "chosen_logps", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], abs=1e-3, rel=1e-4), key
+
+
+def test_two_processes_take_the_steps_of_one_grpo(tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text("def judge(prompt, completion):\n    return float(len(completion) % 3)\n")
+    monkeypatch.chdir(tmp_path)
+    for n, run in ((1, call), (2, under_accelerate)):
+        run("rlhf/grpo_train.py", "--config", ROOT / "configs/smoke/grpo.yaml", "--judge", "judge:judge",
+            "--out", tmp_path / str(n), "--max_grad_norm", "0.05")  # fmt: skip
+    same_weights(tmp_path / "1", tmp_path / "2", 2e-5)
+    for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2")):
+        for key in ("reward", "loss", "length", "grad_norm", "no_signal"):
+            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
+
+
+@pytest.mark.parametrize("options", [(), ("--lora_r", "0"), ("--kl_controller", "adaptive", "--kl_target", "3")])
+def test_ppo_runs(reward, tmp_path, options):
+    out = tmp_path / "ppo"
+    call("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--out", out, *options)
+    rows = metrics(out)
+    assert len(rows) == 2 and (out / "value_head.safetensors").is_file()
+    assert {"reward", "gold", "kl", "entropy", "clip_fraction", "value_loss", "stopped", "tok/s"} <= rows[0].keys()
+
+
+def test_ppo_two_processes_take_the_steps_of_one(reward, tmp_path):
+    for n, run in ((1, call), (2, under_accelerate)):
+        run("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1,
+            "--minibatches", 1, "--out", tmp_path / str(n))  # fmt: skip
+    same_weights(tmp_path / "1", tmp_path / "2", 2e-5)
+
+
+def test_ppo_first_inner_step_has_ratio_1(reward, tmp_path):
+    call("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1,
+        "--minibatches", 1, "--out", tmp_path / "ppo")  # fmt: skip
+    assert all(row["approx_kl"] == 0 and row["clip_fraction"] == 0 for row in metrics(tmp_path / "ppo"))
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Groups as the generator writes them, sampled by tiny-llama itself."""
+    from models.generation import generate
+    from models.loader import answer_text, load_model, load_tokenizer, prompt_ids
+
+    model, tokenizer = load_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama")
+    rows = []
+    for i in range(4):
+        prompt = [{"role": "user", "content": f"group {i}"}]
+        g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=3, stop_ids=[2], seed=i)
+        texts = [[{"role": "assistant", "content": answer_text(tokenizer, c)}] for c in g.completions]
+        rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0, 0.5],
+                     "completion_ids": g.completions, "logprobs": g.logprobs, "temperature": 1.0})  # fmt: skip
+    path = tmp_path_factory.mktemp("data") / "groups.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_grpo_offline_starts_on_policy_with_stored_logprobs(groups, tmp_path):
+    arguments = ("--config", "configs/smoke/grpo_offline.yaml", "--groups", groups, "--out", tmp_path / "g")
+    assert "ratios to the stored log-probs" in call("rlhf/grpo_train.py", *arguments)
+    first, second = metrics(tmp_path / "g")
+    assert first["approx_kl"] < 1e-9 < second["approx_kl"]
+    assert first["reward"] == pytest.approx(0.5)
+
+
+def test_grpo_offline_without_stored_logprobs_says_what_it_is(groups, tmp_path):
+    rows = [json.loads(line) for line in groups.read_text().splitlines()]
+    stripped = [{k: v for k, v in row.items() if k not in ("completion_ids", "logprobs")} for row in rows]
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in stripped))
+    output = call("rlhf/grpo_train.py", "--config", "configs/smoke/grpo_offline.yaml", "--groups", path,
+                 "--out", tmp_path / "g")  # fmt: skip
+    assert "advantage-weighted fine-tuning" in output
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("dpo_train", ("--beta", "-1"), "beta = -1.0 is out of range: must be above 0"),
+        ("dpo_train", ("--bta", "1"), "Did you mean 'beta'?"),
+        ("dpo_train", ("--data", "data/nowhere.jsonl"), "python data/generate_preferences.py"),
+        ("dpo_train", ("--loss_type", "hinge", "--label_smoothing", "0.1"), "has no effect with loss_type = hinge"),
+        ("ppo_train", ("--reward_model", "models/nowhere"), "python rlhf/train_reward_model.py"),
+        ("ppo_train", ("--kl_target", "3"), "kl_target has no effect with kl_controller = fixed"),
+        ("grpo_train", ("--group_size", "1"), "group_size = 1 is out of range"),
+        ("grpo_train", ("--mode", "offline", "--judge", "a:b"), "have no effect"),
+        ("grpo_train", ("--prompts", "nowhere.json"), "nowhere.json"),
+        ("grpo_train", ("--model_name", "models/nowhere"), "models/nowhere"),
+    ],
+)
+def test_user_errors_name_the_key(script, arguments, message, tmp_path):
+    with pytest.raises(UserError) as error:
+        call(f"rlhf/{script}.py", "--config", f"configs/smoke/{script.split('_')[0]}.yaml", "--out",
+             tmp_path / "out", *arguments)  # fmt: skip
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("script", ["train_reward_model", "dpo_train", "ppo_train", "grpo_train"])
+def test_a_user_error_ends_a_command_with_status_2_and_no_traceback(script):
+    assert "Did you mean 'lr'" in command(f"rlhf/{script}.py", "--lrr", "1", status=2)

@@ -1,0 +1,92 @@
+"""LoRA: train small low-rank matrices beside the frozen weights of a language model (Hu et al. 2021, arXiv:2106.09685).
+
+    python train/train_lm_lora.py                             # adapter on Shakespeare's plays
+    python train/train_lm_lora.py --config configs/sft.yaml   # supervised fine-tuning on the chosen answers
+    python train/train_lm_lora.py --merge true                # also a plain model, in OUT/merged
+
+A linear layer W x becomes W x + (alpha / r) B A x with A (r, in) random and B (out, r) zero. The technique changes the
+model, not the loop: this script is `add_lora` and `train` from train_lm.py. Frozen weights need no float32: they are
+kept in `precision`, with half the memory and, where the hardware computes in bf16, several times the speed.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from configs.config import UserError, cli, option
+from configs.run import say, shown
+from models.loader import (
+    PRECISIONS,
+    load_model,
+    pick_device,
+    pick_precision,
+    portable_name,
+    resolve_model,
+)
+from train.common import LMConfig, save_model
+from train.train_lm import train
+
+
+@dataclass
+class Config(LMConfig):
+    out: str = "models/lm_lora"
+    lora_r: int = option(16, "rank of the adapter", at_least=1)
+    lora_alpha: float = option(32.0, "the adapter's output is scaled by lora_alpha / lora_r", above=0)
+    lora_dropout: float = option(0.0, "dropout before the adapter", at_least=0, below=1)
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "in which the frozen weights are kept")
+    merge: bool = option(False, "also save the model with the adapter folded in, in OUT/merged")
+
+    def check(self):
+        super().check()
+        refuse_base(self.model_name)
+
+
+def refuse_base(model_name):
+    """Raise UserError for a base that an adapter cannot name: random weights, or another adapter."""
+    if model_name == "scratch":
+        raise UserError("model_name = 'scratch': an adapter needs a trained model that it can name as its base")
+    path = resolve_model(model_name)
+    if portable_name(path) != path and (path / "adapter_config.json").is_file():
+        raise UserError(f"model_name = {model_name!r} is itself an adapter; train it with --merge true and use /merged")
+
+
+def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32):
+    """Freeze `model`, keep it in `dtype`, and give each linear layer but the head an adapter in float32.
+
+    alpha: default 2 r. Draws A from torch's global generator. Returns the PEFT model; its adapter names `model_name`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model.to(dtype), settings)
+    model.peft_config["default"].base_model_name_or_path = portable_name(resolve_model(model_name))
+    trained, total = model.get_nb_trainable_parameters()
+    say(f"LoRA of rank {r}: {trained:,} of {total:,} parameters train ({trained / total:.2%}); the rest are {dtype}")
+    return model
+
+
+def save_adapter(model, tokenizer, folder, merge):
+    """Save the adapter; with `merge` also a plain model in folder/merged, folded in float32."""
+    save_model(model, tokenizer, folder)
+    if merge:
+        merged = load_model(folder, dtype=torch.float32, merge_adapter=True)
+        (folder / "merged").mkdir(exist_ok=True)
+        save_model(merged, tokenizer, folder / "merged")
+        say(f"merged model in {shown(folder / 'merged')}/")
+
+
+def main(config):
+    dtype = PRECISIONS[pick_precision(config.precision, pick_device())]
+    if dtype == torch.float16:  # its gradients would need a scaler: see train_lm_amp_ckpt.py
+        dtype = torch.float32
+    shape = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dtype": dtype}
+    change_model = partial(add_lora, model_name=config.model_name, **shape)
+    train(config, change_model=change_model, save=partial(save_adapter, merge=config.merge))
+
+
+if __name__ == "__main__":
+    cli(main, Config)
