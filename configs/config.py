@@ -17,7 +17,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import sys
+import time
 import types
 import typing
 from dataclasses import field
@@ -98,11 +100,26 @@ def cli(main, Config):
     try:
         main(load_config(Config))
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and the launcher then ends this process
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
+        _leave_processes()
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit:
+        _leave_processes()
+        raise
+    _leave_processes()
+
+
+def _leave_processes():
+    """Close the connections to the other processes: gloo's threads abort an interpreter that ends without."""
+    if "torch.distributed" in sys.modules:
+        dist = sys.modules["torch.distributed"]
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _parse_command_line(Config, argv):

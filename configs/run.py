@@ -41,6 +41,22 @@ def say(*words, end="\n"):
         print(*words, end=end, flush=True)
 
 
+def on_main(action):
+    """Call `action()` on rank 0. If it ends in a UserError or an exit there, all ranks end so: none waits for ever."""
+    import torch.distributed as dist
+
+    outcome = [None]
+    if rank() == 0:
+        try:
+            action()
+        except (UserError, SystemExit) as end:
+            outcome = [end]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[0]:
+        raise outcome[0]
+
+
 def shown(path):
     """A path as a person would type it from the repository's root."""
     path = Path(path).resolve()
@@ -163,8 +179,7 @@ class Run:
         self._first = None  # (time, step) when steps began, for the estimate
         self._tokens = 0
         self.is_main = rank() == 0
-        if self.is_main:
-            self._claim_folder()
+        on_main(self._claim_folder)
 
     def _claim_folder(self):
         if self.folder.exists() and not self.folder.is_dir():

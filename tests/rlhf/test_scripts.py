@@ -123,6 +123,9 @@ def test_two_processes_take_the_steps_of_one_dpo(pairs, tmp_path):
     for a, b in zip(one, two):
         for key in ("loss", "accuracy", "chosen_logps", "grad_norm"):
             assert a[key] == pytest.approx(b[key], abs=1e-3, rel=1e-4), key
+    arguments = ("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / "2")
+    again = under_accelerate(*arguments, "--max_grad_norm", "0.05", "--batch_size", 3, "--max_steps", 3)
+    assert again.count("holds this very run, finished") == 1  # and both processes end well, or the status were not 0
 
 
 def test_two_processes_take_the_steps_of_one_grpo(tmp_path, monkeypatch):
