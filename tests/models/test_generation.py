@@ -111,14 +111,20 @@ def test_bad_input_is_named(tiny, prompts, options, message):
         generate(tiny(), prompts, 8, **options)
 
 
-def test_greedy_equals_transformers_with_smollm2_on_real_prompts():
+def test_greedy_equals_transformers_with_smollm2_on_a_padded_batch_of_real_prompts():
     from models.loader import load_model, load_tokenizer, prompt_ids
 
     model, tokenizer = load_model("smollm2-135m", device="cpu"), load_tokenizer("smollm2-135m")
-    texts = ["What is the capital of France?", "Hi", "Name three colours. Write only in lowercase letters."]
-    ids = [prompt_ids(tokenizer, t) for t in texts]
-    found = generate(model, ids, 12, temperature=0, stop_ids=[tokenizer.eos_token_id])
-    for prompt, mine in zip(ids, found.completions):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-        assert mine == theirs[: len(mine)]
+    texts = ["What is the capital of France?", "Hi", "Name three colours. Write only in lowercase letters.", "2 + 2 ="]
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Describe honey bees to a child."}]
+    ids = [prompt_ids(tokenizer, t) for t in (*texts, talk)]
+    assert len({len(row) for row in ids}) > 3
+    found = generate(model, ids, 16, temperature=0, stop_ids=[tokenizer.eos_token_id])
+    width = max(map(len, ids))
+    padded = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    theirs = model.generate(padded, attention_mask=mask, max_new_tokens=16, do_sample=False)[:, width:].tolist()
+    for mine, row in zip(found.completions, theirs):
+        assert mine == row[: len(mine)]
+        assert len(mine) == 16 or mine[-1] == tokenizer.eos_token_id
     assert "Paris" in tokenizer.decode(found.completions[0])
