@@ -28,6 +28,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST = 2**32 - 1  # of whole numbers: seeds and steps are multiplied in 64 bits
+on_refusal = []  # functions that `cli` calls when a run ends in a UserError: they take back what was begun
 
 
 class UserError(ValueError):
@@ -72,17 +74,24 @@ def read_yaml(path):
     if not path.is_file():
         raise UserError(f"--config {path}: no such file. The project's own are in {_shown(ROOT / 'configs')}/")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{_shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{_shown(path)}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(f"{_shown(path)}{where}: not valid YAML ({what}); it takes one `key: value` a line") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{_shown(path)}: must be a mapping of keys to values, one `key: value` a line")
+    lines = {}  # the library keeps the last of several equal keys
+    for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:
+        line = key.start_mark.line + 1
+        if lines.setdefault(key.value, line) != line:
+            raise UserError(f"{_shown(path)} line {line}: {key.value} stands in line {lines[key.value]} already")
     return content
 
 
@@ -100,6 +109,8 @@ def cli(main, Config):
     try:
         main(load_config(Config))
     except UserError as error:
+        while on_refusal:
+            on_refusal.pop()()
         if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and the launcher then ends this process
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
@@ -141,10 +152,10 @@ def _parse_command_line(Config, argv):
             if i >= len(argv) or (argv[i].startswith("--") and len(argv[i]) > 2):
                 raise UserError(f"--{key} needs a value: --{key} {'PATH' if key == 'config' else 'VALUE'}")
             value = argv[i]
+        if key in edits or (key == "config" and path):
+            raise UserError(f"--{key} is given twice on the command line")
         if key == "config":
             path = Path(value)
-        elif key in edits:
-            raise UserError(f"--{key} is given twice on the command line")
         else:
             edits[key] = value
         i += 1
@@ -196,6 +207,8 @@ def _cast(Config, key, value, where):
     if kind is str:
         if isinstance(value, (bool, dict, list)) or value is None:
             raise UserError(f"{key} = {value!r} {where}: must be text; put it in quotes")
+        if "\0" in str(value) or (f.default and not str(value).strip()):  # an empty path would be the working directory
+            raise UserError(f"{key} = {value!r} {where}: must be text that is not empty")
         return str(value)
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -206,6 +219,8 @@ def _cast(Config, key, value, where):
             raise wrong from None
         if not math.isfinite(number) or (kind is int and number != int(number)):
             raise wrong
+        if kind is int and abs(number) > LARGEST:
+            raise UserError(f"{key} = {value!r} {where} is out of range: whole numbers go up to {LARGEST}")
         return kind(number)
     raise AssertionError(f"configuration field {key}: type {kind} is not supported")
 

@@ -1,0 +1,73 @@
+"""The folder of a run that is about to begin: nothing is lost, and nothing is left, if the run is then refused.
+
+Most mistakes in data and models are found after the folder was claimed. Until the run has logged its first line, what
+an earlier run left there is only moved aside, and a UserError puts everything back as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from configs.config import UserError, on_refusal
+
+REPLACED = ".replaced"  # the subfolder that keeps an earlier run until the new one has begun
+
+
+def refuse_other_use(folder, inputs):
+    """Raise UserError if a run in `folder` would mix with files that are no run's, or replace what it reads.
+
+    inputs: {key: path} of what the configuration names as data and models.
+    """
+    for key, path in inputs.items():
+        if path.exists() and (path.resolve() == folder.resolve() or folder.resolve() in path.resolve().parents):
+            raise UserError(f"out = {folder} is where {key} = {path} lies, which the run reads: give another --out")
+    if folder.is_dir() and not (folder / "config.yaml").is_file():
+        strays = sorted(p.name for p in folder.iterdir() if p.name not in (REPLACED, "config.yaml.tmp"))
+        if strays:
+            names = ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else "")
+            raise UserError(f"out = {folder} holds files of something else than a run ({names}): give another --out")
+
+
+def make_way(folder, clear, lock):
+    """Make and lock `folder`, and empty it if `clear`. Returns a function to call when the run has begun.
+
+    Until then, `configs.config.cli` takes everything back if the run ends in a UserError.
+    Raises OSError if the folder cannot be made.
+    """
+    first_new = next((p for p in [*reversed(folder.parents), folder] if not p.exists()), None)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    replaced = folder / REPLACED
+    if clear and not replaced.exists():
+        earlier = list(folder.iterdir())
+        replaced.mkdir()
+        for path in earlier:
+            os.replace(path, replaced / path.name)
+    elif clear:  # a run that replaces another was killed before it began: the other one is still the earlier run
+        _empty(folder)
+
+    def take_back():
+        if first_new:
+            shutil.rmtree(first_new)
+        elif clear:
+            _empty(folder)
+            for path in replaced.iterdir():
+                os.replace(path, folder / path.name)
+            replaced.rmdir()
+
+    def begin():
+        if take_back in on_refusal:
+            on_refusal.remove(take_back)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    if first_new or clear:
+        on_refusal.append(take_back)
+    return begin
+
+
+def _empty(folder):
+    for path in folder.iterdir():
+        if path.name != REPLACED:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
