@@ -209,9 +209,9 @@ def test_dpo_losses_and_gradients_are_trls(dpo_trainer, theirs, mine, smoothing)
 
 def test_20_steps_of_dpo_have_the_losses_of_trls_dpo_trainer(tmp_path):
     """The whole run: same pairs, order, optimizer, clipping; here in micro-batches and with the reference cached."""
-    text = "abcdefghijklmnopqrstuvwxyz"
+    abc = "abcdefghijklmnopqrstuvwxyz"
     rows = [
-        {"prompt": text[i % 20 :][:3], "chosen": text[i % 7 :][: 2 + i % 5], "rejected": text[i % 11 :: -1][: 1 + i % 4]}
+        {"prompt": abc[i % 20 :][:3], "chosen": abc[i % 7 :][: 2 + i % 5], "rejected": abc[i % 11 :: -1][: 1 + i % 4]}
         for i in range(32)
     ]
     data = tmp_path / "pairs.jsonl"

@@ -43,31 +43,6 @@ def under_accelerate(script, *arguments):
     return command(script, *arguments, processes=2, cwd=Path.cwd())
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Pairs in which the chosen answer is the one with the letter a."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = []
-    for i in range(24):
-        answers = ("a" * (1 + i % 3), "b" * (1 + i % 4))
-        rows.append({
-            "prompt": [{"role": "user", "content": f"letter {i}"}],
-            "chosen": [{"role": "assistant", "content": answers[0]}],
-            "rejected": [{"role": "assistant", "content": answers[1]}],
-            "chosen_score": 1.0, "rejected_score": 0.5 if i % 2 else 0.0,
-        })  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def reward(pairs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("models") / "reward"
-    call("rlhf/train_reward_model.py", "--config", "configs/smoke/reward.yaml", "--data", pairs, "--lr", "1e-2",
-        "--epochs", 3, "--out", out)  # fmt: skip
-    return out
-
-
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -160,25 +135,6 @@ def test_ppo_first_inner_step_has_ratio_1(reward, tmp_path):
     call("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1,
         "--minibatches", 1, "--out", tmp_path / "ppo")  # fmt: skip
     assert all(row["approx_kl"] == 0 and row["clip_fraction"] == 0 for row in metrics(tmp_path / "ppo"))
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    """Groups as the generator writes them, sampled by tiny-llama itself."""
-    from models.generation import generate
-    from models.loader import answer_text, load_model, load_tokenizer, prompt_ids
-
-    model, tokenizer = load_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama")
-    rows = []
-    for i in range(4):
-        prompt = [{"role": "user", "content": f"group {i}"}]
-        g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=3, stop_ids=[2], seed=i)
-        texts = [[{"role": "assistant", "content": answer_text(tokenizer, c)}] for c in g.completions]
-        rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0, 0.5],
-                     "completion_ids": g.completions, "logprobs": g.logprobs, "temperature": 1.0})  # fmt: skip
-    path = tmp_path_factory.mktemp("data") / "groups.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_grpo_offline_starts_on_policy_with_stored_logprobs(groups, tmp_path):

@@ -1,0 +1,116 @@
+"""Tiny data for the RLHF scripts, a trained reward model, and a way to run each trainer's `main` in this process."""
+
+import contextlib
+import importlib
+import io
+import json
+
+import pytest
+
+from configs.config import ROOT, load_config
+
+TRAINERS = {  # name: (module, its smoke configuration)
+    "reward": ("rlhf.train_reward_model", "reward"),
+    "dpo": ("rlhf.dpo_train", "dpo"),
+    "ppo": ("rlhf.ppo_train", "ppo"),
+    "grpo": ("rlhf.grpo_train", "grpo"),
+    "offline": ("rlhf.grpo_train", "grpo_offline"),
+}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Pairs in which the chosen answer is the one with the letter a."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = []
+    for i in range(24):
+        answers = ("a" * (1 + i % 3), "b" * (1 + i % 4))
+        rows.append({
+            "prompt": [{"role": "user", "content": f"letter {i}"}],
+            "chosen": [{"role": "assistant", "content": answers[0]}],
+            "rejected": [{"role": "assistant", "content": answers[1]}],
+            "chosen_score": 1.0, "rejected_score": 0.5 if i % 2 else 0.0,
+        })  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reward(pairs, tmp_path_factory):
+    """The folder of a reward model trained on `pairs`."""
+    from rlhf import train_reward_model as script
+
+    out = tmp_path_factory.mktemp("models") / "reward"
+    words = ["--config", "configs/smoke/reward.yaml", "--data", pairs, "--lr", "1e-2", "--epochs", 3, "--out", out]
+    with contextlib.redirect_stdout(io.StringIO()):
+        script.main(load_config(script.Config, [str(word) for word in words]))
+    return out
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory):
+    """Groups as the generator writes them, sampled by tiny-llama itself."""
+    from models.generation import generate
+    from models.loader import answer_text, load_model, load_tokenizer, prompt_ids
+
+    model, tokenizer = load_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama")
+    rows = []
+    for i in range(4):
+        prompt = [{"role": "user", "content": f"group {i}"}]
+        g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=3, stop_ids=[2], seed=i)
+        texts = [[{"role": "assistant", "content": answer_text(tokenizer, c)}] for c in g.completions]
+        rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0, 0.5],
+                     "completion_ids": g.completions, "logprobs": g.logprobs, "temperature": 1.0})  # fmt: skip
+    path = tmp_path_factory.mktemp("data") / "groups.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def module():
+    """name of a trainer -> its module."""
+    return lambda name: importlib.import_module(TRAINERS[name][0])
+
+
+@pytest.fixture
+def train(module, pairs, request, tmp_path, monkeypatch):
+    """(trainer's name, options by name) -> (the run's folder, its logged lines). One optimizer step per rollout."""
+    (tmp_path / "thirds.py").write_text("def judge(prompt, completion):\n    return float(len(completion) % 3)\n")
+    monkeypatch.chdir(tmp_path)  # where judges are looked for first
+
+    def run(name, out="run", **options):
+        fixed = {"config": ROOT / f"configs/smoke/{TRAINERS[name][1]}.yaml", "out": tmp_path / out}
+        if name in ("reward", "dpo"):
+            fixed |= {"data": pairs}
+        if name == "ppo":
+            fixed |= {"reward_model": request.getfixturevalue("reward"), "inner_epochs": 1, "minibatches": 1}
+        if name == "grpo":
+            fixed |= {"judge": "thirds:judge"}
+        if name == "offline":
+            fixed |= {"groups": request.getfixturevalue("groups")}
+        words = [str(word) for key, value in {**fixed, **options}.items() for word in (f"--{key}", value)]
+        script = module(name)
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.main(load_config(script.Config, words))
+        lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
+        return tmp_path / out, [json.loads(line) for line in lines]
+
+    return run
+
+
+@pytest.fixture
+def sgd(module, monkeypatch):
+    """(trainer's name) -> the list that will hold the parameters it trains, by plain SGD from then on."""
+    import torch
+
+    def use(name):
+        trained = []
+
+        def make(parameters, lr, *_):
+            trained.extend(parameters)
+            return torch.optim.SGD(trained, lr=lr)
+
+        monkeypatch.setattr(module(name), "make_optimizer", make)
+        return trained
+
+    return use
