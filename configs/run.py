@@ -9,11 +9,14 @@ Under torchrun or accelerate every rank makes a Run; only rank 0 prints and writ
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,12 +26,15 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
-
-from configs.config import ROOT, UserError, config_to_dict, format_config
+from configs.claim import make_way, refuse_other_use
+from configs.config import ROOT, UserError, config_to_dict, format_config, read_yaml
 
 # keys that change how a run is watched, not what it computes
 NOT_IDENTITY = {"out", "overwrite", "log_every", "wandb_project", "wandb_mode", "wandb_log_model"}
+NOT_IDENTITY |= {"save_every", "save_minutes", "keep_checkpoints", "max_skipped"}
+READ = ("data", "groups", "prompts", "model_name", "reward_model")  # keys that may name files that a run reads
+CHECKPOINTS = "checkpoints"  # the subfolder of a run that is not finished; see configs/checkpoint.py
+LOCK_SECONDS = 60  # to wait for the last process of the same run to end
 
 
 def rank():
@@ -66,7 +72,22 @@ def shown(path):
 def in_root(path):
     """A path of a configuration: absolute, or relative to the working directory if it is there, else to the root."""
     path = Path(path)
-    return path if path.is_absolute() or path.exists() else ROOT / path
+    try:
+        return path if path.exists() or path.is_absolute() else ROOT / path
+    except OSError as error:  # a text that is too long for a name, for one
+        raise UserError(f"{str(path)[:60]!r}... cannot be a file: {error.strerror}") from None
+
+
+def clock(moment):
+    """A time as '12:03', with the date where that is another day."""
+    there, now = time.localtime(moment), time.localtime()
+    return time.strftime("%H:%M" if there[:3] == now[:3] else "%Y-%m-%d %H:%M", there)
+
+
+def command():
+    """The command that runs this process again, as a person would type it."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return "the same command again" if several else shlex.join(["python", *sys.argv])
 
 
 def duration(seconds):
@@ -97,6 +118,16 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
+def synced(*paths):
+    """Have the disk hold what was written to these files, or which names are in these folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_atomically(path, text):
     """Write `text` so that `path` holds either its old content or all of the new one."""
     path = Path(path)
@@ -106,6 +137,61 @@ def write_atomically(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def named_inputs(config):
+    """{key: path} of the data and models that a configuration names; the paths of hub names are not there."""
+    return {key: in_root(name) for key, name in config_to_dict(config).items() if key in READ and name}
+
+
+def files_read(config):
+    """{key: hash} of the files and folders that a configuration names as data or models, so that a change is noticed.
+
+    What comes from the package index or a hub is not among them: it is pinned by its own hash or name.
+    """
+    found = {}
+    for key, path in named_inputs(config).items():
+        if not path.exists():
+            continue
+        kinds, ours = (".safetensors", ".json", ".jsonl", ".txt"), ("manifest.json", "metrics.jsonl", "samples.jsonl")
+        inside = [p for p in sorted(path.rglob("*")) if p.suffix in kinds and p.name not in ours and p.is_file()]
+        parts = [(str(p.relative_to(path)), sha256_file(p)) for p in ([path] if path.is_file() else inside)]
+        found[key] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return found
+
+
+def hold(folder):
+    """Make this process the only one that writes to `folder`, until it ends or `release`s it.
+
+    Waits a little for another one, which may be saving what it did before it was stopped; then raises UserError.
+    """
+    if folder in _held:
+        return
+    descriptor, waited = os.open(folder, os.O_RDONLY), 0
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waited == LOCK_SECONDS:
+                os.close(descriptor)
+                raise UserError(f"another process writes to {shown(folder)}: end it, or give another --out") from None
+            if waited == 1:
+                say(f"waiting for another process that writes to {shown(folder)}")
+            waited += 1
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            break
+        else:
+            break
+    _held[folder] = descriptor
+
+
+def release(folder):
+    if folder in _held:
+        os.close(_held.pop(folder))
+
+
+_held = {}  # folder: the descriptor that locks it; locks end with the process
 
 
 def peak_memory_gb():
@@ -163,6 +249,17 @@ def read_manifest(folder):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def read_lines(path):
+    """The rows of a JSONL file of ours; [] if it is not there. A line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
 class Run:
     """One run of one script: prints, records, and says at the end what it made.
 
@@ -174,39 +271,57 @@ class Run:
     def __init__(self, config, out, total_steps=None, sinks=()):
         self.config, self.folder, self.total_steps, self.sinks = config, in_root(out), total_steps, list(sinks)
         self.script = Path(sys.argv[0]).name
-        self.started = time.time()
-        self._recent = None  # (time, step, tokens) at the last logged line, for rates
+        self.started = time.time()  # less what the run had taken before, where it was interrupted
+        self.unfinished = False  # whether the folder held this very run, interrupted
+        self.checkpoint = None  # the folder of the last one
+        self.files = {}  # hashes of what the run reads
+        self.steps_began = None  # when
+        self.skipped = 0  # steps in a row whose loss or gradient was not finite
+        self._skips = 0  # of those, since the last logged line
+        self._recent = None  # when the last line was logged, for rates
         self._first = None  # (time, step) when steps began, for the estimate
         self._tokens = 0
+        self._carried = (0.0, 0)  # seconds and tokens between the last logged line and the checkpoint
         self.is_main = rank() == 0
         on_main(self._claim_folder)
 
     def _claim_folder(self):
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"out = {shown(self.folder)} is a file; give a folder")
-        held = self.folder / "config.yaml"
-        if held.is_file() and not self.config.overwrite:
-            differences = self._differences(yaml.safe_load(held.read_text(encoding="utf-8")) or {})
-            if differences:
+        held, overwrite = self.folder / "config.yaml", self.config.overwrite
+        refuse_other_use(self.folder, named_inputs(self.config))
+        self.files = files_read(self.config)
+        if held.is_file():
+            before = read_yaml(held)
+            differences, manifest = self._differences(before), read_manifest(self.folder)
+            if differences and not overwrite:
                 raise UserError(
                     f"{shown(self.folder)} holds a run with another configuration:\n  "
                     + "\n  ".join(differences)
                     + "\nGive another --out, or --overwrite true to replace it"
                 )
-            if read_manifest(self.folder):
+            if manifest and not overwrite:
+                self.refuse_changes(manifest.get("files", {}), f"{shown(self.folder)} was finished")
                 say(f"{shown(self.folder)} holds this very run, finished. --overwrite true runs it again.")
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # a kill may have come before this
                 sys.exit(0)
-        if self.config.overwrite and held.is_file():
-            shutil.rmtree(self.folder)
+            # a run that began with --overwrite true and was interrupted goes on: that, too, is the same command again
+            self.unfinished = not (differences or manifest or (overwrite and not before.get("overwrite")))
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._begin = make_way(self.folder, not self.unfinished, hold)
             write_atomically(held, format_config(self.config))
-            (self.folder / "metrics.jsonl").write_text("")
         except OSError as error:
             raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
         say(f"configuration ({shown(held)}):")
         words = ", ".join(f"{key} {value}" for key, value in config_to_dict(self.config).items())
         say(textwrap.fill(words, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+
+    def refuse_changes(self, before, when):
+        """Raise UserError if a file that the run reads is not what it was then. before: `files` of that time."""
+        changed = [k for k in sorted(before.keys() & self.files.keys()) if before[k] != self.files[k]]
+        if changed:
+            names = ", ".join(f"{key} = {getattr(self.config, key)}" for key in changed)
+            raise UserError(f"{names}: changed since {when}. --overwrite true begins again, another --out keeps both")
 
     def _differences(self, before):
         now = config_to_dict(self.config)
@@ -216,35 +331,84 @@ class Run:
             if before.get(key) != now.get(key) and key not in NOT_IDENTITY
         ]
 
+    def restart(self):
+        """Begin at the beginning: nothing is logged yet."""
+        if self.is_main:
+            (self.folder / "metrics.jsonl").write_text("")
+
+    def state(self):
+        """What a checkpoint keeps of the clock and the counters, for `resume`."""
+        now = time.time()
+        since = now - self._recent if self._recent else 0.0
+        counters = {"tokens": self._tokens, "skipped": self.skipped, "skips": self._skips}
+        return {"seconds": now - self.started, "since_logged": since, **counters}
+
+    def resume(self, step, state):
+        """Go on after `step` of an interrupted run: metrics.jsonl is cut back to it, seconds go on from there."""
+        self.started -= state["seconds"]
+        self._carried = (state["since_logged"], state["tokens"])
+        self.skipped, self._skips = state["skipped"], state["skips"]
+        if self.is_main:
+            lines = read_lines(self.folder / "metrics.jsonl")
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+            write_atomically(self.folder / "metrics.jsonl", "".join(kept))
+
     def begin_steps(self, step=0):
         """Start the clock of the steps, so that loading and evaluating do not count in the rates."""
-        self._first, self._recent, self._tokens = (time.time(), step), (time.time(), step), 0
+        now = self.steps_began = time.time()
+        since, tokens = self._carried
+        self._first, self._recent, self._tokens = (now, step), now - since, tokens
 
     def count_tokens(self, tokens):
         """Tokens processed since the last logged line, for tok/s."""
         self._tokens += int(tokens)
 
+    def finite(self, step, batch, **values):
+        """Whether all values are finite. If not, step `step` is to be skipped: this is said and counted.
+
+        batch: which rows the step is taken on, in words. Raises UserError at the config.max_skipped-th skipped step in
+        a row.
+        """
+        bad = {key: float(value) for key, value in values.items() if not math.isfinite(value)}
+        if not bad:
+            self.skipped = 0
+            return True
+        self.skipped, self._skips = self.skipped + 1, self._skips + 1
+        what = f"step {step}: {', '.join(f'{key} is {value}' for key, value in bad.items())} on {batch}"
+        say(f"{what}; the step is skipped ({self.skipped} in a row)")
+        if self.skipped >= self.config.max_skipped:
+            last = f"the last good checkpoint is {shown(self.checkpoint)}" if self.checkpoint else "no checkpoint yet"
+            raise UserError(
+                f"{what}. {self.skipped} steps in a row were skipped (max_skipped = {self.config.max_skipped}). "
+                f"Nothing was learnt from them; {last}. Look at these rows; a lower --lr with --overwrite true begins "
+                "again, and a higher --max_skipped goes on from the checkpoint"
+            )
+        return False
+
     def log(self, step, **metrics):
         """Print one line and append it to metrics.jsonl. Adds tok/s (when tokens were counted), eta and seconds.
 
-        step counts optimizer steps from 1. None values are left out; floats are recorded in full.
+        step counts optimizer steps from 1. None values are left out, and those that are not finite are only printed;
+        other floats are recorded in full. Steps that were skipped since the last line are counted under `skipped`.
         """
         now = time.time()
-        if self._recent is None:
-            self.begin_steps(step - 1)
         if self._tokens:
-            metrics["tok/s"] = self._tokens / max(now - self._recent[0], 1e-9)
-        self._recent, self._tokens = (now, step), 0
+            metrics["tok/s"] = self._tokens / max(now - self._recent, 1e-9)
+        self._recent, self._tokens = now, 0
+        if self._skips:
+            metrics["skipped"], self._skips = self._skips, 0
         record = {"step": step, **{k: v for k, v in metrics.items() if v is not None}}
         record["seconds"] = round(now - self.started, 3)
         if not self.is_main:
             return
+        self._begin()
+        recorded = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+            f.write(json.dumps(recorded) + "\n")
         for sink in self.sinks:
             sink(record, step)
         words = [f"{k} {_number(k, v)}" for k, v in record.items() if k not in ("step", "seconds")]
-        if self.total_steps and step > self._first[1]:
+        if self.total_steps and self._first and step > self._first[1]:
             left = (now - self._first[0]) / (step - self._first[1]) * (self.total_steps - step)
             words.append(f"eta {duration(left)}")
         count = f"{step:>5}/{self.total_steps}" if self.total_steps else f"{step:>5}"
@@ -263,6 +427,7 @@ class Run:
             "script": self.script,
             "result": result,
             "inputs": inputs or {},
+            "files": self.files,
             "seconds": round(time.time() - self.started, 1),
             "peak_memory_gb": round(peak_memory_gb(), 3),
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
@@ -271,6 +436,8 @@ class Run:
             "machine": machine(),
         }
         write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        release(self.folder)
         reached = ", ".join(f"{k} {_number(k, v)}" for k, v in result.items())
         say(f"\ndone in {duration(manifest['seconds'])}, peak memory {manifest['peak_memory_gb']:.2f} GB: {reached}")
         say(f"written to {shown(self.folder)}/")

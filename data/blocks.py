@@ -56,6 +56,10 @@ class Blocks:
             "mask": self.mask[rows].to(device),
         }
 
+    def named(self, micro_batches):
+        """Micro-batches in words, for a message about them."""
+        return "blocks " + " + ".join(", ".join(str(row) for row in rows) for rows in micro_batches)
+
     def counted(self, rows):
         """Tokens in these blocks that count in the loss."""
         return int(self.mask[rows].sum())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option
 from configs.run import Run, quiet_libraries, say
 from models.loader import autocast, pick_device, pick_precision
@@ -27,6 +28,7 @@ from rlhf.rollouts import step_indices
 from rlhf.utils import (
     Meter,
     as_reference,
+    in_words,
     load_policy,
     optimizer_step,
     save_policy,
@@ -35,7 +37,7 @@ from train.common import lr_at, make_optimizer
 
 
 @dataclass
-class Config:
+class Config(Saving):
     CONFIG: ClassVar[str] = "configs/dpo.yaml"
     model_name: str = option("smollm2-135m", "the policy at the start, and the reference")
     data: str = option("data/preferences.jsonl", "pairs: JSONL or hub dataset with prompt, chosen, rejected")
@@ -130,6 +132,10 @@ def main(config):
     describe_pairs(train, heldout, counts)
     steps = max(1, len(train) * config.epochs // config.batch_size)
     run.total_steps = steps = min(steps, config.max_steps or steps)
+    optimizer = make_optimizer(parameters, config.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    checkpoints = Checkpoints(run, model=model, optimizer=optimizer, scaler=scaler)
+    done, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
 
     def logps(batch, grad=True):
         with autocast(device, precision), torch.set_grad_enabled(grad):
@@ -143,7 +149,8 @@ def main(config):
     if config.precompute_reference:
         of_step = (step_indices(len(train), config.batch_size, step, config.seed) for step in range(1, steps + 1))
         used = {i for indices in of_step for i in indices}
-        cache_reference(reference_logps, [train[i] for i in used] + heldout, config.micro_batch_size)
+        needed = [train[i] for i in used] + heldout
+        kept["reference"] = cache_reference(reference_logps, needed, config.micro_batch_size, kept.get("reference"))
 
     def pair_losses(batch, grad=True):
         chosen, rejected = logps(batch, grad)
@@ -157,14 +164,13 @@ def main(config):
         )
         return *losses, chosen.detach(), rejected.detach()
 
-    optimizer = make_optimizer(parameters, config.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    meter, updates = Meter(), 0
-    say(f"before: {summary(evaluate(pair_losses, heldout, config, accelerator))}")
-    run.begin_steps()
+    meter, updates = Meter(kept.get("meter")), kept.get("updates", 0)
+    if not done:
+        say(f"before: {summary(evaluate(pair_losses, heldout, config, accelerator))}")
+    run.begin_steps(done)
 
     model.train()
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         # 3. this step's pairs, dealt out to the ranks; pairs of like length share a micro-batch
         chosen_pairs = step_indices(len(train), config.batch_size, step, config.seed)
         mine = [train[i] for i in chosen_pairs[accelerator.process_index :: accelerator.num_processes]]
@@ -177,13 +183,16 @@ def main(config):
             run.count_tokens(sum(map(pair_length, batch)))
             measure(meter, losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps)
         lr = lr_at(updates + 1, steps, config.lr, config.warmup_steps, config.min_lr_ratio)
-        grad_norm, taken = optimizer_step(accelerator, optimizer, scaler, parameters, lr, config.max_grad_norm)
+        where = in_words(train[i]["where"] for i in chosen_pairs)
+        grad_norm, taken = optimizer_step(run, step, where, accelerator, optimizer, scaler, parameters, lr)
         updates += taken
 
         # 5. what happened
         if step % config.log_every == 0 or step in (1, steps):
             run.log(step, **meter.collect(accelerator), lr=lr, grad_norm=grad_norm)
             meter = Meter()
+        if checkpoints.due(step):
+            checkpoints.save(step, kept | {"updates": updates, "meter": meter.over_ranks(accelerator)})
 
     result = evaluate(pair_losses, heldout, config, accelerator)
     say(f"after: {summary(result)}")
@@ -192,16 +201,23 @@ def main(config):
     run.finish({"steps": steps, **result}, {config.data: sha256}, next_command="python inference/dpo_inference.py")
 
 
-def cache_reference(reference_logps, pairs, batch_size):
-    """Store the reference's log-probs of both answers in each pair."""
-    pairs = sorted(pairs, key=pair_length)
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
+def cache_reference(reference_logps, pairs, batch_size, known=None):
+    """Store the reference's log-probs of both answers in each pair; returns all, (pairs, 2).
+
+    known: what was returned before an interruption, to be stored again.
+    """
+    in_order = sorted(pairs, key=pair_length) if known is None else []
+    for start in range(0, len(in_order), batch_size):
+        batch = in_order[start : start + batch_size]
         for pair, chosen, rejected in zip(batch, *(x.tolist() for x in reference_logps(batch))):
             pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected
         done = start + len(batch)
         if start // batch_size % 10 == 9 or done == len(pairs):
             say(f"reference log-probs: {done}/{len(pairs)} pairs")
+    if known is not None:
+        for pair, (chosen, rejected) in zip(pairs, known.tolist()):
+            pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected
+    return torch.tensor([[pair["ref_chosen"], pair["ref_rejected"]] for pair in pairs], dtype=torch.float64)
 
 
 def measure(meter, losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):

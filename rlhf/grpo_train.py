@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from accelerate import Accelerator
 
+from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option
 from configs.run import Run, quiet_libraries, say
 from models.loader import autocast, pick_device, pick_precision
@@ -26,6 +27,7 @@ from rlhf.rollouts import PromptStream, Rollout, Sampler, Scorer, step_indices
 from rlhf.utils import (
     Meter,
     as_reference,
+    in_words,
     kl_estimate,
     load_policy,
     masked_mean,
@@ -37,7 +39,7 @@ from train.common import lr_at, make_optimizer
 
 
 @dataclass
-class Config:
+class Config(Saving):
     CONFIG: ClassVar[str] = "configs/grpo.yaml"
     model_name: str = option("smollm2-135m", "the policy at the start, and the reference")
     mode: Literal["online", "offline"] = option("online", "sample groups at each step, or learn from stored ones")
@@ -159,10 +161,13 @@ def main(config):
     updates_per_step = config.inner_epochs * config.minibatches
     total_updates = config.steps * updates_per_step
     temperature = config.temperature
-    updates = 0  # optimizer steps taken; with fp16 some are skipped
-    run.begin_steps()
+    checkpoints = Checkpoints(run, model=model, optimizer=optimizer, scaler=scaler)
+    done, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
+    updates = kept.get("updates", 0)  # optimizer steps taken; with fp16 some are skipped
+    means = kept.get("means")  # of the last rollout
+    run.begin_steps(done)
 
-    for step in range(1, config.steps + 1):
+    for step in range(done + 1, config.steps + 1):
         # 1. a group of answers for each prompt, and what each answer is worth
         with autocast(device, precision):
             rollout, rewards, gold = next_groups(step)
@@ -199,7 +204,7 @@ def main(config):
                         batch["ref"] = answer_logprobs(ref, packed, temperature)
 
         # 5. optimizer steps on the clipped objective; the losses of a step's micro-batches add up
-        meter = Meter()
+        meter, where = Meter(), in_words(rollout.questions)
         for update in range(updates_per_step):
             size, batches = minibatches[update % config.minibatches]
             for batch in batches:
@@ -215,7 +220,7 @@ def main(config):
                 meter.sum(loss=loss.item() / updates_per_step)
                 measure(meter, logprobs.detach(), old, ref, entropy, a, packed.mask, config)
             lr = lr_at(updates + 1, total_updates, config.lr, config.warmup_steps, config.min_lr_ratio)
-            grad_norm, taken = optimizer_step(accelerator, optimizer, scaler, parameters, lr, config.max_grad_norm)
+            grad_norm, taken = optimizer_step(run, step, where, accelerator, optimizer, scaler, parameters, lr)
             updates += taken
 
         # 6. what happened
@@ -226,6 +231,8 @@ def main(config):
         if step % config.log_every == 0 or step in (1, config.steps):
             run.log(step, **means, lr=lr, grad_norm=grad_norm)
             rollout.show(rewards)
+        if checkpoints.due(step):
+            checkpoints.save(step, {"updates": updates, "means": means})
 
     save_policy(model, tokenizer, run.folder)
     reached = {key: means[key] for key in ("reward", "gold", "kl") if key in means}

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option
 from configs.run import Run, in_root, quiet_libraries, say, sha256_file, shown
 from models.loader import autocast, pick_device, pick_precision, resolve_model
@@ -30,6 +31,7 @@ from rlhf.rollouts import PromptStream, Sampler, gold_scores
 from rlhf.utils import (
     Meter,
     as_reference,
+    in_words,
     kl_estimate,
     load_policy,
     masked_mean,
@@ -42,7 +44,7 @@ from train.common import lr_at, make_optimizer
 
 
 @dataclass
-class Config:
+class Config(Saving):
     CONFIG: ClassVar[str] = "configs/ppo.yaml"
     model_name: str = option("smollm2-135m", "the policy at the start, and the reference")
     reward_model: str = option("models/reward", "folder of the reward model")
@@ -161,11 +163,14 @@ def main(config):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     updates_per_step = config.inner_epochs * config.minibatches
     total_updates = config.steps * updates_per_step
-    kl_coef = config.kl_coef
-    updates = 0  # optimizer steps taken; with fp16 some are skipped
-    run.begin_steps()
+    checkpoints = Checkpoints(run, model=model, value_head=value_head, optimizer=optimizer, scaler=scaler)
+    done, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
+    updates = kept.get("updates", 0)  # optimizer steps taken; with fp16 some are skipped
+    kl_coef = kept.get("kl_coef", config.kl_coef)
+    means = kept.get("means")  # of the last rollout
+    run.begin_steps(done)
 
-    for step in range(1, config.steps + 1):
+    for step in range(done + 1, config.steps + 1):
         # 1. answers to the prompts of this step
         with autocast(device, precision):
             rollout = sampler.sample(tokenizer, stream, step, config, config.samples_per_prompt)
@@ -197,7 +202,7 @@ def main(config):
         whiten_advantages(batches, accelerator)
 
         # 4. clipped steps on minibatches, each made of whole micro-batches; the losses of these add up
-        meter = Meter()
+        meter, where = Meter(), in_words(rollout.questions)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         for _ in range(config.inner_epochs):
             order = torch.randperm(len(batches), generator=generator).tolist()
@@ -221,7 +226,7 @@ def main(config):
                     meter.sum(loss=loss.item() / updates_per_step, value_loss=vf_loss.item() / updates_per_step)
                     measure(meter, batch, logprobs.detach(), entropy, config)
                 lr = lr_at(updates + 1, total_updates, config.lr, config.warmup_steps, config.min_lr_ratio)
-                grad_norm, taken = optimizer_step(accelerator, optimizer, scaler, parameters, lr, config.max_grad_norm)
+                grad_norm, taken = optimizer_step(run, step, where, accelerator, optimizer, scaler, parameters, lr)
                 updates += taken
 
         # 5. what happened, and the KL coefficient of the next rollout
@@ -240,6 +245,8 @@ def main(config):
         if config.kl_controller == "adaptive":
             answers = config.prompts_per_step * config.samples_per_prompt
             kl_coef = adapt_kl_coef(kl_coef, means["kl"], config.kl_target, answers, config.kl_horizon)
+        if checkpoints.due(step):
+            checkpoints.save(step, {"updates": updates, "kl_coef": kl_coef, "means": means})
 
     save_policy(model, tokenizer, run.folder)
     if accelerator.is_main_process:

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from accelerate import Accelerator
 
+from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option
 from configs.run import Run, quiet_libraries, say, shown
 from models.loader import autocast, frozen_dtype, load_tokenizer, pick_device, pick_precision, resolve_model
@@ -23,12 +24,12 @@ from rlhf.dataset import describe_pairs, load_pairs, pair_length, split_by_promp
 from rlhf.packing import answer_scores, pack
 from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.rollouts import step_indices
-from rlhf.utils import Meter, optimizer_step, prepare_training
+from rlhf.utils import Meter, in_words, optimizer_step, prepare_training
 from train.common import lr_at, make_optimizer
 
 
 @dataclass
-class Config:
+class Config(Saving):
     CONFIG: ClassVar[str] = "configs/reward.yaml"
     model_name: str = option("smollm2-135m", "the language model that gets the head")
     data: str = option("data/preferences.jsonl", "pairs: JSONL or hub dataset with prompt, chosen, rejected")
@@ -86,10 +87,12 @@ def main(config):
 
     optimizer = make_optimizer(parameters, config.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    meter, updates = Meter(), 0
-    run.begin_steps()
+    checkpoints = Checkpoints(run, model=reward_model, optimizer=optimizer, scaler=scaler)
+    done, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
+    meter, updates = Meter(kept.get("meter")), kept.get("updates", 0)
+    run.begin_steps(done)
     reward_model.train()
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         # 2. this step's pairs, dealt out to the ranks; pairs of like length share a micro-batch
         chosen_pairs = step_indices(len(train), config.batch_size, step, config.seed)
         mine = [train[i] for i in chosen_pairs[accelerator.process_index :: accelerator.num_processes]]
@@ -107,13 +110,16 @@ def main(config):
             meter.mean(len(batch), accuracy=right, margin=(chosen - rejected).detach().mean())
             meter.mean(len(batch), score=(chosen + rejected).detach().mean() / 2)
         lr = lr_at(updates + 1, steps, config.lr, config.warmup_steps, config.min_lr_ratio)
-        grad_norm, taken = optimizer_step(accelerator, optimizer, scaler, parameters, lr, config.max_grad_norm)
+        where = in_words(train[i]["where"] for i in chosen_pairs)
+        grad_norm, taken = optimizer_step(run, step, where, accelerator, optimizer, scaler, parameters, lr)
         updates += taken
 
         # 4. what happened
         if step % config.log_every == 0 or step in (1, steps):
             run.log(step, **meter.collect(accelerator), lr=lr, grad_norm=grad_norm)
             meter = Meter()
+        if checkpoints.due(step):
+            checkpoints.save(step, {"updates": updates, "meter": meter.over_ranks(accelerator)})
 
     # 5. how often it is right on pairs it has not seen, and whether it only measures length
     reward_model.eval()
@@ -133,7 +139,7 @@ def main(config):
 def build(config, device, precision):
     """The reward model to train: a frozen base with an adapter and a trained head, or all weights in float32."""
     dtype = frozen_dtype(precision) if config.lora_r else torch.float32
-    reward_model = RewardModel.load(config.model_name, dtype=dtype, device=device)
+    reward_model = RewardModel.load(config.model_name, dtype=dtype, device=device, new_head=True)
     reward_model.model = prepare_training(reward_model.model, config, "SEQ_CLS", modules_to_save=["score"])
     reward_model.head.float()
     trained = sum(p.numel() for p in reward_model.parameters() if p.requires_grad)

@@ -13,9 +13,10 @@ from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 
 from configs.config import UserError
-from configs.run import in_root, rank, say
+from configs.run import in_root, on_main, rank, say
 from models.loader import frozen_dtype, load_model, load_tokenizer, portable_name, resolve_model
 from models.logprobs import head_logprobs, hidden_states, unwrapped
+from train.common import save_model
 
 
 def token_logprobs(model, input_ids, attention_mask, temperature=1.0, where=None, entropy=False):
@@ -174,9 +175,7 @@ def load_policy(config, device, precision, out):
     base = path
     if adapter_given and config.lora_r:
         base = in_root(out) / "base"
-        if rank() == 0:
-            model.save_pretrained(base)
-            tokenizer.save_pretrained(base)
+        on_main(lambda: save_model(model, tokenizer, base))
     model = prepare_training(model, config, "CAUSAL_LM")
     reference = None
     if config.lora_r:
@@ -211,35 +210,47 @@ def prepare_training(model, config, task_type, **lora_options):
     return model
 
 
-def optimizer_step(accelerator, optimizer, scaler, parameters, lr, max_grad_norm):
+def optimizer_step(run, step, batch, accelerator, optimizer, scaler, parameters, lr):
     """Sum the gradients over ranks, unscale, clip, step. Returns (norm before clipping, whether a step was taken).
 
     With fp16 a step whose gradients overflowed is skipped, and the scaler lowers its scale; the schedule stands still.
+    Without a scaler a gradient that is not finite is a failure, which the run counts: see `Run.finite`, where `batch`
+    says what the step is taken on. Raises UserError at too many of them, or when no scale helps.
     """
     sum_gradients(accelerator, parameters)
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm)
     scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
+    if scale < 1e-6:
+        raise UserError(f"step {step}: gradients are not finite; try a lower lr, or precision bf16 or fp32")
+    finite = scaler.is_enabled() or run.finite(step, batch, grad_norm=norm)
+    if finite:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item(), scaler.get_scale() >= scale
+    return norm.item(), finite and scaler.get_scale() >= scale
+
+
+def in_words(rows):
+    """Rows of a batch (their places in a file, or their prompts) as one text, each once: for a message about them."""
+    return "; ".join(dict.fromkeys(" ".join(row.split()) for row in rows))
 
 
 def save_policy(model, tokenizer, folder):
     """The weights (an adapter that names its base, or the full model) and the tokenizer."""
-    if rank() == 0:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    on_main(lambda: save_model(model, tokenizer, folder))
 
 
 class Meter:
-    """What a step measured: means and sums over its micro-batches and all ranks."""
+    """What a step measured: means and sums over its micro-batches and all ranks.
 
-    def __init__(self):
-        self.totals = {}
+    totals: what `over_ranks` gave before an interruption; rank 0 goes on from it.
+    """
+
+    def __init__(self, totals=None):
+        self.totals = dict(totals or {}) if rank() == 0 else {}
 
     def mean(self, weight=1.0, **values):
         """Count each value with this weight (the number of tokens or rows that it is the mean of)."""
@@ -252,11 +263,16 @@ class Meter:
         for key, value in values.items():
             self.totals[key] = (self.totals.get(key, (0.0, None))[0] + float(value), None)
 
-    def collect(self, accelerator):
-        """Everything measured, over all ranks, as a dict of floats."""
+    def over_ranks(self, accelerator):
+        """{name: (total, count, or None for a sum)} of everything measured so far, over all ranks."""
         merged = {}
         for totals in gather_object([self.totals]) if accelerator.num_processes > 1 else [self.totals]:
             for key, (total, count) in totals.items():
                 before = merged.get(key, (0.0, None if count is None else 0.0))
                 merged[key] = (before[0] + total, None if count is None else before[1] + count)
+        return merged
+
+    def collect(self, accelerator):
+        """Everything measured, over all ranks, as a dict of floats."""
+        merged = self.over_ranks(accelerator)
         return {key: t if c is None else t / max(c, 1e-12) for key, (t, c) in merged.items()}

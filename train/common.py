@@ -11,8 +11,9 @@ from typing import ClassVar
 
 import torch
 
+from configs.checkpoint import Saving
 from configs.config import UserError, option
-from configs.run import in_root, say, shown, write_atomically
+from configs.run import in_root, say, shown, synced, write_atomically
 from data.blocks import make_blocks
 from data.corpus import load_corpus
 from models.generation import generate
@@ -22,7 +23,7 @@ from models.scratch import build_scratch, train_tokenizer
 
 
 @dataclass
-class LMConfig:
+class LMConfig(Saving):
     """One run of language-model training. A script adds its own fields."""
 
     CONFIG: ClassVar[str] = "configs/train_base.yaml"
@@ -216,6 +217,10 @@ def save_model(model, tokenizer, folder):
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for path in sorted(temporary.iterdir(), key=lambda p: (p.name in ("config.json", "adapter_config.json"), p.name)):
+        if path.is_dir():  # a second adapter
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        else:
+            synced(path)
         os.replace(path, folder / path.name)
     temporary.rmdir()
 

@@ -32,6 +32,7 @@ def compare_memory_and_time(config, model, tokenizer, precision):
     say(f"\nmeasuring {config.measure_steps} steps of {config.batch_size} x {config.max_length} tokens each:")
     name, start = config.model_name, in_root(config.out) / "start.tmp"
     if name == "scratch":
+        shutil.rmtree(start, ignore_errors=True)
         start.mkdir()
         save_model(model, tokenizer, start)
         name = str(start)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.checkpoint import Checkpoints
 from configs.config import cli
 from configs.run import Run, quiet_libraries, shown
 from models.loader import pick_device, weights_hash
@@ -59,16 +60,18 @@ def train(config, run=None, change_model=None, save=save_model):
     blocks, heldout = load_blocks(config, corpus, tokenizer)
     run.total_steps = count_steps(len(blocks), config)
     optimizer = make_optimizer(model.parameters(), config.lr, config.weight_decay)
+    checkpoints = Checkpoints(run, model=model, optimizer=optimizer)
+    step, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
 
     # 2. what the model can do before
-    samples = [show_sample(model, tokenizer, corpus.kind, config, "before")]
-    before = evaluate_lm(model, heldout, config.batch_size)
-    run.log(0, **before)
+    if not kept:
+        kept["samples"] = [show_sample(model, tokenizer, corpus.kind, config, "before")]
+        kept["before"] = evaluate_lm(model, heldout, config.batch_size)
+        run.log(0, **kept["before"])
 
     # 3. the steps
     model.train()
-    run.begin_steps()
-    step = 0
+    run.begin_steps(step)
     while step < run.total_steps:
         micro_batches = step_rows(step, len(blocks), config)
         count = sum(blocks.counted(rows) for rows in micro_batches)
@@ -82,7 +85,8 @@ def train(config, run=None, change_model=None, save=save_model):
         lr = lr_at(step + 1, run.total_steps, config.lr, config.warmup_steps, config.min_lr_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if run.finite(step + 1, blocks.named(micro_batches), loss=loss, grad_norm=grad_norm):
+            optimizer.step()
         optimizer.zero_grad()
         step += 1
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
@@ -91,18 +95,20 @@ def train(config, run=None, change_model=None, save=save_model):
             run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm.item())
         if due:
             run.log(step, **evaluate_lm(model, heldout, config.batch_size))
+        if checkpoints.due(step):
+            checkpoints.save(step, kept)
 
     # 4. what it can do after
     after = evaluate_lm(model, heldout, config.batch_size)
     run.log(step, **after)
-    samples.append(show_sample(model, tokenizer, corpus.kind, config, "after"))
+    kept["samples"].append(show_sample(model, tokenizer, corpus.kind, config, "after"))
 
     # 5. save
     save(model, tokenizer, run.folder)
-    save_samples(run.folder, samples)
-    result = summary(before, after, step)
+    save_samples(run.folder, kept["samples"])
+    result = summary(kept["before"], after, step)
     run.finish(result, inputs, f"python inference/inference.py --model_name {shown(run.folder)}")
-    return result, samples
+    return result, kept["samples"]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from configs.checkpoint import Checkpoints
 from configs.config import UserError, cli, option
 from configs.run import Run, quiet_libraries, shown
 from models.loader import autocast, checkpoint_activations, pick_device, pick_precision, weights_hash
@@ -57,25 +58,27 @@ def train(config):
     corpus = load_data(config)
     model, tokenizer = load_start(config, corpus, device)
     inputs = {config.data: corpus.sha256, config.model_name: weights_hash(model)}
-    measured = compare_memory_and_time(config, model, tokenizer, precision)  # AMP: CKPT: what each saves, here
     if config.gradient_checkpointing:  # CKPT: only what enters a layer is kept until the backward pass
         checkpoint_activations(model)
     blocks, heldout = load_blocks(config, corpus, tokenizer)
     run.total_steps = count_steps(len(blocks), config)
     optimizer = make_optimizer(model.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # AMP: fp16 gradients underflow unscaled
-    skipped = 0  # AMP: steps whose gradients overflowed
+    checkpoints = Checkpoints(run, model=model, optimizer=optimizer, scaler=scaler)  # AMP: which has a state, too
+    step, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
 
     # 2. what the model can do before
-    with autocast(device, precision):  # AMP: evaluated as it is trained
-        samples = [show_sample(model, tokenizer, corpus.kind, config, "before")]
-        before = evaluate_lm(model, heldout, config.batch_size)
-    run.log(0, **before)
+    if not kept:
+        kept["costs"] = compare_memory_and_time(config, model, tokenizer, precision)  # AMP: CKPT: what each saves, here
+        kept["overflows"] = 0  # AMP: steps that were taken again
+        with autocast(device, precision):  # AMP: evaluated as it is trained
+            kept["samples"] = [show_sample(model, tokenizer, corpus.kind, config, "before")]
+            kept["before"] = evaluate_lm(model, heldout, config.batch_size)
+        run.log(0, **kept["before"])
 
     # 3. the steps
     model.train()
-    run.begin_steps()
-    step = 0
+    run.begin_steps(step)
     while step < run.total_steps:
         micro_batches = step_rows(step, len(blocks), config)
         count = sum(blocks.counted(rows) for rows in micro_batches)
@@ -92,11 +95,15 @@ def train(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
         scale = scaler.get_scale()  # AMP: falls when the step is skipped
-        scaler.step(optimizer)  # AMP: does nothing when a gradient is inf or NaN
-        scaler.update()  # AMP: halves the scale then, and doubles it after 2,000 good steps
+        seen = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "grad_norm": grad_norm}  # AMP: else its matter
+        if run.finite(step + 1, blocks.named(micro_batches), **seen):
+            scaler.step(optimizer)  # AMP: does nothing when a gradient is inf or NaN
+            scaler.update()  # AMP: halves the scale then, and doubles it after 2,000 good steps
+        else:
+            scaler.update(scale)  # AMP: no scale is at fault
         optimizer.zero_grad()
         if scaler.get_scale() < scale:  # AMP: schedule and data stand still; the same step again, scaled less
-            skipped += 1
+            kept["overflows"] += 1
             if scale < 1e-6:  # AMP: no scale helps
                 raise UserError(f"step {step + 1}: gradients are not finite; try a lower lr, or precision bf16 or fp32")
             continue
@@ -108,19 +115,21 @@ def train(config):
         if due:
             with autocast(device, precision):  # AMP: evaluated as it is trained
                 run.log(step, **evaluate_lm(model, heldout, config.batch_size))
+        if checkpoints.due(step):
+            checkpoints.save(step, kept)
 
     # 4. what it can do after
     with autocast(device, precision):  # AMP: evaluated as it is trained
         after = evaluate_lm(model, heldout, config.batch_size)
         run.log(step, **after)
-        samples.append(show_sample(model, tokenizer, corpus.kind, config, "after"))
+        kept["samples"].append(show_sample(model, tokenizer, corpus.kind, config, "after"))
 
     # 5. save
     save_model(model, tokenizer, run.folder)
-    save_samples(run.folder, samples)
-    result = summary(before, after, step)
-    result |= {"precision": precision, "skipped_steps": skipped}  # AMP:
-    run.finish(result, inputs, f"python inference/inference.py --model_name {shown(run.folder)}", measured)
+    save_samples(run.folder, kept["samples"])
+    result = summary(kept["before"], after, step)
+    result |= {"precision": precision, "skipped_steps": kept["overflows"]}  # AMP:
+    run.finish(result, inputs, f"python inference/inference.py --model_name {shown(run.folder)}", kept["costs"])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.checkpoint import Checkpoints
 from configs.config import UserError, cli, option
 from configs.run import Run, quiet_libraries, say, shown
 from models.loader import PRECISIONS, autocast, checkpoint_activations, pick_device, pick_precision, weights_hash
@@ -134,18 +135,20 @@ def train(config):
     optimizer = make_optimizer(model.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # AMP: fp16 gradients underflow unscaled
     evaluation = {"share": (rank, processes), "reduce": add_up}  # DDP: each block is read by one process
+    torch.manual_seed(config.seed + rank)  # DDP: or all processes would draw the same dropout masks
+    checkpoints = Checkpoints(run, model=model, optimizer=optimizer, scaler=scaler)  # AMP: which has a state, too
+    step, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
 
     # 2. what the model can do before
-    with autocast(device, precision):  # AMP: evaluated as it is trained
-        samples = [rank == 0 and show_sample(model, tokenizer, corpus.kind, config, "before")]  # DDP: once
-        before = evaluate_lm(model, heldout, config.batch_size, **evaluation)
-    run.log(0, **before)
+    if not kept:
+        with autocast(device, precision):  # AMP: evaluated as it is trained
+            kept["samples"] = [rank == 0 and show_sample(model, tokenizer, corpus.kind, config, "before")]  # DDP: once
+            kept["before"] = evaluate_lm(model, heldout, config.batch_size, **evaluation)
+        run.log(0, **kept["before"])
 
     # 3. the steps
     model.train()
-    torch.manual_seed(config.seed + rank)  # DDP: or all processes would draw the same dropout masks
-    run.begin_steps()
-    step = 0
+    run.begin_steps(step)
     while step < run.total_steps:
         micro_batches = step_rows(step, len(blocks), config)
         mine = micro_batches[rank::processes]  # DDP: each block is read by one process
@@ -160,14 +163,19 @@ def train(config):
                 nats = nats / count * bool(mine)  # of the whole step: each token weighs the same, wherever it is
                 scaler.scale(nats * processes).backward()  # DDP: which averages over processes; a sum is wanted
             loss += nats.detach()
+        add_up(loss)  # DDP: each process has the loss of its own tokens
         scaler.unscale_(optimizer)  # AMP: clipping must see the true gradients
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)  # the norm before clipping
         lr = lr_at(step + 1, run.total_steps, config.lr, config.warmup_steps, config.min_lr_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scale = scaler.get_scale()  # AMP: falls when the step is skipped, on all processes alike
-        scaler.step(optimizer)  # AMP: does nothing when a gradient is inf or NaN
-        scaler.update()  # AMP: halves the scale then, and doubles it after 2,000 good steps
+        seen = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "grad_norm": grad_norm}  # AMP: else its matter
+        if run.finite(step + 1, blocks.named(micro_batches), **seen):
+            scaler.step(optimizer)  # AMP: does nothing when a gradient is inf or NaN
+            scaler.update()  # AMP: halves the scale then, and doubles it after 2,000 good steps
+        else:
+            scaler.update(scale)  # AMP: no scale is at fault
         optimizer.zero_grad()
         if scaler.get_scale() < scale:  # AMP: schedule and data stand still; the same step again, scaled less
             if scale < 1e-6:  # AMP: no scale helps
@@ -177,23 +185,24 @@ def train(config):
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = config.eval_every and step % config.eval_every == 0 and step < run.total_steps
         if step % config.log_every == 0 or step == run.total_steps or due:
-            add_up(loss)  # DDP: each process has the loss of its own tokens
             run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm.item())
         if due:
             with autocast(device, precision):  # AMP: evaluated as it is trained
                 run.log(step, **evaluate_lm(model, heldout, config.batch_size, **evaluation))
+        if checkpoints.due(step):
+            checkpoints.save(step, kept)
 
     # 4. what it can do after
     with autocast(device, precision):  # AMP: evaluated as it is trained
         after = evaluate_lm(model, heldout, config.batch_size, **evaluation)
         run.log(step, **after)
-        samples.append(rank == 0 and show_sample(model, tokenizer, corpus.kind, config, "after"))  # DDP: once
+        kept["samples"].append(rank == 0 and show_sample(model, tokenizer, corpus.kind, config, "after"))  # DDP: once
 
     # 5. save
     if rank == 0:  # DDP: the weights are the same everywhere
         save_model(model, tokenizer, run.folder)
-        save_samples(run.folder, samples)
-    result = summary(before, after, step)
+        save_samples(run.folder, kept["samples"])
+    result = summary(kept["before"], after, step)
     run.finish(result, inputs, f"python inference/inference.py --model_name {shown(run.folder)}")
     dist.destroy_process_group()  # DDP: nobody leaves while others still talk to it
 
