@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 
 from configs.config import UserError
 from configs.run import in_root, shown
@@ -37,7 +39,9 @@ def resolve_model(name):
         return Path(fetch_model(name))
     if name in TINY_MODELS:
         return build_tiny(name)
-    if name.count("/") > 1 or name.startswith((".", "/", "models/")):
+    if folder.is_file():
+        raise UserError(f"model_name = {name!r} is a file: give the folder that holds config.json and the weights")
+    if name.count("/") > 1 or name.startswith((".", "/", "~", "models/")):
         raise UserError(f"model_name = {name!r}: no such folder")
     return name
 
@@ -48,20 +52,24 @@ def load_model(name, dtype=torch.float32, device=None, merge_adapter=False, trai
     dtype: of the weights. Weights that are to be trained are float32. device: default `pick_device()`.
     merge_adapter: if the folder holds an adapter, fold it into the base and return a plain model.
     trainable: if the folder holds an adapter, load it so that its weights have gradients.
-    Raises UserError for a folder without a model, damaged weights, or a hub id that cannot be reached.
+    Raises UserError for a folder without a causal language model, for weights that are damaged, incomplete, of another
+    shape or not safetensors, for an adapter of another base, and for a hub id that cannot be reached.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     path = resolve_model(name)
-    if isinstance(path, Path) and (path / "adapter_config.json").is_file():
-        from peft import PeftModel
-
+    if _is_adapter(path):
         model = load_model(adapter_base(path), dtype=dtype, device=device, **options)
-        model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        model = _with_adapter(model, path, trainable)
         if merge_adapter:
             model = model.merge_and_unload()
         return model.eval()
-    model = _read(AutoModelForCausalLM, path, name, dtype=dtype, use_safetensors=True, **options)
+    architecture = (model_config(name).architectures or [None])[0]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if architecture and not any(architecture in (kind if isinstance(kind, tuple) else (kind,)) for kind in known):
+        raise UserError(f"{name} is a {architecture}; this takes a causal language model (LlamaForCausalLM, say)")
+    model = read_weights(AutoModelForCausalLM, path, name, dtype=dtype, **options)
     return model.to(device or pick_device()).eval()
 
 
@@ -71,23 +79,116 @@ def load_tokenizer(name):
 
     path = resolve_model(name)
     if isinstance(path, Path) and not (path / "tokenizer_config.json").is_file():
-        if (path / "adapter_config.json").is_file():
+        if _is_adapter(path):
             return load_tokenizer(adapter_base(path))
         raise UserError(f"{shown(path)} has no tokenizer (tokenizer_config.json and tokenizer.json are missing)")
     tokenizer = _read(AutoTokenizer, path, name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which marks where an answer stops")
+    ids, rows = max(tokenizer.get_vocab().values()) + 1, model_config(name).get_text_config().vocab_size
+    if ids > rows:
+        raise UserError(f"the tokenizer of {name} has {ids} ids and the model {rows}: it belongs to another model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def same_tokens(tokenizer, name):
+    """Raise UserError unless the model `name` reads the ids of `tokenizer`: log-probs and scores would mean nothing."""
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{name} has another tokenizer than the model that it is to work with: give another one")
+
+
+def model_config(name):
+    """The configuration of a model, of an adapter that of its base, as transformers reads it."""
+    from transformers import AutoConfig
+
+    path = resolve_model(name)
+    return model_config(adapter_base(path)) if _is_adapter(path) else _read(AutoConfig, path, name)
+
+
 def adapter_base(folder):
-    """The name of the model that the adapter in `folder` was trained on, as its adapter_config.json says."""
-    base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    """The name of the model that the adapter in `folder` was trained on, as its adapter_config.json says.
+
+    Raises UserError if it names none, one that is not there, or another adapter.
+    """
+    file = Path(folder) / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        raise UserError(f"{shown(file)} is damaged: it takes one JSON object") from None
     if not base:
-        raise UserError(f"{shown(folder)}/adapter_config.json names no base model (base_model_name_or_path is empty)")
+        raise UserError(f"{shown(file)} names no base model (base_model_name_or_path is empty)")
+    try:
+        path = resolve_model(base)
+    except UserError as error:
+        raise UserError(f"the base that {shown(file)} names is not there: {error}") from None
+    if _is_adapter(path):
+        raise UserError(f"{shown(file)} names another adapter, {base}, as its base: merge that one first")
     return base
+
+
+def _is_adapter(path):
+    return isinstance(path, Path) and (path / "adapter_config.json").is_file()
+
+
+def _with_adapter(model, folder, trainable):
+    """`model` with the adapter in `folder`, of which every weight found its place."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{shown(folder)} has no weights: {file.name} is missing. {_pickles(folder)}".strip())
+    try:
+        with safe_open(file, "pt") as stored, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of missing weights, which are refused below
+            names = set(stored.keys())
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except SafetensorError as error:
+        raise UserError(f"the weights in {shown(folder)} are damaged: {error}") from None
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"the adapter in {shown(folder)} does not fit its base: {_first_line(error)}") from None
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if names != wanted:
+        odd = sorted(names ^ wanted)[0]
+        raise UserError(
+            f"the adapter in {shown(folder)} does not fit its base: {odd} is only in the "
+            f"{'base' if odd in wanted else 'adapter'}"
+        )
+    return model
+
+
+def read_weights(auto_class, path, name, new=(), **options):
+    """A model of transformers with its weights, which are read from safetensors alone.
+
+    new: names of weights that may be missing: those that training is to make. Raises UserError as `load_model` does.
+    """
+    where = shown(path) if isinstance(path, Path) else path
+    if isinstance(path, Path) and not any(path.glob("*.safetensors")):
+        raise UserError(f"{where} has no weights: there is no .safetensors file in it. {_pickles(path)}".strip())
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _read(auto_class, path, name, **options)
+    if found["mismatched_keys"]:
+        key, there, wanted = sorted(found["mismatched_keys"])[0]
+        raise UserError(
+            f"the weights in {where} do not fit its config.json: {key} is {tuple(there)} in the file, and "
+            f"config.json asks for {tuple(wanted)}"
+        )
+    missing = sorted(set(found["missing_keys"]) - set(new))
+    if missing:
+        raise UserError(f"the weights in {where} are incomplete: {len(missing)} are missing, {missing[0]} for one")
+    return model
+
+
+def _pickles(folder):
+    """What to say of the weights in `folder` that are not safetensors."""
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    return f"{names[0]} is a pickle, which can run code, and is never read: convert it to safetensors" if names else ""
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def portable_name(path):
@@ -104,8 +205,12 @@ def _read(auto_class, path, name, **options):
         return auto_class.from_pretrained(str(path), local_files_only=local, trust_remote_code=False, **options)
     except SafetensorError as error:
         raise UserError(f"the weights in {shown(path) if local else path} are damaged: {error}") from None
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # many kinds for a damaged config.json; for a damaged tokenizer.json Exception itself
+        first = _first_line(error)
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{name} brings its own code, which is never run: give another model") from None
         if local:
             raise UserError(f"cannot load {shown(path)}: {first}") from None
         names = ", ".join((*EMBEDDED_MODELS, *TINY_MODELS))
@@ -171,13 +276,18 @@ def prompt_ids(tokenizer, prompt):
     elif (
         isinstance(prompt, list)
         and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in prompt)
     ):
         messages = prompt
     else:
         raise UserError(f"a prompt must be text or a list of {{role, content}} messages, not {str(prompt)[:80]!r}")
+    for message in messages:
+        _encodable(message["content"])
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the chat template of the tokenizer does not take this prompt: {error}") from None
     elif isinstance(prompt, str):
         text = prompt
     else:
@@ -202,7 +312,15 @@ def completion_ids(tokenizer, completion):
         completion = completion[0]["content"]
     if not isinstance(completion, str):
         raise UserError(f"a completion must be text, not {type(completion).__name__}")
+    _encodable(completion)
     return [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+
+def _encodable(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"half of a surrogate pair stands at character {error.start} of {text[:80]!r}") from None
 
 
 def _adds_bos(tokenizer):

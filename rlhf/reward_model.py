@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from configs.config import UserError
 from configs.run import shown
-from models.loader import pick_device, portable_name, resolve_model
+from models.loader import model_config, pick_device, portable_name, read_weights, resolve_model
 from models.logprobs import hidden_states, unwrapped
 
 ADAPTER = "adapter"  # subfolder of a reward model trained with LoRA: the adapter alone, for sharing a backbone
@@ -49,28 +49,30 @@ class RewardModel(torch.nn.Module):
         self.model = model
 
     @classmethod
-    def load(cls, name, dtype=torch.float32, device=None):
-        """From a folder that `save` wrote (or any one-label sequence classifier), or a language model with a new head.
+    def load(cls, name, dtype=torch.float32, device=None, new_head=False):
+        """From a folder that `save` wrote or a one-label sequence classifier; with new_head, from a language model too.
 
-        Raises UserError when the classifier has another number of labels.
+        Raises UserError for a model with another head, with none where new_head is False, and for an adapter.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
         path = resolve_model(name)
         if isinstance(path, Path) and (path / "adapter_config.json").is_file():
-            raise UserError(f"{shown(path)} is an adapter; a reward model starts from a full model: merge it first")
-        config = AutoConfig.from_pretrained(str(path))
-        architecture = (config.architectures or [""])[0]
-        if architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
+            raise UserError(f"{shown(path)} is an adapter; a reward model is, and starts from, a full model: merge it")
+        config = model_config(name)
+        architecture = (config.architectures or ["model without architectures in its config.json"])[0]
+        classifies = architecture.endswith("ForSequenceClassification")
+        if classifies and config.num_labels != 1:
             raise UserError(f"{name}: a reward model has one label, this classifier has {config.num_labels}")
-        new_head = not architecture.endswith("ForSequenceClassification")
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                str(path), num_labels=1, dtype=dtype, use_safetensors=True
+        if not (classifies or new_head):
+            raise UserError(
+                f"{name} is a {architecture}, not a reward model. This makes one: python rlhf/train_reward_model.py"
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load a reward model from {name}: {str(error).splitlines()[0]}") from None
-        if new_head:  # small, so that training starts from indifference: Stiennon et al. 2020, appendix B.1
+        new = () if classifies else ("score.weight",)
+        model = read_weights(AutoModelForSequenceClassification, path, name, new, num_labels=1, dtype=dtype)
+        if "score" not in dict(model.named_children()):
+            raise UserError(f"{name} is a {architecture}: this takes a causal language model with a `score` head")
+        if new:  # small, so that training starts from indifference: Stiennon et al. 2020, appendix B.1
             torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
         return cls(model.to(device or pick_device()).eval())
 

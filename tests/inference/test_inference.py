@@ -68,7 +68,8 @@ def runs(tmp_path_factory):
     tokenizer = load_tokenizer("tiny-llama")
     base = portable_name(build_tiny("tiny-llama"))
     torch.manual_seed(0)
-    RewardModel.load("tiny-llama", device="cpu").save(folder / "reward", load_tokenizer("tiny-llama"), base)
+    reward_model = RewardModel.load("tiny-llama", device="cpu", new_head=True)
+    reward_model.save(folder / "reward", load_tokenizer("tiny-llama"), base)
     reward = str(folder / "reward")
     settings = {"dpo": {"beta": 0.2}, "ppo": {"reward_model": reward}, "grpo": {}, "full": {"beta": 0.5}}
     for name, extra in settings.items():

@@ -208,7 +208,7 @@ def test_saved_reward_model_is_the_same_in_transformers(tmp_path):
 
     folder = build_tiny("tiny-llama")
     tokenizer = load_tokenizer("tiny-llama")
-    reward_model = RewardModel.load("tiny-llama", device="cpu")
+    reward_model = RewardModel.load("tiny-llama", device="cpu", new_head=True)
     options = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     reward_model.model = get_peft_model(reward_model.model, LoraConfig(r=4, target_modules="all-linear", **options))
     torch.manual_seed(2)
@@ -235,7 +235,7 @@ def test_the_reward_adapter_on_the_policys_backbone_scores_like_the_reward_model
     from rlhf.ppo_train import Config, place_reward_model
 
     base = build_tiny("tiny-llama")
-    reward_model = RewardModel.load("tiny-llama", device="cpu")
+    reward_model = RewardModel.load("tiny-llama", device="cpu", new_head=True)
     options = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     reward_model.model = get_peft_model(reward_model.model, LoraConfig(r=4, target_modules="all-linear", **options))
     torch.manual_seed(2)

@@ -53,7 +53,8 @@ def test_the_reward_model_loads_in_trl(tmp_path):
     from rlhf.reward_model import RewardModel
 
     base = build_tiny("tiny-llama")
-    RewardModel.load("tiny-llama", device="cpu").save(tmp_path / "reward", load_tokenizer("tiny-llama"), base)
+    reward_model = RewardModel.load("tiny-llama", device="cpu", new_head=True)
+    reward_model.save(tmp_path / "reward", load_tokenizer("tiny-llama"), base)
     from datasets import Dataset
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1)
