@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator
 
 from configs.checkpoint import Checkpoints, Saving
-from configs.config import UserError, cli, option
+from configs.config import UserError, cli, option, refuse_unused
 from configs.run import Run, quiet_libraries, say
-from models.loader import autocast, pick_device, pick_precision
+from models.loader import autocast, check_length, pick_device, pick_precision
 from rlhf.dataset import load_groups
 from rlhf.packing import answer_logprobs
-from rlhf.rollouts import PromptStream, Rollout, Sampler, Scorer, step_indices
+from rlhf.rollouts import PromptStream, Rollout, Sampler, Scorer, check_room, step_indices
 from rlhf.utils import (
     Meter,
     as_reference,
@@ -31,6 +31,7 @@ from rlhf.utils import (
     kl_estimate,
     load_policy,
     masked_mean,
+    measure_kl,
     optimizer_step,
     save_policy,
     sum_over_ranks,
@@ -78,6 +79,10 @@ class Config(Saving):
     def check(self):
         if self.mode == "offline" and (self.judge or self.reward_model):
             raise UserError("mode = offline takes the stored scores: judge and reward_model have no effect")
+        unused = ("prompts", "group_size", "rollout_batch_size") if self.mode == "offline" else ("groups", "max_length")
+        refuse_unused(self, unused, f"mode = {self.mode}")
+        if not self.kl_coef:
+            refuse_unused(self, ["kl_kind"], "kl_coef = 0")
         if self.judge and self.reward_model:
             raise UserError("judge and reward_model both score the answers: give one of them")
         if self.minibatches > self.prompts_per_step:
@@ -243,6 +248,7 @@ def online(config, model, tokenizer, accelerator, precision):
     """A function step -> (rollout, rewards, gold) that samples groups from the policy; and the inputs' hashes."""
     checked = config.judge is None
     stream = PromptStream(config.prompts, tokenizer, config.prompts_per_step, config.seed, accelerator, checked)
+    check_room(stream, model, config.max_new_tokens)
     scorer = Scorer(config.judge, config.reward_model, tokenizer, accelerator.device)
     sampler = Sampler(model, config, precision)
 
@@ -255,6 +261,7 @@ def online(config, model, tokenizer, accelerator, precision):
 
 def offline(config, model, tokenizer, accelerator, precision):
     """A function step -> (rollout, rewards, gold) that takes stored groups, each once an epoch; and the hash."""
+    check_length(model, config)
     groups, sha256 = load_groups(config.groups, tokenizer, config.max_length)
     if len(groups) < config.prompts_per_step:
         raise UserError(f"prompts_per_step = {config.prompts_per_step}: {config.groups} has only {len(groups)} groups")
@@ -300,9 +307,7 @@ def measure(meter, logprobs, old_logprobs, ref_logprobs, entropy, advantages, ma
     )
     meter.mean(rows, advantage=advantages.abs().mean())
     if ref_logprobs is not None:
-        kl = torch.where(mask.bool(), kl_estimate(logprobs, ref_logprobs, "k3"), 0.0)
-        meter.mean(rows, kl=kl.sum(1).mean())
-        meter.mean(tokens, kl_per_token=masked_mean(kl, mask))
+        measure_kl(meter, logprobs, ref_logprobs, mask)
 
 
 if __name__ == "__main__":

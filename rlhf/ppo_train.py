@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,12 +23,12 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from configs.checkpoint import Checkpoints, Saving
-from configs.config import UserError, cli, option
-from configs.run import Run, in_root, quiet_libraries, say, sha256_file, shown
-from models.loader import autocast, pick_device, pick_precision, resolve_model
+from configs.config import UserError, cli, option, refuse_unused
+from configs.run import Run, quiet_libraries, say, shown
+from models.loader import autocast, pick_device, pick_precision, same_tokens
 from rlhf.packing import answer_logprobs, answer_scores
-from rlhf.reward_model import ADAPTER, RewardModel, last_token
-from rlhf.rollouts import PromptStream, Sampler, gold_scores
+from rlhf.reward_model import ADAPTER, RewardModel, find_reward_model, last_token
+from rlhf.rollouts import PromptStream, Sampler, check_room, gold_scores
 from rlhf.utils import (
     Meter,
     as_reference,
@@ -36,6 +37,7 @@ from rlhf.utils import (
     load_policy,
     masked_mean,
     masked_whiten,
+    measure_kl,
     optimizer_step,
     save_policy,
     sum_over_ranks,
@@ -85,6 +87,14 @@ class Config(Saving):
             raise UserError("kl_controller = adaptive needs kl_target, in nats an answer (6, say)")
         if self.kl_controller == "fixed" and self.kl_target is not None:
             raise UserError("kl_target has no effect with kl_controller = fixed")
+        if self.kl_controller == "fixed":
+            refuse_unused(self, ["kl_horizon"], "kl_controller = fixed")
+        pieces = math.ceil(self.prompts_per_step / max(1, self.micro_batch_size // self.samples_per_prompt))
+        if self.minibatches > pieces:
+            raise UserError(
+                f"minibatches = {self.minibatches}: a rollout makes {pieces} micro-batches of micro_batch_size = "
+                f"{self.micro_batch_size} answers, the answers to a prompt together; lower one of them"
+            )
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_values=None):
@@ -157,7 +167,9 @@ def main(config):
     torch.nn.init.zeros_(value_head.weight)  # values start at 0, so the first advantages are the returns
     torch.nn.init.zeros_(value_head.bias)
     parameters = [*parameters, *value_head.parameters()]
+    same_tokens(tokenizer, config.reward_model)
     stream = PromptStream(config.prompts, tokenizer, config.prompts_per_step, config.seed, accelerator, False)
+    check_room(stream, model, config.max_new_tokens)
     sampler = Sampler(model, config, precision)
     optimizer = make_optimizer(parameters, config.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -234,9 +246,7 @@ def main(config):
         for batch in batches:
             for i, score in zip(batch["rows"], batch["scores"].tolist()):
                 scores[i] = score
-            kl = torch.where(batch["mask"].bool(), kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], "k3"), 0.0)
-            meter.mean(len(batch["rows"]), kl=kl.sum(1).mean())
-            meter.mean(batch["mask"].sum(), kl_per_token=masked_mean(kl, batch["mask"]))
+            measure_kl(meter, batch["old_logprobs"], batch["ref_logprobs"], batch["mask"])
         rollout.measure(meter, scores, gold_scores(rollout))
         means = meter.collect(accelerator)
         if step % config.log_every == 0 or step in (1, config.steps):
@@ -252,16 +262,8 @@ def main(config):
     if accelerator.is_main_process:
         save_file(value_head.state_dict(), run.folder / "value_head.safetensors")
     reached = {key: means[key] for key in ("reward", "gold", "kl") if key in means}
-    inputs = {config.prompts: stream.sha256, config.reward_model: sha256_file(reward_folder / "model.safetensors")}
+    inputs = {config.prompts: stream.sha256, config.reward_model: run.files.get("reward_model")}
     run.finish({"steps": config.steps, **reached}, inputs, next_command="python inference/ppo_inference.py")
-
-
-def find_reward_model(name):
-    """The reward model's folder; UserError with the command that makes it if it is not there."""
-    folder = in_root(name)
-    if not folder.exists():
-        raise UserError(f"reward_model = {name!r} is not there. This makes it: python rlhf/train_reward_model.py")
-    return resolve_model(name)
 
 
 def place_reward_model(model, config, folder, device):

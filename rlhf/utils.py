@@ -84,6 +84,16 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     raise UserError(f"KL estimator {kind!r}: must be k1, k2 or k3")
 
 
+def measure_kl(meter, logprobs, ref_logprobs, mask):
+    """Count the KL to the reference of answers that the policy sampled, by k3; all (N, L).
+
+    As "kl" in nats an answer, and as "kl_per_token" in nats a token.
+    """
+    kl = torch.where(mask.bool(), kl_estimate(logprobs, ref_logprobs, "k3"), 0.0)
+    meter.mean(len(mask), kl=kl.sum(1).mean())
+    meter.mean(mask.sum(), kl_per_token=masked_mean(kl, mask))
+
+
 def pad_rows(rows, value, device, left=False):
     """Lists of numbers as one tensor (B, longest), padded on the right with `value`, and the mask of what is real."""
     width = max(map(len, rows))
@@ -207,7 +217,7 @@ def prepare_training(model, config, task_type, **lora_options):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora_r:  # no weight before the checkpointed blocks trains: without this, no gradient would enter them
             model.enable_input_require_grads()
-    return model
+    return model.train()  # transformers checkpoints activations in this mode alone; there is no dropout left to differ
 
 
 def optimizer_step(run, step, batch, accelerator, optimizer, scaler, parameters, lr):

@@ -41,7 +41,7 @@ def reward(pairs, tmp_path_factory):
     from rlhf import train_reward_model as script
 
     out = tmp_path_factory.mktemp("models") / "reward"
-    words = ["--config", "configs/smoke/reward.yaml", "--data", pairs, "--lr", "1e-2", "--epochs", 3, "--out", out]
+    words = ["--config", ROOT / "configs/smoke/reward.yaml", "--data", pairs, "--out", out, "--lr", 1e-2, "--epochs", 3]
     with contextlib.redirect_stdout(io.StringIO()):
         script.main(load_config(script.Config, [str(word) for word in words]))
     return out

@@ -1,0 +1,387 @@
+"""Statements about the loops of the RLHF trainers: each runs its own `main` on a tiny model, watched from outside."""
+
+import copy
+import json
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from models.loader import load_model, load_tokenizer
+from models.tiny import byte_tokenizer, tiny_config
+from rlhf import rollouts
+from rlhf.dataset import load_pairs
+from rlhf.dpo_train import answer_logps
+from rlhf.rollouts import PromptStream, step_indices
+from train.common import lr_at
+
+FOUR = pytest.mark.parametrize("name", ["reward", "dpo", "ppo", "grpo"])
+close = torch.testing.assert_close
+
+
+def weights(folder):
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def watch(monkeypatch, script, name, seen):
+    """Replace script.name by itself, and append (arguments, what it returned) of each call to `seen`."""
+    original = getattr(script, name)
+
+    def watched(*given, **more):
+        found = original(*given, **more)
+        seen.append((given, found))
+        return found
+
+    monkeypatch.setattr(script, name, watched)
+
+
+def flat(parameters):
+    return torch.cat([p.detach().reshape(-1) for p in parameters]).double()
+
+
+# book-keeping, in each trainer
+
+
+@FOUR
+def test_with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6(train, sgd, module, monkeypatch, name):
+    trained, before = sgd(name), []
+    original = module(name).optimizer_step
+
+    def step(*given):
+        before.append(flat(trained))
+        return original(*given)
+
+    monkeypatch.setattr(module(name), "optimizer_step", step)
+    shape = {"steps": 1} if name in ("ppo", "grpo") else {"max_steps": 1}
+    _, [line] = train(name, lr=1.0, warmup_steps=0, max_grad_norm=1e-6, **shape)
+    moved = (flat(trained) - before[0]).norm()
+    assert 1e-7 < moved <= 1e-6 * 1.01  # 1 % for the rounding of float32 weights
+    assert line["grad_norm"] > 1e-3  # the norm logged is the one before clipping
+
+
+@FOUR
+def test_steps_do_not_depend_on_the_split_into_micro_batches(train, sgd, name):
+    trained = sgd(name)
+    shape = {"steps": 2} if name in ("ppo", "grpo") else {"max_steps": 2}
+    found = []
+    for size in (16, 4, 3):  # answers, or pairs, in a micro-batch
+        trained.clear()
+        train(name, out=str(size), lr=0.5, warmup_steps=0, max_grad_norm=0.05, micro_batch_size=size, **shape)
+        found.append(flat(trained))
+    assert (found[0] - found[1]).abs().max() < 1e-6 and (found[0] - found[2]).abs().max() < 1e-6
+
+
+@FOUR
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(train, sgd, monkeypatch, name, lora_r):
+    trained, calls = sgd(name), []
+    forward = LlamaMLP.forward
+
+    def counted(self, x):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    shape = {"steps": 1} if name in ("ppo", "grpo") else {"max_steps": 1}
+    shape |= {"kl_coef": 0} if name == "grpo" else {}  # without a pass of the reference
+    passes, found = {}, {}
+    for on in ("false", "true"):
+        calls.clear()
+        trained.clear()
+        folder, _ = train(name, out=on, lr=0.5, warmup_steps=0, gradient_checkpointing=on, lora_r=lora_r, **shape)
+        passes[on], found[on] = sum(calls), flat(trained)
+        b = [value for key, value in weights(folder).items() if "lora_B" in key] if lora_r else []
+        assert len(b) == (14 if lora_r else 0) and all(value.abs().max() > 0 for value in b)
+    assert passes["true"] == 2 * passes["false"] > 0
+    close(found["true"], found["false"], atol=1e-7, rtol=0)
+
+
+@FOUR
+def test_the_schedule_ends_at_its_minimum(train, name):
+    shape = {"steps": 3} if name in ("ppo", "grpo") else {"epochs": 1}
+    more = {"inner_epochs": 2, "minibatches": 2} if name == "ppo" else {"inner_epochs": 2} if name == "grpo" else {}
+    _, lines = train(name, lr=1e-3, warmup_steps=1, min_lr_ratio=0.25, **shape, **more)
+    assert len(lines) > 2 and lines[-1]["lr"] == pytest.approx(2.5e-4)
+    assert [x["lr"] for x in lines[1:]] == sorted((x["lr"] for x in lines[1:]), reverse=True)
+
+
+def test_the_schedule_counts_optimizer_steps_and_stands_still_on_skipped_ones(train, monkeypatch):
+    _, plain = train("dpo", out="plain", lr=1e-3, warmup_steps=2, micro_batch_size=1, max_steps=4)
+    steps = len(plain)
+    assert [x["lr"] for x in plain] == [lr_at(i, steps, 1e-3, 2, 0.1) for i in range(1, steps + 1)]
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-15)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    _, lines = train("dpo", out="skipping", lr=1e-3, warmup_steps=2, precision="fp16", max_steps=4)
+    skipped = ["grad_norm" not in x for x in lines]  # it was not finite
+    assert any(skipped) and not all(skipped)
+    taken = 0
+    for line, lost in zip(lines, skipped):
+        assert line["lr"] == lr_at(taken + 1, steps, 1e-3, 2, 0.1)
+        taken += not lost
+
+
+def test_prompts_come_in_another_order_each_epoch_and_the_ranks_together_see_each_once():
+    rows = 23
+    steps = [step_indices(rows, 4, step, seed=7) for step in range(1, 24)]  # 92 places: four epochs
+    epochs = [[i for step in steps for i in step][e * rows : (e + 1) * rows] for e in range(4)]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert steps[3] == step_indices(rows, 4, 4, seed=7) != step_indices(rows, 4, 4, seed=8)
+    tokenizer = load_tokenizer("tiny-llama")
+    seen = []
+    for rank in range(3):
+        place = SimpleNamespace(process_index=rank, num_processes=3)
+        stream = PromptStream("data/prompts.json", tokenizer, 5, 0, place)
+        seen += [(k, row["id"]) for k, row, _ in stream.at(2)]
+    expected = [stream.rows[i]["id"] for i in step_indices(len(stream.rows), 5, 2, 0)]
+    assert sorted(seen) == list(enumerate(expected))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_held_out_pairs_are_counted_once_over_the_ranks(module, monkeypatch, pairs, processes):
+    script = module("dpo")
+    held_out = load_pairs(pairs, load_tokenizer("tiny-llama"), 512)[0][:8]  # which 3 does not divide
+    seen = []
+
+    def losses(batch, grad):
+        seen.extend(pair["where"] for pair in batch)
+        return [torch.ones(len(batch))] * 5
+
+    monkeypatch.setattr(script.Meter, "collect", lambda meter, _: meter.totals["loss"][1])  # the weight of the mean
+    places = [SimpleNamespace(process_index=rank, num_processes=processes) for rank in range(processes)]
+    counts = [script.evaluate(losses, held_out, script.Config(micro_batch_size=2), place) for place in places]
+    assert sorted(seen) == sorted(pair["where"] for pair in held_out) and sum(counts) == 8
+
+
+def test_evaluation_leaves_parameters_and_random_state_as_they_were(train, module, monkeypatch):
+    script, policies, calls = module("dpo"), [], []
+    watch(monkeypatch, script, "load_policy", policies)
+    original = script.evaluate
+
+    def evaluate(*given):
+        state, parameters = torch.get_rng_state(), copy.deepcopy(policies[0][1][0].state_dict())
+        found = original(*given)
+        model = policies[0][1][0]
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(v, parameters[k]) for k, v in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+        calls.append(found)
+        return found
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    train("dpo", max_steps=1)
+    assert len(calls) == 2 and calls[0]["loss"] != calls[1]["loss"]
+
+
+# DPO
+
+
+@pytest.fixture
+def droopy(tmp_path):
+    """A folder with a GPT-2 whose configuration has dropout everywhere."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    tokenizer = byte_tokenizer()
+    config = tiny_config("tiny-gpt2", len(tokenizer), tokenizer.eos_token_id)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "droopy")
+    tokenizer.save_pretrained(tmp_path / "droopy")
+    return tmp_path / "droopy"
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_the_first_dpo_loss_is_ln_2_exactly_with_dropout_in_the_config(train, droopy, lora_r, cached):
+    _, [line] = train("dpo", model_name=droopy, lora_r=lora_r, precompute_reference=cached, max_steps=1,
+                      batch_size=4, micro_batch_size=4)  # fmt: skip
+    assert line["loss"] == torch.tensor(math.log(2)).item()
+    assert line["margin"] == line["chosen_reward"] == line["rejected_reward"] == 0
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo", "grpo"])
+def test_the_reference_is_frozen_and_never_changes(train, module, monkeypatch, name):
+    loaded, used = [], []
+    watch(monkeypatch, module(name), "load_policy", loaded)
+    original = module(name).as_reference
+
+    def entered(model, reference):
+        used.append((reference.training, any(p.requires_grad for p in reference.parameters())))
+        return original(model, reference)
+
+    monkeypatch.setattr(module(name), "as_reference", entered)
+    train(name, lora_r=0, kl_coef=0.1) if name != "dpo" else train(name, lora_r=0)
+    [(_, (policy, reference, _, _))] = loaded
+    start = load_model("tiny-llama", device="cpu").state_dict()
+    assert used and not any(flag for pair in used for flag in pair)
+    assert all(torch.equal(v, start[k]) for k, v in reference.state_dict().items())
+    assert not torch.equal(flat(policy.parameters()), flat(reference.parameters()))
+
+
+def test_dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs(train, pairs):
+    tokenizer, model = load_tokenizer("tiny-llama"), load_model("tiny-llama", device="cpu")
+    rows, _, _ = load_pairs(pairs, tokenizer, 512)
+    for loss_type in ("sigmoid", "hinge", "ipo"):
+        _, [line] = train("dpo", out=loss_type, loss_type=loss_type, heldout_fraction=0, batch_size=6, max_steps=1)
+        batch = [rows[i] for i in step_indices(len(rows), 6, 1, 0)]
+        chosen, rejected = answer_logps(model, batch, tokenizer, "cpu", per_token=loss_type == "ipo")
+        assert line["chosen_logps"] == pytest.approx(chosen.mean().item(), abs=1e-5)
+        assert line["rejected_logps"] == pytest.approx(rejected.mean().item(), abs=1e-5)
+
+
+# reward model
+
+
+def test_an_answer_is_scored_in_the_form_in_which_the_model_was_trained(train, module, monkeypatch, pairs, tmp_path):
+    trained, scored = [], []
+    watch(monkeypatch, module("reward"), "pack", trained)
+    watch(monkeypatch, rollouts, "pack", scored)
+    train("reward", out="reward", epochs=2)
+    rows = [{"id": f"p{i}", "prompt": f"letter {i}", "split": "train"} for i in range(24)]  # the prompts of `pairs`
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    train("ppo", out="ppo", prompts=tmp_path / "prompts.json")
+    known = {tuple(prompt) for (prompts, *_), _ in trained for prompt in prompts}
+    asked = {tuple(prompt) for (prompts, *_), _ in scored for prompt in prompts}
+    assert len(known) == 24 and asked and asked <= known
+    eos = load_tokenizer("tiny-llama").eos_token_id  # which the sampler keeps at the end of what it stopped at
+    assert all(c[-1] == eos and eos not in c[:-1] for (_, completions, *_), _ in trained for c in completions)
+
+
+# PPO
+
+
+def test_old_values_and_old_log_probs_do_not_change_over_the_inner_epochs(train, module, monkeypatch):
+    surrogates, values = [], []
+    watch(monkeypatch, module("ppo"), "policy_loss", surrogates)
+    watch(monkeypatch, module("ppo"), "value_loss", values)
+    _, lines = train("ppo", steps=1, inner_epochs=3, minibatches=1, lr=1e-2, micro_batch_size=8)
+    assert len(surrogates) == len(values) == 3
+    for (logprobs, old, advantages, *_), _ in surrogates[1:]:
+        assert torch.equal(old, surrogates[0][0][1]) and torch.equal(advantages, surrogates[0][0][2])
+        assert not torch.equal(logprobs, old) and not old.requires_grad
+    for (now, old, returns, *_), _ in values[1:]:
+        assert torch.equal(old, values[0][0][1]) and torch.equal(returns, values[0][0][2])
+        assert not torch.equal(now, old) and not old.requires_grad
+    assert torch.equal(surrogates[0][0][0], surrogates[0][0][1])  # and the first ratio is 1
+    assert lines[0]["approx_kl"] > 0
+
+
+@pytest.mark.parametrize("bootstrap", ["false", "true"])
+def test_only_what_the_length_cut_goes_on_at_its_last_value(train, module, monkeypatch, bootstrap):
+    script, samples, estimates, read = module("ppo"), [], [], []
+    original = script.Sampler.sample
+
+    def sample(*given):
+        rollout = original(*given)
+        rollout.stopped = [i % 2 == 0 for i in range(len(rollout.prompts))]
+        samples.append(rollout)
+        return rollout
+
+    monkeypatch.setattr(script.Sampler, "sample", sample)
+    watch(monkeypatch, script, "gae", estimates)
+    watch(monkeypatch, script, "answer_logprobs", read)
+    train("ppo", steps=2, bootstrap_cut=bootstrap, lr=1e-2, micro_batch_size=64, missing_end_penalty=0.5)
+    (_, _, _, _, _, last_values), _ = estimates[1]  # after one step the value head is no longer 0
+    if bootstrap == "false":
+        assert last_values is None
+        return
+    _, after_the_end = (x[2] for _, x in read if isinstance(x, tuple) and len(x) == 3)  # of the passes before updates
+    order = samples[1].micro_batches(range(8), 64)[0]
+    cut = torch.tensor([not samples[1].stopped[i] for i in order])
+    assert (after_the_end != 0).all()
+    assert torch.equal(last_values, after_the_end * cut)
+
+
+def test_an_answer_is_cut_where_its_finish_reason_says_so(train, module, monkeypatch):
+    reasons, samples = [], []
+    watch(monkeypatch, rollouts, "generate", reasons)
+    original = module("ppo").Sampler.sample
+    monkeypatch.setattr(module("ppo").Sampler, "sample", lambda *given: samples.append(original(*given)) or samples[-1])
+    _, lines = train("ppo", steps=1, prompts_per_step=16, max_new_tokens=30, samples_per_prompt=4)
+    said = reasons[0][1].finish_reasons
+    assert set(said) == {"stop", "length"}
+    assert samples[0].stopped == [reason == "stop" for reason in said]
+    assert lines[0]["stopped"] == pytest.approx(said.count("stop") / len(said))
+
+
+# GRPO
+
+
+def test_rollouts_train_on_the_sampled_ids(train, module, monkeypatch):
+    """Random bytes are no UTF-8: what they decode to has other ids."""
+    drawn, packed = [], []
+    watch(monkeypatch, rollouts, "generate", drawn)
+    watch(monkeypatch, module("grpo"), "answer_logprobs", packed)
+    train("grpo", steps=1, micro_batch_size=64)
+    (given, _) = packed[-1]
+    trained = [row[mask.bool()].tolist() for row, mask in zip(given[1].targets, given[1].mask)]
+    completions = drawn[0][1].completions
+    assert sorted(trained) == sorted(completions)
+    tokenizer = load_tokenizer("tiny-llama")
+    assert any(tokenizer(tokenizer.decode(ids)).input_ids != ids for ids in completions)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperature(
+    train, module, monkeypatch, name
+):
+    """Nothing is cut off by top-k or top-p, and log-probs are taken at the temperature of the sampling."""
+    drawn, read = [], []
+    original = rollouts.generate
+
+    def generate(*given, **more):
+        drawn.append((more, original(*given, **more)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(rollouts, "generate", generate)
+    watch(monkeypatch, module(name), "answer_logprobs", read)
+    train(name, steps=1, temperature=0.7, micro_batch_size=64)
+    options, generation = drawn[0]
+    assert options["temperature"] == 0.7 and options.keys().isdisjoint({"top_k", "top_p"})
+    (_, packed, *_), found = read[0]
+    again = found[0] if isinstance(found, tuple) else found
+    stored = {tuple(c): p for c, p in zip(generation.completions, generation.logprobs)}
+    for ids, mask, logprobs in zip(packed.targets, packed.mask.bool(), again.detach()):
+        assert logprobs[mask].tolist() == pytest.approx(stored[tuple(ids[mask].tolist())], abs=1e-4)
+
+
+def test_the_share_of_groups_without_any_difference_is_logged(train, tmp_path):
+    judge = "def judge(prompt, completion):\n    return float('bees' in prompt)\n"
+    (tmp_path / "equal.py").write_text(judge + "def letters(prompt, completion):\n    return hash(completion) % 1000\n")
+    _, [line] = train("grpo", judge="equal:judge", steps=1)
+    assert line["no_signal"] == 1
+    _, [line] = train("grpo", judge="equal:letters", steps=1, out="letters")
+    assert line["no_signal"] == 0
+
+
+def test_the_offline_gradient_is_that_of_the_online_step_on_the_same_data(train, module, monkeypatch, sgd, tmp_path):
+    trained, sampled = sgd("grpo"), []
+    original = module("grpo").Scorer.__call__
+
+    def score(self, rollout):
+        sampled.append((rollout, original(self, rollout)[0]))
+        return sampled[-1][1], None
+
+    monkeypatch.setattr(module("grpo").Scorer, "__call__", score)
+    shape = {"steps": 1, "lr": 1.0, "max_grad_norm": 1e9, "temperature": 0.7, "kl_coef": 0.1, "prompts_per_step": 3}
+    _, [line] = train("grpo", out="online", **shape)
+    online = flat(trained)
+    assert line["grad_norm"] > 0.01  # and the weights moved by that
+    rollout, rewards = sampled[0]
+    rows = []
+    for rows_of_group in rollout.grouped(range(len(rollout.prompts))):
+        ranked = sorted(rows_of_group, key=lambda i: -rewards[i])  # as the generator writes them: the best first
+        texts = [[{"role": "assistant", "content": rollout.texts[i]}] for i in ranked]
+        rows.append({"prompt": [{"role": "user", "content": rollout.questions[ranked[0]]}], "chosen": texts[0],
+                     "rejected": texts[1:], "scores": [rewards[i] for i in ranked], "temperature": 0.7,
+                     "completion_ids": [rollout.completions[i] for i in ranked],
+                     "logprobs": [rollout.logprobs[i] for i in ranked]})  # fmt: skip
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained.clear()
+    train("offline", out="offline", groups=tmp_path / "same.jsonl", **shape)
+    close(flat(trained), online, atol=1e-5, rtol=0)
