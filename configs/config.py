@@ -95,6 +95,14 @@ def read_yaml(path):
     return content
 
 
+def refuse_unused(config, keys, because):
+    """Raise UserError if one of these keys was set: they have no effect, `because` of another."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for key in keys:
+        if getattr(config, key) != defaults[key]:
+            raise UserError(f"{key} = {getattr(config, key)!r} has no effect with {because}")
+
+
 def config_to_dict(config):
     return dataclasses.asdict(config)
 
@@ -105,9 +113,14 @@ def format_config(config):
 
 
 def cli(main, Config):
-    """Run `main(load_config(Config))` as a command: a UserError becomes one message and exit status 2."""
+    """Run `main(load_config(Config))` as a command: a UserError becomes one message and exit status 2.
+
+    So does what the machine does to a run (no memory, no disk, a lost process): see configs/failures.py.
+    """
+    config = None
     try:
-        main(load_config(Config))
+        config = load_config(Config)
+        main(config)
     except UserError as error:
         while on_refusal:
             on_refusal.pop()()
@@ -122,6 +135,15 @@ def cli(main, Config):
     except SystemExit:
         _leave_processes()
         raise
+    except Exception as error:
+        from configs.failures import explain
+
+        message = explain(error, config)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        _leave_processes()
+        sys.exit(2)
     _leave_processes()
 
 
