@@ -107,6 +107,13 @@ def model_config(name):
     return model_config(adapter_base(path)) if _is_adapter(path) else _read(AutoConfig, path, name)
 
 
+def check_length(model, config):
+    """Raise UserError if config.max_length is more than the model reads."""
+    context = model.config.max_position_embeddings
+    if config.max_length > context:
+        raise UserError(f"max_length = {config.max_length}: {config.model_name} reads at most {context} tokens")
+
+
 def adapter_base(folder):
     """The name of the model that the adapter in `folder` was trained on, as its adapter_config.json says.
 

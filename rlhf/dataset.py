@@ -19,11 +19,13 @@ def read_rows(source, made_by="python data/generate_preferences.py"):
     path = in_root(source)
     if not path.exists() and not str(source).endswith((".jsonl", ".json")):
         return _hub_rows(source)
+    if path.is_dir():
+        raise UserError(f"{shown(path)} is a folder: give a .jsonl file")
     if not path.is_file():
         raise UserError(f"{shown(path)} is not there. This makes it: {made_by}")
     rows = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:  # lines end at "\n" alone: texts may hold other separators, such as U+2028
+        for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -43,7 +45,7 @@ def _hub_rows(name):
 
     try:
         data = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"data = {name!r} is no local file, and the hub gave no such dataset ({reason}). "
@@ -109,14 +111,13 @@ def load_pairs(source, tokenizer, max_length, truncation="left"):
     for row in rows:
         prompt, chosen, rejected = split_prompt(row)
         where = row["where"]
-        full = prompt_ids(tokenizer, prompt)
         a = encode(tokenizer, prompt, chosen, max_length, where, truncation)
         b = encode(tokenizer, prompt, rejected, max_length, where, truncation)
         if a is None or b is None:
             counts["dropped"] += 1
             continue
         prompt_tokens = min(a[0], b[0], key=len)
-        counts["cut"] += len(prompt_tokens) < len(full)
+        counts["cut"] += len(prompt_tokens) < len(prompt_ids(tokenizer, prompt))
         margin = _margin(row)
         text = {"prompt": text_of(prompt), "chosen": text_of(chosen), "rejected": text_of(rejected)}
         pairs.append(
@@ -131,9 +132,21 @@ def _margin(row):
     scores = row.get("chosen_score"), row.get("rejected_score")
     if None in scores:
         return None
-    if not all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores):
+    if not all(map(_is_number, scores)):
         raise UserError(f"{row['where']}: chosen_score and rejected_score must be finite numbers, not {scores}")
     return float(scores[0]) - float(scores[1])
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def count_steps(config, pairs):
+    """Optimizer steps of a run on so many pairs. Raises UserError if one step would take a pair twice."""
+    if config.batch_size > pairs:
+        raise UserError(f"batch_size = {config.batch_size}: there are only {pairs} pairs to train on; set at most that")
+    steps = pairs * config.epochs // config.batch_size
+    return min(steps, config.max_steps or steps)
 
 
 def split_by_prompt(rows, fraction, seed=0):
@@ -163,18 +176,28 @@ def load_groups(source, tokenizer, max_length):
     for row in rows:
         where = row["where"]
         prompt, chosen, rejected = split_prompt(row)
-        if not isinstance(rejected, list) or not rejected:
-            raise UserError(f"{where}: 'rejected' must be a list of at least one answer")
+        if not isinstance(rejected, list) or not rejected or any(isinstance(a, dict) for a in rejected):
+            raise UserError(f"{where}: 'rejected' must be a list of answers, as in groups.jsonl; pairs are for DPO")
         answers = [chosen, *rejected]
         scores = row.get("scores", [1.0] + [0.0] * len(rejected))
+        if not isinstance(scores, list) or not all(map(_is_number, scores)):
+            raise UserError(f"{where}: scores must be a list of finite numbers, not {scores}")
         if len(scores) != len(answers):
             raise UserError(f"{where}: {len(scores)} scores for {len(answers)} answers (chosen first, then rejected)")
-        if not all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores):
-            raise UserError(f"{where}: scores must be finite numbers, not {scores}")
+        temperature = row.get("temperature", 1.0)
+        if not _is_number(temperature) or temperature <= 0:
+            raise UserError(f"{where}: temperature must be a number above 0, not {temperature!r}")
+        try:
+            p, encoded = prompt_ids(tokenizer, prompt), [completion_ids(tokenizer, a) for a in answers]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         ids, logprobs = row.get("completion_ids"), row.get("logprobs")
-        p = prompt_ids(tokenizer, prompt)
         if ids is None:
-            ids, logprobs = [completion_ids(tokenizer, a) for a in answers], None
+            ids, logprobs = encoded, None
+        if not _lists_of(ids, lambda i: isinstance(i, int) and i >= 0):
+            raise UserError(f"{where}: completion_ids must be lists of token ids, whole numbers from 0 on")
+        if logprobs is not None and not _lists_of(logprobs, _is_number):
+            raise UserError(f"{where}: logprobs must be lists of finite numbers, one for each of completion_ids")
         if len(ids) != len(answers) or (logprobs is not None and [len(x) for x in logprobs] != [len(x) for x in ids]):
             raise UserError(f"{where}: completion_ids and logprobs must have one list an answer, of equal lengths")
         if any(not c for c in ids):
@@ -192,15 +215,20 @@ def load_groups(source, tokenizer, max_length):
                 "completions": ids,
                 "logprobs": logprobs,
                 "scores": [float(s) for s in scores],
-                "temperature": float(row.get("temperature", 1.0)),
+                "temperature": float(temperature),
                 "policy": row.get("policy"),
                 "text": {"prompt": text_of(prompt), "answers": [text_of(a) for a in answers]},
                 "where": where,
             }
         )
+    lacking = [group for group in groups if group["logprobs"] is None]
+    if 0 < len(lacking) < len(groups):
+        raise UserError(f"{lacking[0]['where']}: has no logprobs, and other rows have them; a file holds one kind")
     return groups, digest
 
 
+def _lists_of(value, good):
+    return isinstance(value, list) and all(isinstance(x, list) and all(map(good, x)) for x in value)
 
 
 def describe_pairs(train, heldout, counts):

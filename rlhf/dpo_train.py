@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option
 from configs.run import Run, quiet_libraries, say
-from models.loader import autocast, pick_device, pick_precision
-from rlhf.dataset import describe_pairs, load_pairs, pair_length, split_by_prompt
+from models.loader import autocast, check_length, pick_device, pick_precision
+from rlhf.dataset import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
 from rlhf.packing import answer_logprobs, pack
 from rlhf.rollouts import step_indices
 from rlhf.utils import (
@@ -130,8 +130,8 @@ def main(config):
     pairs, counts, sha256 = load_pairs(config.data, tokenizer, config.max_length, config.truncation)
     train, heldout = split_by_prompt(pairs, config.heldout_fraction, config.seed)
     describe_pairs(train, heldout, counts)
-    steps = max(1, len(train) * config.epochs // config.batch_size)
-    run.total_steps = steps = min(steps, config.max_steps or steps)
+    check_length(model, config)
+    run.total_steps = steps = count_steps(config, len(train))
     optimizer = make_optimizer(parameters, config.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     checkpoints = Checkpoints(run, model=model, optimizer=optimizer, scaler=scaler)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.config import UserError
-from configs.run import shown
+from configs.run import in_root, shown
 from models.loader import model_config, pick_device, portable_name, read_weights, resolve_model
 from models.logprobs import hidden_states, unwrapped
 
@@ -39,6 +39,13 @@ def score_at_end(hidden, attention_mask, head):
     """Scores (B,) in float32 from body outputs (B, T, H), read at each row's last real token."""
     rows = torch.arange(len(hidden), device=hidden.device)
     return head(hidden[rows, last_token(attention_mask)]).float().squeeze(-1)
+
+
+def find_reward_model(name):
+    """The reward model's folder; UserError with the command that makes it if it is not there."""
+    if not in_root(name).exists():
+        raise UserError(f"reward_model = {name!r} is not there. This makes it: python rlhf/train_reward_model.py")
+    return resolve_model(name)
 
 
 class RewardModel(torch.nn.Module):

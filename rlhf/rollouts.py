@@ -12,10 +12,10 @@ from configs.config import UserError
 from configs.run import in_root, say, sha256_file
 from data.checks import call_judge, load_judge, load_prompts, score
 from models.generation import generate
-from models.loader import answer_text, frozen_dtype, load_model, prompt_ids
+from models.loader import answer_text, frozen_dtype, load_model, prompt_ids, same_tokens
 from models.logprobs import unwrapped
 from rlhf.packing import pack, score_answers
-from rlhf.reward_model import RewardModel
+from rlhf.reward_model import RewardModel, find_reward_model
 
 
 @dataclass
@@ -114,6 +114,17 @@ def step_indices(total, count, step, seed):
     return found
 
 
+def check_room(stream, model, max_new_tokens):
+    """Raise UserError for a prompt after which the model has no room for an answer: now, not when it is its turn."""
+    context = model.config.max_position_embeddings
+    for row, ids in zip(stream.rows, stream.ids):
+        if len(ids) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {row['id']!r} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} it does not fit "
+                f"into the model's context of {context}"
+            )
+
+
 class Sampler:
     """The model that answers: a copy of the policy in the dtype of the passes, brought up to date before each rollout.
 
@@ -184,7 +195,10 @@ class Scorer:
 
     def __init__(self, judge, reward_model, tokenizer, device):
         self.judge = load_judge(judge) if judge else None
-        self.reward_model = RewardModel.load(reward_model, device=device) if reward_model else None
+        self.reward_model = None
+        if reward_model:
+            self.reward_model = RewardModel.load(find_reward_model(reward_model), device=device)
+            same_tokens(tokenizer, reward_model)
         self.pad_id = tokenizer.pad_token_id
 
     def __call__(self, rollout):

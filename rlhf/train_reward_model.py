@@ -19,8 +19,16 @@ from accelerate import Accelerator
 from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option
 from configs.run import Run, quiet_libraries, say, shown
-from models.loader import autocast, frozen_dtype, load_tokenizer, pick_device, pick_precision, resolve_model
-from rlhf.dataset import describe_pairs, load_pairs, pair_length, split_by_prompt
+from models.loader import (
+    autocast,
+    check_length,
+    frozen_dtype,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    resolve_model,
+)
+from rlhf.dataset import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
 from rlhf.packing import answer_scores, pack
 from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.rollouts import step_indices
@@ -73,8 +81,8 @@ def main(config):
         raise UserError(f"margin = true needs chosen_score and rejected_score, which {missing['where']} lacks")
     train, heldout = split_by_prompt(pairs, config.heldout_fraction, config.seed)
     describe_pairs(train, heldout, counts)
-    steps = max(1, len(train) * config.epochs // config.batch_size)
-    run.total_steps = steps = min(steps, config.max_steps or steps)
+    check_length(reward_model.model, config)
+    run.total_steps = steps = count_steps(config, len(train))
 
     def scores(batch):
         """Chosen and rejected scores, (B,) each: both answers in one pass, the prompt that they share computed once."""

@@ -17,7 +17,15 @@ from configs.run import in_root, say, shown, synced, write_atomically
 from data.blocks import make_blocks
 from data.corpus import load_corpus
 from models.generation import generate
-from models.loader import answer_text, load_model, load_tokenizer, portable_name, prompt_ids, resolve_model
+from models.loader import (
+    answer_text,
+    check_length,
+    load_model,
+    load_tokenizer,
+    portable_name,
+    prompt_ids,
+    resolve_model,
+)
 from models.logprobs import head_logprobs, hidden_states, unwrapped
 from models.scratch import build_scratch, train_tokenizer
 
@@ -100,9 +108,7 @@ def load_start(config, corpus, device):
     else:
         tokenizer = load_tokenizer(config.model_name)
         model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
-    context = model.config.max_position_embeddings
-    if config.max_length > context:
-        raise UserError(f"max_length = {config.max_length}: {config.model_name} reads at most {context} tokens")
+    check_length(model, config)
     return model, tokenizer
 
 
@@ -198,6 +204,8 @@ def show_sample(model, tokenizer, kind, config, when):
     ids = plain if kind == "text" else prompt_ids(tokenizer, config.sample_prompt)
     stop = (tokenizer.eos_token_id,)
     new = min(config.sample_tokens, model.config.max_position_embeddings - len(ids))
+    if new < 1:
+        raise UserError(f"sample_prompt has {len(ids)} tokens: the model reads at most {len(ids) + new}")
     found = generate(model, [ids], new, temperature=0.8, top_p=0.95, stop_ids=stop, seed=config.seed)
     text = answer_text(tokenizer, found.completions[0])
     say(f"\nsample {when} training, after {config.sample_prompt!r}:\n" + "\n".join("  " + x for x in text.splitlines()))
