@@ -122,7 +122,7 @@ def grpo_loss(
     aggregate: "token": sum over counted tokens / their number in the whole step; "sequence": mean over sequences of
     their own means; "constant": sum / (B * max_tokens) (Liu et al. 2025).
     kl_kind: "k2" or "k3" of `kl_estimate`, or "ratio_k3", ratio * k3 with gradients through both, whose expected
-    gradient is the reverse KL's. "k1" is refused: as a loss its expected gradient is 0.
+    gradient is that of each token's reverse KL. "k1" is refused: as a loss its expected gradient is 0.
     normalizer: number of counted tokens ("token") or of sequences (the other two) in the whole optimizer step over all
     micro-batches and ranks; default: those of this batch. Losses of micro-batches then add up to the step's loss.
     """

@@ -72,7 +72,9 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     With d = logprobs - ref_logprobs:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d
     (Schulman, "Approximating KL divergence", 2020). Their values estimate the KL (k1 and k3 without bias); their
     gradients do not: as a loss, on-policy, k1 has expected gradient 0, k2 that of the reverse KL, k3 that of the
-    forward KL; ratio * k3 has that of the reverse KL (`grpo_loss` offers it as "ratio_k3").
+    forward KL; ratio * k3 has that of the reverse KL (`grpo_loss` offers it as "ratio_k3"). Of the KL of each next
+    token, that is, with the tokens before it held fixed: that a token decides what follows, and with it the KL to come,
+    is in the gradient only with k1 in the reward (`token_rewards` in ppo_train.py). report/EXACT.md has the numbers.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
