@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 from configs.config import UserError, on_refusal
 
@@ -27,6 +28,17 @@ def refuse_other_use(folder, inputs):
         if strays:
             names = ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else "")
             raise UserError(f"out = {folder} holds files of something else than a run ({names}): give another --out")
+
+
+def check_place(path):
+    """Raise UserError unless the file `path` can be written: a mistake to find before the work, not after it."""
+    path = Path(path).absolute()
+    above = next(p for p in path.parents if p.exists())
+    if path.is_dir():
+        raise UserError(f"out = {path} is a folder: give a file name")
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        why = "permission denied" if above.is_dir() else f"{above} is a file"
+        raise UserError(f"cannot write to {path.parent}: {why}")
 
 
 def make_way(folder, clear, lock):

@@ -246,7 +246,18 @@ def git_commit():
 def read_manifest(folder):
     """A finished run's manifest as a dict, or None if the folder holds no finished run."""
     path = in_root(folder) / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path):
+    """The object in a JSON file of ours. Raises UserError if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{shown(path)} is damaged: it takes one JSON object. Remove it to go on")
+    return found
 
 
 def read_lines(path):

@@ -328,8 +328,12 @@ def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_chec
             raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}, got {row['split']!r}")
         if need_checks or row.get("checks"):
             validate_checks(row["checks"], where)
-        if seen.setdefault(" ".join(row["prompt"].casefold().split()), row["split"]) != row["split"]:
+        text = " ".join(row["prompt"].casefold().split())
+        if text in seen and seen[text] != row["split"]:
             raise UserError(f"{where}: the same prompt stands in both splits")
+        if text in seen and row["split"] == "heldout":
+            raise UserError(f"{where}: the same prompt is held out twice, and would count twice; take one out")
+        seen[text] = row["split"]
 
     rows = [row for row in rows if split in (None, row["split"])]
     if not rows:
@@ -360,7 +364,7 @@ def load_judge(spec: str):
             f"{own[0]} imports it; for modules beside it set PYTHONPATH=." if own else f"{stem}.py is no file either"
         )
         raise UserError(f"judge {spec!r}: Python finds no module {error.name!r}, and {reason}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"judge {spec!r}: importing {module_name} failed: {type(error).__name__}: {error}") from error
     if function_name not in vars(module):
         raise UserError(f"judge {spec!r}: {module.__file__} has no {function_name!r}")
@@ -376,7 +380,7 @@ def call_judge(judge, prompt: str, completion: str) -> float:
     where = f"judge {name} on prompt {prompt!r} and completion {completion!r}"
     try:
         value = judge(prompt, completion)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
     try:
         result = math.nan if isinstance(value, (str, bytes)) else float(value)

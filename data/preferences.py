@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from configs.claim import check_place
 from configs.config import UserError, config_to_dict, option
 from configs.run import (
     duration,
@@ -28,6 +28,7 @@ from configs.run import (
     machine,
     peak_memory_gb,
     quiet_libraries,
+    read_json,
     say,
     sha256_file,
     shown,
@@ -58,6 +59,8 @@ class SamplingConfig:
     def check(self):
         if not self.out.endswith(".jsonl"):
             raise UserError(f"out = {self.out!r}: must be a file name that ends in .jsonl")
+        if in_root(self.out).resolve() == in_root(self.prompts).resolve():
+            raise UserError(f"out = {self.out!r} is the file of the prompts: give another one")
         if self.batch_size < self.samples_per_prompt:
             raise UserError(
                 f"batch_size = {self.batch_size}: must be at least samples_per_prompt = {self.samples_per_prompt}, "
@@ -94,14 +97,13 @@ def claim(config):
     Raises UserError if the file is there and something else made it, or if its folder cannot be written to.
     """
     out, manifest = in_root(config.out), manifest_path(config.out)
-    if out.is_dir():
-        raise UserError(f"out = {shown(out)} is a folder; give a file name that ends in .jsonl")
+    check_place(out)
     if out.is_file() and not config.overwrite:
         advice = "Give another --out, or --overwrite true to replace it"
         if not manifest.is_file():
             raise UserError(f"{shown(out)} is there, and no {manifest.name} beside it says what made it. {advice}")
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-        if before["sha256"] != sha256_file(out):
+        before = read_json(manifest)
+        if before.get("sha256") != sha256_file(out):
             raise UserError(f"{shown(out)} was changed since {manifest.name} was written. {advice}")
         differences = _differences(before, config)
         if differences:
@@ -110,12 +112,6 @@ def claim(config):
             )
         say(f"{shown(out)} is there already, made by this very configuration. --overwrite true makes it again.")
         sys.exit(0)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {shown(out.parent)}: {error.strerror}") from None
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"cannot write to {shown(out.parent)}: permission denied")
 
 
 def _differences(before, config):
@@ -292,6 +288,7 @@ def show_match(prompt, chosen, rejected):
 def save(config, rows, sampled, summary, started, next_command):
     """Write the rows, then the manifest, each as a whole or not at all; say where they are and what comes next."""
     out = in_root(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     manifest = {
         "script": Path(sys.argv[0]).name,

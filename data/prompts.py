@@ -25,7 +25,7 @@ def read_prompts(source, split="heldout", need_checks=False):
 
 def parse_prompts(content, where, need_checks=False, jsonl=False):
     """The prompts in the text `content`: JSONL if told so or if it begins with a brace, else one a line."""
-    lines = [(number, line.strip()) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"{where}: there is no prompt in it")
     if not (jsonl or lines[0][1].startswith("{")):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from configs.config import UserError, cli, option
+from configs.config import UserError, cli, option, refuse_unused
 from configs.run import quiet_libraries, say
 from data.prompts import parse_prompts, read_prompts, text_of
 from models.answers import TextStream, check_out, rate, sample_answers, sampling, synchronize, write_rows
@@ -68,7 +68,9 @@ class Config:
             raise UserError("out: a chat is not written to a file")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt is empty")
-        check_out(self.out)
+        if self.temperature == 0:
+            refuse_unused(self, ["top_k"], "temperature = 0, which takes the most probable token")
+        check_out(self.out, self.prompts)
 
 
 def main(config):

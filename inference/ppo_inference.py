@@ -20,6 +20,7 @@ from configs.run import say
 from data.checks import score
 from data.prompts import text_of
 from models.answers import lengths, mean, show_answer, show_table, write_rows
+from models.loader import same_tokens
 from rlhf.packing import score_answers
 from rlhf.reward_model import RewardModel
 from rlhf.side_by_side import CompareConfig, SideBySide, run_folder, run_value
@@ -38,6 +39,7 @@ def main(config):
         config.reward_model or run_value(both.folder, "reward_model"), made_by="python rlhf/train_reward_model.py"
     )
     reward_model = RewardModel.load(reward_folder, dtype=both.dtype, device=both.device)
+    same_tokens(both.tokenizer, reward_folder)
 
     # 1. an answer of each model to each prompt
     own, base = both.answers()

@@ -108,10 +108,15 @@ def show_table(header, rows):
         say("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:]))]))
 
 
-def check_out(out):
-    """Raise UserError before the work begins if the file `out` cannot be written."""
-    if out is not None and (in_root(out).is_dir() or not in_root(out).absolute().parent.is_dir()):
-        raise UserError(f"out = {out!r}: must be a file in a folder that is there")
+def check_out(out, prompts=None):
+    """Raise UserError before the work begins if the file `out` cannot be written, or is the file of the prompts."""
+    if out is None:
+        return
+    path = in_root(out)
+    if path.is_dir() or not path.absolute().parent.is_dir() or path.suffix != ".jsonl":
+        raise UserError(f"out = {out!r}: must be a file in a folder that is there, with a name that ends in .jsonl")
+    if prompts is not None and path.resolve() == in_root(prompts).resolve():
+        raise UserError(f"out = {out!r} is the file of the prompts: give another one")
 
 
 def write_rows(out, rows):

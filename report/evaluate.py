@@ -25,12 +25,14 @@ from typing import ClassVar, Literal
 
 import torch
 
+from configs.claim import check_place
 from configs.config import ROOT, UserError, cli, config_to_dict, option
 from configs.run import (
     git_commit,
     in_root,
     machine,
     quiet_libraries,
+    read_json,
     say,
     sha256_file,
     shown,
@@ -52,6 +54,7 @@ from models.loader import (
     pick_precision,
     prompt_ids,
     resolve_model,
+    same_tokens,
     weights_hash,
 )
 from rlhf.packing import completion_logprobs, score_answers
@@ -202,6 +205,14 @@ def measurement_path(config):
     return ROOT / "report" / "runs" / f"{name}{f'-best{config.best_of}' if config.best_of > 1 else ''}.json"
 
 
+def read_measurement(path):
+    """What an evaluation wrote. Raises UserError for a file that is something else, so that none is replaced."""
+    found = read_json(path)
+    if not {"identity", "measured", "answers"} <= found.keys():
+        raise UserError(f"{shown(path)} is there and no measurement: give another --out, or --overwrite true")
+    return found
+
+
 def identity(config):
     """What decides the figures: the settings, and hashes of the weights, the prompts and the checks' code."""
     settings = {k: v for k, v in config_to_dict(config).items() if k not in NOT_IDENTITY}
@@ -234,9 +245,11 @@ def evaluate(config):
     Raises UserError for models that do not share a tokenizer, and for what the loaders refuse.
     """
     started = time.time()
-    who, path = identity(config), measurement_path(config)
+    path = measurement_path(config)
+    check_place(path)
+    who = identity(config)
     if path.is_file() and not config.overwrite:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_measurement(path)
         if before["identity"] == who:
             say(f"{shown(path)} holds this very measurement. --overwrite true measures again.")
             return before
@@ -251,6 +264,9 @@ def evaluate(config):
     # 1. answers. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
     clock = time.time()
     model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True).to(dtype)
+    context = model.config.max_position_embeddings
+    if config.text_length > context:
+        raise UserError(f"text_length = {config.text_length}: {config.model_name} reads at most {context} tokens")
     per_prompt = config.samples_per_prompt * config.best_of
     generation = generate(
         model,
@@ -335,12 +351,6 @@ def evaluate(config):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
-
-
-def same_tokens(tokenizer, name):
-    """UserError unless the model `name` reads the same token ids: log-probs and scores of ids would not compare."""
-    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{name} and the model that is measured have different tokenizers: give another one")
 
 
 def heldout_prompts(config):

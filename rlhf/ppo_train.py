@@ -12,7 +12,6 @@ adaptive coefficient), Ouyang et al. 2022 (the whole). Left out: a separate valu
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,11 +19,12 @@ from typing import ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option, refuse_unused
-from configs.run import Run, quiet_libraries, say, shown
+from configs.run import Run, quiet_libraries, read_json, say, shown
 from models.loader import autocast, pick_device, pick_precision, same_tokens
 from rlhf.packing import answer_logprobs, answer_scores
 from rlhf.reward_model import ADAPTER, RewardModel, find_reward_model, last_token
@@ -274,16 +274,20 @@ def place_reward_model(model, config, folder, device):
     if not (config.lora_r and adapter.is_dir()):
         shared = False
     else:
-        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        shared = settings["base_model_name_or_path"] == base
+        settings = read_json(adapter / "adapter_config.json")
+        shared = settings.get("base_model_name_or_path") == base
     if not shared:
         say(f"reward model {shown(folder)}: a model of its own")
         reward_model = RewardModel.load(config.reward_model, device=device)
         return lambda packed: answer_scores(reward_model.model, packed, reward_model.head)
 
-    weights = load_file(adapter / "adapter_model.safetensors")
+    try:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        score = weights.pop("base_model.model.score.weight")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"the adapter of the reward model in {shown(adapter)} is damaged: {error}") from None
     head = torch.nn.Linear(model.config.hidden_size, 1, bias=False).to(device)
-    head.weight.data.copy_(weights.pop("base_model.model.score.weight"))
+    head.weight.data.copy_(score)
     targets = settings["target_modules"]
     lora = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=targets, task_type="CAUSAL_LM")
     model.add_adapter("reward", lora)

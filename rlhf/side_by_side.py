@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.config import UserError, option, read_yaml
+from configs.config import UserError, option, read_yaml, refuse_unused
 from configs.run import in_root, quiet_libraries, say, shown
 from data.prompts import read_prompts
 from models.answers import check_out, sample_answers, sampling
@@ -37,7 +37,9 @@ class CompareConfig:
     out: str | None = option(None, "JSONL file to write the answers to")
 
     def check(self):
-        check_out(self.out)
+        check_out(self.out, self.prompts)
+        if self.prompt is not None:
+            refuse_unused(self, ["prompts", "limit"], "a prompt of your own")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt is empty")
 
