@@ -118,6 +118,7 @@ def cli(main, Config):
     So does what the machine does to a run (no memory, no disk, a lost process): see configs/failures.py.
     """
     config = None
+    on_refusal.clear()
     try:
         config = load_config(Config)
         main(config)
