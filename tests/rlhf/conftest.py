@@ -72,14 +72,20 @@ def module():
     return lambda name: importlib.import_module(TRAINERS[name][0])
 
 
-@pytest.fixture
-def train(module, pairs, request, tmp_path, monkeypatch):
-    """(trainer's name, options by name) -> (the run's folder, its logged lines). One optimizer step per rollout."""
-    (tmp_path / "thirds.py").write_text("def judge(prompt, completion):\n    return float(len(completion) % 3)\n")
-    monkeypatch.chdir(tmp_path)  # where judges are looked for first
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with a judge in it: judges are looked for in the working directory."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "thirds.py").write_text("def judge(prompt, completion):\n    return float(len(completion) % 3)\n")
+    return folder
 
-    def run(name, out="run", **options):
-        fixed = {"config": ROOT / f"configs/smoke/{TRAINERS[name][1]}.yaml", "out": tmp_path / out}
+
+@pytest.fixture(scope="session")
+def words(pairs, request):
+    """(trainer's name, out, options by name) -> its command line. PPO and GRPO take one optimizer step a rollout."""
+
+    def words(name, out, **options):
+        fixed = {"config": ROOT / f"configs/smoke/{TRAINERS[name][1]}.yaml", "out": out}
         if name in ("reward", "dpo"):
             fixed |= {"data": pairs}
         if name == "ppo":
@@ -88,10 +94,20 @@ def train(module, pairs, request, tmp_path, monkeypatch):
             fixed |= {"judge": "thirds:judge"}
         if name == "offline":
             fixed |= {"groups": request.getfixturevalue("groups")}
-        words = [str(word) for key, value in {**fixed, **options}.items() for word in (f"--{key}", value)]
+        return [str(word) for key, value in {**fixed, **options}.items() for word in (f"--{key}", value)]
+
+    return words
+
+
+@pytest.fixture
+def train(module, words, home, tmp_path, monkeypatch):
+    """(trainer's name, out, options by name) -> (the run's folder, its logged lines)."""
+    monkeypatch.chdir(home)
+
+    def run(name, out="run", **options):
         script = module(name)
         with contextlib.redirect_stdout(io.StringIO()):
-            script.main(load_config(script.Config, words))
+            script.main(load_config(script.Config, words(name, tmp_path / out, **options)))
         lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
         return tmp_path / out, [json.loads(line) for line in lines]
 

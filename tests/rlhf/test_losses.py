@@ -1,6 +1,7 @@
 """The equations on literal tensors, with the arithmetic written out, and against definitions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rlhf.dpo_train import dpo_loss
 from rlhf.grpo_train import group_advantages, grpo_loss
 from rlhf.ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import reward_loss
-from rlhf.utils import kl_estimate, masked_mean, masked_whiten
+from rlhf.utils import Meter, kl_estimate, masked_mean, masked_whiten, measure_kl
 
 T = torch.tensor
 close = torch.testing.assert_close
@@ -144,6 +145,20 @@ def test_ratio_1_has_the_policy_gradient_and_no_clip():
     mask = T([[1, 1, 0], [1, 1, 1]])
     policy_loss(logprobs, logprobs.detach(), advantages, mask).backward()
     close(logprobs.grad, -advantages * mask / 5)
+
+
+def test_whitening_over_two_ranks_is_that_of_all_tokens_together():
+    x = torch.randn(9).double() * 3 + 7
+    shares = [x[:2], x[2:]]  # 2 and 7 tokens
+    ones = torch.ones_like
+    for shift_mean in (True, False):
+        expected = masked_whiten(x, ones(x), shift_mean)
+        for share, other, place in zip(shares, shares[::-1], (slice(0, 2), slice(2, 9))):
+            # what the other rank brings to each of the two sums, in turn
+            total = torch.stack([other.sum(), torch.tensor(float(len(other))).double()])
+            of_others = iter([total, (other - x.mean()).square().sum()])
+            found = masked_whiten(share, ones(share), shift_mean, reduce=lambda mine, rest=of_others: mine + next(rest))
+            close(found, expected[place])
 
 
 # masked statistics
@@ -289,3 +304,20 @@ def test_kl_estimators_in_expectation_over_an_enumerable_policy():
             for i in range(5)
         )  # fmt: skip
         close(torch.autograd.grad(total, theta, retain_graph=True)[0], gradient)
+
+
+def test_the_reported_kl_is_that_of_an_enumerated_policy():
+    """Answers of one or two tokens; their probabilities are halves and eighths, so that eight rows are the policy."""
+    log = math.log
+    stop, a, b = (log(1 / 2), log(1 / 4)), (log(1 / 4), log(1 / 2)), (log(1 / 4), log(1 / 4))  # of policy and reference
+    rows = [[stop]] * 4 + [[a, (log(1 / 2), log(3 / 4))], [a, (log(1 / 2), log(1 / 4))],
+                           [b, (log(1 / 2), log(1 / 3))], [b, (log(1 / 2), log(2 / 3))]]  # fmt: skip
+    exact = sum(p - q for row in rows for p, q in row) / 8  # sum over answers of P(y) log(P(y) / Q(y))
+    padded = T([[*row, (math.nan, math.nan)][:2] for row in rows]).double()  # (8, 2, 2)
+    mask = T([[1, 0]] * 4 + [[1, 1]] * 4)
+    meter = Meter()
+    for part in (slice(0, 3), slice(3, 8)):  # micro-batches with 3 and 9 tokens
+        measure_kl(meter, padded[part, :, 0], padded[part, :, 1], mask[part])
+    found = meter.collect(SimpleNamespace(num_processes=1))
+    assert found["kl"] == pytest.approx(exact, abs=1e-6)
+    assert found["kl_per_token"] == pytest.approx(exact / 1.5, abs=1e-6)  # 12 tokens in 8 answers

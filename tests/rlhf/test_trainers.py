@@ -3,7 +3,11 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +23,17 @@ from rlhf.dpo_train import answer_logps
 from rlhf.rollouts import PromptStream, step_indices
 from train.common import lr_at
 
+TRAINERS = {
+    "reward": "rlhf.train_reward_model", "dpo": "rlhf.dpo_train", "ppo": "rlhf.ppo_train", "grpo": "rlhf.grpo_train"
+}  # fmt: skip
+DRIVER = str(Path(__file__).with_name("watched_driver.py"))
+CLIPPED = {"lr": 1.0, "warmup_steps": 0, "max_grad_norm": 1e-3, "micro_batch_size": 1}
+UNEVEN = {  # two steps of three pairs, or three prompts: rank 0 has two of them
+    "reward": {**CLIPPED, "batch_size": 3, "max_steps": 2},
+    "dpo": {**CLIPPED, "batch_size": 3, "max_steps": 2},
+    "ppo": {**CLIPPED, "prompts_per_step": 3, "steps": 2},
+    "grpo": {**CLIPPED, "prompts_per_step": 3, "steps": 2},
+}
 FOUR = pytest.mark.parametrize("name", ["reward", "dpo", "ppo", "grpo"])
 close = torch.testing.assert_close
 
@@ -176,6 +191,43 @@ def test_evaluation_leaves_parameters_and_random_state_as_they_were(train, modul
     monkeypatch.setattr(script, "evaluate", evaluate)
     train("dpo", max_steps=1)
     assert len(calls) == 2 and calls[0]["loss"] != calls[1]["loss"]
+
+
+# two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(words, home, tmp_path_factory):
+    """A folder with what each rank saw of each trainer: see watched_driver.py."""
+    folder = tmp_path_factory.mktemp("two")
+    plan = {name: [TRAINERS[name], words(name, folder / name, **UNEVEN[name])] for name in UNEVEN}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", DRIVER, str(folder)]
+    where = {"cwd": home, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    done = subprocess.run([*command, json.dumps(plan)], capture_output=True, text=True, timeout=240, **where)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@FOUR
+def test_parameters_are_equal_on_all_ranks_after_each_step(two_processes, name):
+    one, other = (torch.load(two_processes / f"{name}.{rank}.pt") for rank in (0, 1))
+    assert len(one["after_step"]) == len(other["after_step"]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(one["after_step"], other["after_step"]))
+    assert not torch.equal(*one["after_step"])
+
+
+@FOUR
+def test_gradients_are_reduced_once_a_step(two_processes, name):
+    assert torch.load(two_processes / f"{name}.0.pt")["reduced"] == 2  # steps, each of several micro-batches
+
+
+@FOUR
+def test_two_uneven_processes_take_the_steps_of_one_with_clipping_on(two_processes, train, sgd, name):
+    trained = sgd(name)
+    _, lines = train(name, **UNEVEN[name])
+    assert all(line["grad_norm"] > 2 * UNEVEN[name]["max_grad_norm"] for line in lines)
+    found = torch.load(two_processes / f"{name}.0.pt")["after_step"][-1]
+    close(found, flat(trained), atol=2e-6, rtol=0)
 
 
 # DPO
@@ -350,13 +402,11 @@ def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperat
         assert logprobs[mask].tolist() == pytest.approx(stored[tuple(ids[mask].tolist())], abs=1e-4)
 
 
-def test_the_share_of_groups_without_any_difference_is_logged(train, tmp_path):
-    judge = "def judge(prompt, completion):\n    return float('bees' in prompt)\n"
-    (tmp_path / "equal.py").write_text(judge + "def letters(prompt, completion):\n    return hash(completion) % 1000\n")
-    _, [line] = train("grpo", judge="equal:judge", steps=1)
-    assert line["no_signal"] == 1
-    _, [line] = train("grpo", judge="equal:letters", steps=1, out="letters")
-    assert line["no_signal"] == 0
+def test_the_share_of_groups_without_any_difference_is_logged(train, module, monkeypatch):
+    rewards = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5]  # three groups of four
+    monkeypatch.setattr(module("grpo").Scorer, "__call__", lambda self, rollout: (rewards, None))
+    _, [line] = train("grpo", steps=1)
+    assert line["no_signal"] == pytest.approx(2 / 3)
 
 
 def test_the_offline_gradient_is_that_of_the_online_step_on_the_same_data(train, module, monkeypatch, sgd, tmp_path):

@@ -117,11 +117,12 @@ def test_a_row_that_would_teach_nothing_is_an_error_that_names_it():
         make_blocks([ROWS[0], {"prompt": "p", "completion": ""}], "prompt", load_tokenizer("tiny-llama"), 64, "rows")
 
 
-def test_a_model_overfitted_on_four_rows_stops_by_itself():
+@pytest.mark.parametrize("name", NAMES)  # with a chat template and without one
+def test_a_model_overfitted_on_four_rows_stops_by_itself(name):
     from models.generation import generate
 
-    tokenizer = load_tokenizer("tiny-llama")
-    model = load_model("tiny-llama", device="cpu").train()
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, device="cpu").train()
     rows = [{"prompt": p, "completion": c} for p, c in (("a", "one"), ("b", "two"), ("c", "six"), ("d", "ten"))]
     batch = make_blocks(rows, "prompt", tokenizer, 256, "rows").batch([0], "cpu")
     optimizer = make_optimizer(model.parameters(), 1e-2)

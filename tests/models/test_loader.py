@@ -1,0 +1,57 @@
+"""How a prompt and an answer become token ids: in one place, with one BOS, ended by the stop token."""
+
+import re
+
+import pytest
+
+from configs.config import ROOT
+from models.loader import completion_ids, load_tokenizer, prompt_ids
+from models.tiny import byte_tokenizer
+
+TALK = [{"role": "user", "content": "Hi"}]
+
+
+def test_chat_templates_are_rendered_in_one_function_only():
+    """Training, rollouts, evaluation and inference all call it, or they would drift apart."""
+    code = [p for floor in ("configs", "models", "data", "train", "rlhf", "inference", "report")
+            for p in (ROOT / floor).glob("*.py")]  # fmt: skip
+    used = {p.relative_to(ROOT).as_posix(): len(re.findall(r"\.apply_chat_template\(", p.read_text())) for p in code}
+    assert {path: n for path, n in used.items() if n} == {"models/loader.py": 1}
+
+
+def with_bos():
+    """A byte tokenizer that puts a BOS before every text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(chat=False)
+    tokenizer.bos_token = "<|im_start|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    return tokenizer, bos
+
+
+def test_exactly_one_bos_where_the_tokenizer_has_one():
+    tokenizer, bos = with_bos()
+    assert prompt_ids(tokenizer, "Hi") == tokenizer("Hi").input_ids
+    assert prompt_ids(tokenizer, "Hi").count(bos) == prompt_ids(tokenizer, TALK).count(bos) == 1
+    assert prompt_ids(tokenizer, "<|im_start|>Hi").count(bos) == 1  # written out by the user
+    assert bos not in completion_ids(tokenizer, "Hi")
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert prompt_ids(tokenizer, TALK) == [bos, *tokenizer("Hi", add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_no_bos_where_the_tokenizer_adds_none(name):
+    tokenizer = load_tokenizer(name)
+    assert prompt_ids(tokenizer, "Hi")[-2:] != [tokenizer.bos_token_id] * 2
+    assert tokenizer.decode(prompt_ids(load_tokenizer("tiny-gpt2"), "Hi")) == "Hi"
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "smollm2-135m"])
+def test_an_answer_ends_with_the_stop_token_in_every_template(name):
+    tokenizer = load_tokenizer(name)
+    for answer in ("Hello", [{"role": "assistant", "content": "Hello"}]):
+        ids = completion_ids(tokenizer, answer)
+        assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "Hello"
