@@ -139,8 +139,8 @@ def cli(main, Config):
     except Exception as error:
         from configs.failures import explain
 
-        message = explain(error, config)
-        if message is None:
+        message = config and explain(error, config)
+        if not message:
             raise
         print(f"error: {message}", file=sys.stderr)
         _leave_processes()
@@ -263,7 +263,7 @@ def _check_range(f, value):
 
 
 def _limits(metadata):
-    words = {"at_least": "at least", "at_most": "at most", "above": "above", "below": "below"}
+    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
     return " and ".join(f"{words[k]} {metadata[k]}" for k in words if k in metadata)
 
 
