@@ -34,6 +34,7 @@ from report.exact_report import markdown
 @dataclass
 class Config:
     beta: float = option(0.3, "weight of the KL to the reference in the objective", above=0)
+    group_size: int = option(3, "answers in a group of GRPO and a batch of PPO; more take much longer", at_least=2)
     steps: int = option(300, "steps of each method to its fixed point", at_least=20)
     transformer_steps: int = option(800, "the same for the transformer; 0 leaves it out", at_least=0)
     seed: int = option(0, "of the rewards, the reference and the policies", at_least=0)
@@ -49,16 +50,16 @@ def main(config):
     found["estimators"] = {name: measure_estimators(bed, *policy, sampler) for name, policy in policies.items()}
     found["paths"] = bias_along_a_path(bed, True), bias_along_a_path(bed, False)
     say("KL estimators: done")
-    found["aggregations"], found["answers"] = measure_aggregations(bed, policies)
+    found["aggregations"], found["answers"] = measure_aggregations(bed, policies, config.group_size)
     found["critics"] = measure_critics(bed, *policies["tabular"])
-    found["old_samples"] = measure_old_samples(bed, *policies["tabular"], sampler)
+    found["old_samples"] = measure_old_samples(bed, *policies["tabular"], sampler, config.group_size)
     say("policy gradients: done")
-    found["fixed_points"] = measure_fixed_points(bed, config.steps)
+    found["fixed_points"] = measure_fixed_points(bed, config.group_size, config.steps)
     found["start"] = {**describe(bed, bed.ref), "to_best": kl(bed.ref, optimum(bed)).mean().item()}
     found["best"] = describe(bed, optimum(bed))
-    found["one_token"] = measure_one_token(config.beta, config.steps, config.seed)
-    steps = config.transformer_steps
-    found["transformer"] = measure_transformer(bed, steps, config.seed) if steps else []
+    found["one_token"] = measure_one_token(config.beta, config.group_size, config.steps, config.seed)
+    steps, size = config.transformer_steps, config.group_size
+    found["transformer"] = measure_transformer(bed, size, steps, config.seed) if steps else []
     rates = torch.linspace(0.02, 0.98, 49).tolist()
     found["rates"] = rates
     found["weights"] = {

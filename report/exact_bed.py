@@ -23,7 +23,6 @@ from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
 from rlhf.utils import masked_whiten
 
 STOP = 0
-GROUP = 3  # answers in a group
 ZERO = 1e-9  # relative: a smaller difference is rounding
 UNCLIPPED = math.inf  # as clip_high and clip_eps: the ratio is never clipped
 
@@ -199,7 +198,7 @@ def batches(bed, sampler, size, together):
     return weights[prompts, pick].prod(-1), prompt, groups[pick].flatten(1)
 
 
-def expected_grpo(bed, table, sampler, group_size=3, together=False, old=None, scale_std=True, **options):
+def expected_grpo(bed, table, sampler, group_size, together=False, old=None, scale_std=True, **options):
     """Expectation of `grpo_loss` over all batches of groups that `sampler` may draw.
 
     old: the log-probs that the ratio is taken to; default: the sampler's. options: those of grpo_loss.
@@ -224,7 +223,7 @@ def ppo_advantages(bed, table, values, lam, kl_coef):
     return tuple(x.view(table.shape) for x in gae(rewards, rows[2], mask, 1.0, lam))
 
 
-def expected_ppo(bed, table, values, lam=0.95, size=3, together=False, whiten=False, constant=False, vf_coef=0.0):
+def expected_ppo(bed, table, values, lam, size, together=False, whiten=False, constant=False, vf_coef=0.0):
     """Expectation of PPO's loss on policy, KL in the reward, over all batches of `size` answers to a prompt.
 
     values: (P, S, L), what the value head says before each token. whiten: advantages of mean 0 and variance 1 over the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from report.exact_bed import GROUP
 from report.exact_report import number
 from report.plots import STYLES, new_figure
 
@@ -45,30 +44,25 @@ def estimators_figure(found, path):
 def gradients_figure(found, path):
     """The advantage that an answer gets against its own, for two aggregations; a prompt's weight against its rate."""
     figure, axes = new_figure(12.5, 4.4, 3)
-    exact, lengths = found["answers"]["exact"], found["answers"]["lengths"]
-    shown = {
-        ("constant", False): "constant",
-        ("sequence", False): "sequence",
-    }
+    exact, lengths, size = found["answers"]["exact"], found["answers"]["lengths"], found["config"].group_size
     rows = {(r["aggregate"], r["scale_std"]): r for r in found["aggregations"]}
-    for ax, (key, title) in zip(axes, shown.items()):
+    for ax, aggregate in zip(axes, ("constant", "sequence")):
+        advantages = rows[aggregate, False]["advantages"]
         for length, color in zip(sorted(set(lengths)), COLORS):
             for prompt, (marker, name) in enumerate((("o", "graded"), ("^", "hard"))):
-                points = [
-                    (exact[prompt][i], rows[key]["advantages"][prompt][i]) for i, n in enumerate(lengths) if n == length
-                ]
+                points = [(exact[prompt][i], advantages[prompt][i]) for i, n in enumerate(lengths) if n == length]
                 label = f"{length} token{'s' * (length > 1)}, {name} prompt"
                 ax.plot(*zip(*points), marker, color=color, ms=7, mec="white", mew=0.6, label=label)
         edge = max(abs(x) for row in exact for x in row)
-        slope = (GROUP - 1) / GROUP
+        slope = (size - 1) / size
         ax.plot([-edge, edge], [-slope * edge, slope * edge], color="0.5", lw=1, zorder=0)
-        ax.set_title(f"Divided by: {title}", fontsize=11)
+        ax.set_title(f"Divided by: {aggregate}", fontsize=11)
         ax.set_xlabel("exact advantage: reward - mean")
         ax.set_ylabel("advantage in the expected gradient")
-    for (size, scale_std), weights in found["weights"].items():
-        label = f"G = {size}, {'over' if scale_std else 'without'} std"
+    for (group, scale_std), weights in found["weights"].items():
+        label = f"G = {group}, {'over' if scale_std else 'without'} std"
         line = "-" if scale_std else "--"
-        axes[2].plot(found["rates"], weights, line, color=COLORS[3 if size == 8 else 4], lw=1.8, label=label)
+        axes[2].plot(found["rates"], weights, line, color=COLORS[3 if group == 8 else 4], lw=1.8, label=label)
     axes[2].set_ylim(bottom=0)
     axes[2].set_title("A prompt with rewards 0 and 1", fontsize=11)
     axes[2].set_xlabel("success rate of the prompt")
@@ -76,7 +70,7 @@ def gradients_figure(found, path):
     axes[2].legend(frameon=False, fontsize=8.5, loc="upper center")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    title = f"GRPO's expected gradient over all groups of {GROUP}; grey: (G-1)/G times the exact advantage"
+    title = f"GRPO's expected gradient over all groups of {size}; grey: (G-1)/G times the exact advantage"
     figure.suptitle(title, fontsize=10, color="0.35")
     figure.savefig(path)
 

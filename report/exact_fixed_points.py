@@ -6,7 +6,6 @@ import torch
 
 from configs.run import say
 from report.exact_bed import (
-    GROUP,
     UNCLIPPED,
     exact_values,
     expected_dpo,
@@ -27,23 +26,27 @@ from report.exact_bed import (
 from train.common import lr_at
 
 
-def methods(bed):
+def methods(bed, group_size):
     """{name: (loss, rate, options, closed form or None)}: what runs to its fixed point. loss: a function of the table.
 
     rate: the step size of `descend`. critic=True: loss(table, values) with values that learn too. offline=True: the
     answers are the reference's. decay=True: clipping leaves kinks, at which only a falling step size comes to rest.
     """
-    beta, kept = bed.beta, (GROUP - 1) / GROUP  # a group's mean holds the answer itself: E[A | y] is kept * (r - mean)
+    beta = bed.beta
+    kept = (group_size - 1) / group_size  # a group's mean holds the answer itself: E[A | y] = kept * (reward - mean)
     rate = 0.5 * len(bed.rewards) / beta
     plain = {"scale_std": False, "aggregate": "constant"}
     unclipped = {"clip_low": UNCLIPPED, "clip_high": UNCLIPPED}
 
+    def ppo(table, values, lam=0.95, vf_coef=1.0):
+        return expected_ppo(bed, table, values, lam, group_size, vf_coef=vf_coef)
+
     def grpo(**options):
-        return lambda table: expected_grpo(bed, table, table, GROUP, **{"kl_coef": beta, **options})
+        return lambda table: expected_grpo(bed, table, table, group_size, **{"kl_coef": beta, **options})
 
     def offline(stored=True, **options):
         return lambda table: expected_grpo(
-            bed, table, bed.ref, GROUP, old=None if stored else table, kl_coef=beta, **options
+            bed, table, bed.ref, group_size, old=None if stored else table, kl_coef=beta, **options
         )
 
     myopic, corrected = bed.ref, bed.ref
@@ -54,8 +57,8 @@ def methods(bed):
         "DPO": (lambda table: expected_dpo(bed, table) / beta, rate, {}, best),
         "IPO": (lambda table: expected_dpo(bed, table, "ipo", True), 0.5, {}, ipo_optimum(bed, True)),
         "IPO, sums": (lambda table: expected_dpo(bed, table, "ipo"), 0.25, {}, ipo_optimum(bed)),
-        "PPO": (lambda table, values: expected_ppo(bed, table, values, vf_coef=1.0), 2.0, {"critic": True}, best),
-        "PPO, no values": (lambda table: expected_ppo(bed, table, 0 * table.detach(), 1.0), 0.6 * rate, {}, None),
+        "PPO": (ppo, 2.0, {"critic": True}, best),
+        "PPO, no values": (lambda table: ppo(table, 0 * table.detach(), 1.0, 0.0), 0.6 * rate, {}, None),
         "GRPO": (grpo(), 2 * rate, {}, None),
         "GRPO, sequence, k3": (grpo(aggregate="sequence", kl_kind="k3"), 1.0, {}, None),
         "GRPO, constant, no std": (grpo(**plain), rate * bed.max_tokens, {}, myopic),
@@ -94,10 +97,10 @@ def descend(bed, loss, rate, steps, critic=False, offline=False, decay=False):
     return tabular(bed, logits.detach()), trace, (norms[0], norms[-1])
 
 
-def measure_fixed_points(bed, steps):
+def measure_fixed_points(bed, group_size, steps):
     """A row for each of `methods`: where it ends, what that is worth, and how far from pi* and from its closed form."""
     best, rows = optimum(bed), []
-    for name, (loss, rate, options, closed) in methods(bed).items():
+    for name, (loss, rate, options, closed) in methods(bed, group_size).items():
         table, trace, norms = descend(bed, loss, rate, steps, **options)
         rows.append(
             {"name": name, "trace": trace, "first_norm": norms[0], "last_norm": norms[1], **describe(bed, table),
@@ -115,10 +118,10 @@ def describe(bed, table):
     return {**{k: x.sum(1).mean().item() for k, x in sums.items()}, "kl": kl(table, bed.ref).mean().item()}
 
 
-def measure_one_token(beta, steps, seed):
+def measure_one_token(beta, group_size, steps, seed):
     """KL to pi* where GRPO ends (constant, no std, KL * (G-1)/G) when every answer is one token of eight."""
     bed = make_bed(vocabulary=8, max_tokens=1, beta=beta, seed=seed)
-    loss, rate, options, _ = methods(bed)["GRPO, KL × (G-1)/G"]
+    loss, rate, options, _ = methods(bed, group_size)["GRPO, KL × (G-1)/G"]
     return kl(descend(bed, loss, rate, steps, **options)[0], optimum(bed)).mean().item()
 
 
@@ -136,11 +139,11 @@ def train_transformer(bed, loss, steps, seed, lr=1e-2):
     return transformer_table(bed, model).detach(), norm
 
 
-def measure_transformer(bed, steps, seed):
+def measure_transformer(bed, group_size, steps, seed):
     """Rows: where the transformer ends with DPO, PPO with exact values, and GRPO, and how far from the closed form."""
-    known, beta = methods(bed), bed.beta
+    known, beta = methods(bed, group_size), bed.beta
     losses = {name: known[name][0] for name in ("DPO", "GRPO, constant, no std")}
-    losses["PPO"] = lambda table: expected_ppo(bed, table, exact_values(bed, table, beta))
+    losses["PPO"] = lambda table: expected_ppo(bed, table, exact_values(bed, table, beta), 0.95, group_size)
     rows = []
     for name, loss in losses.items():
         table, norm = train_transformer(bed, loss, steps, seed)

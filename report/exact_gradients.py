@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch.func import vmap
 
 from report.exact_bed import (
-    GROUP,
     UNCLIPPED,
     ZERO,
     exact_values,
@@ -163,7 +163,7 @@ def effective_advantages(bed, table, loss, tokens):
     return -len(leaf) * tokens * slope / probabilities(leaf.detach())
 
 
-def measure_aggregations(bed, policies, group_size=GROUP):
+def measure_aggregations(bed, policies, group_size):
     """A row for each aggregation of GRPO, with and without the group's standard deviation, against grad E[reward].
 
     One step holds a group of each prompt; no KL. tabular, transformer: `compare`, with the loss in units of tokens.
@@ -202,14 +202,18 @@ def measure_aggregations(bed, policies, group_size=GROUP):
 def success_weight(rate, group_size, scale_std):
     """How much the gradient of a prompt's success rate counts, for rewards 0 and 1: E[A | 1] - E[A | 0].
 
-    Without a group's mean and deviation it would be 1. All 2^G outcomes of a group are enumerated.
+    Without a group's mean and deviation it would be 1. Enumerated: how many of the other answers are successes.
     """
-    outcomes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=group_size)), dtype=torch.float64)
-    first = group_advantages(outcomes, scale_std)[:, 0]
-    others = outcomes[:, 1:]
-    p = (rate * others + (1 - rate) * (1 - others)).prod(1)
-    won = outcomes[:, 0] == 1
-    return ((p * first)[won].sum() - (p * first)[~won].sum()).item()
+    count = torch.arange(group_size, dtype=torch.float64)  # of successes among the other answers
+    others = torch.arange(group_size - 1) < count[:, None]  # (G, G-1), in one of their orders
+
+    def mean_advantage(reward):
+        groups = torch.cat([torch.full((group_size, 1), reward), others], 1).double()
+        return p @ group_advantages(groups, scale_std)[:, 0]
+
+    orders = torch.tensor([math.comb(group_size - 1, k) for k in range(group_size)])
+    p = orders * rate**count * (1 - rate) ** (group_size - 1 - count)
+    return (mean_advantage(1.0) - mean_advantage(0.0)).item()
 
 
 def measure_critics(bed, parameters, table):
@@ -239,7 +243,7 @@ def measure_critics(bed, parameters, table):
     return rows
 
 
-def measure_old_samples(bed, parameters, table, sampler, group_size=GROUP):
+def measure_old_samples(bed, parameters, table, sampler, group_size):
     """Rows of GRPO (constant, without deviation) on another policy's samples, against grad E[reward]."""
     exact = gradient(objective(bed, table, beta=0.0), parameters)
     factor = bed.max_tokens * group_size / (group_size - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from report.exact_bed import GROUP, ZERO
+from report.exact_bed import ZERO
 
 ENDS = {
     "DPO": "π*: the loss is least where β·log(π/π_ref) differs between any two answers as their rewards do",
@@ -12,17 +12,17 @@ ENDS = {
     "answer of the reference, stands for the reward, and the length multiplies it",
     "IPO, sums": "π_ref(y)·exp(win(y)/β)/Z, the paper's: an answer can win at most always, so the pull is bounded",
     "PPO": "π*: the KL is in the reward, and once the values have learnt, every advantage there is 0",
-    "PPO, no values": "no closed form: without a baseline, dividing by the batch's tokens favours some lengths",
-    "GRPO": "no closed form: rewards count in units of the group's deviation, and the KL of a token forgets those to "
+    "PPO, no values": "found by running: without a baseline, dividing by the batch's tokens favours some lengths",
+    "GRPO": "found by running: rewards count in units of the group's deviation, and the KL of a token forgets those to "
     "come",
-    "GRPO, sequence, k3": "no closed form: besides, the tokens of an answer count 1/length, and the KL is the forward "
-    "one",
+    "GRPO, sequence, k3": "found by running: besides, the tokens of an answer count 1/length, and the KL is the "
+    "forward one",
     "GRPO, constant, no std": "π_ref(a|s)·exp(κ·Q(s,a)/β)/Z(s) with κ = (G-1)/G and Q the policy's own expected reward",
     "GRPO, KL × (G-1)/G": "the same with κ = 1: what is left is that Q holds no KL to come",
-    "offline GRPO": "no closed form: a ratio that clipping holds goes no further; at its kinks the gradient does not "
+    "offline GRPO": "found by running: a ratio that clipping holds goes no further; at its kinks the gradient does not "
     "vanish",
     "offline, constant, no std, no clip": "π_ref(a|s)·exp(κ·Q_ref(s,a)/β)/Z(s): one such improvement of the reference",
-    "offline, no stored log-probs": "no closed form: advantage-weighted fine-tuning",
+    "offline, no stored log-probs": "found by running: advantage-weighted fine-tuning",
 }
 
 
@@ -180,9 +180,10 @@ def gradients_text(found):
 
 ### GRPO: how token losses become one number
 
-Expected gradients over all batches of one group of {GROUP} answers to each prompt, without KL, against the exact
-gradient of E[reward]; losses are taken in units of tokens (times `max_tokens`, or times the mean length). The other two
-columns are ratios of the weights of the rewards' gradient: of the hard prompt to the graded one, and of answers of one
+Expected gradients over all batches of one group of {found["config"].group_size} answers to each prompt, without KL,
+against the exact gradient of E[reward]; losses are taken in units of tokens (times `max_tokens`, or times the mean
+length). The other two columns are ratios
+of the weights of the rewards' gradient: of the hard prompt to the graded one, and of answers of one
 token to the longest. 1 is right in both.
 
 {table}
@@ -246,9 +247,9 @@ def fixed_points_text(found):
 
 A tabular policy goes from the reference down the exact expected loss for {found["config"].steps} steps of natural
 gradient descent (the gradient of each choice over how often it is made; the fixed points are those of the plain
-gradient). DPO and IPO: all pairs of the reference's answers, labelled by σ(r(y) - r(y')). PPO: batches of {GROUP}
-answers, λ = 0.95, values that learn beside the policy, advantages as they are (not whitened).
-GRPO: groups of {GROUP}; plain "GRPO" is the default of `grpo_train.py`
+gradient). DPO and IPO: all pairs of the reference's answers, labelled by σ(r(y) - r(y')). PPO: batches of
+{found["config"].group_size} answers, λ = 0.95, values that learn beside the policy, advantages as they are (not
+whitened). GRPO: groups of {found["config"].group_size}; plain "GRPO" is the default of `grpo_train.py`
 (`token`, divided by the deviation, ratio · k3), offline groups are the reference's. Means over the two prompts; KL in
 nats, the gradient norm at the last step. Since E[reward] - β·KL falls short of its maximum by β·KL(π‖π*), the first
 column is the loss in objective over β.
@@ -267,7 +268,7 @@ column is the loss in objective over β.
 """
     if found["transformer"]:
         ends = "; ".join(
-            f"{r['name']} {max(r['to_closed'], 1e-15):.0e} nats (gradient norm {r['last_norm']:.0e})"
+            f"{r['name']} {max(r['to_closed'], 1e-12):.0e} nats or less (gradient norm {r['last_norm']:.0e})"
             for r in found["transformer"]
         )
         text += f"""- A two-layer transformer, trained by Adam for {found["config"].transformer_steps} steps on the same
