@@ -9,6 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--statement", metavar="KEY", help="run the tests of one statement of tests/statements.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    key = config.getoption("--statement")
+    if key:
+        items[:] = [item for item in items if any(key in mark.args for mark in item.iter_markers("statement"))]
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     connect = socket.socket.connect

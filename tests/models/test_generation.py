@@ -12,6 +12,7 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
 
 
 @BOTH
+@pytest.mark.statement("left-padding")
 def test_greedy_equals_transformers_on_a_padded_batch(tiny, name):
     model = tiny(name)
     found = generate(model, PROMPTS, 10, temperature=0)
@@ -21,6 +22,7 @@ def test_greedy_equals_transformers_on_a_padded_batch(tiny, name):
 
 
 @BOTH
+@pytest.mark.statement("left-padding")
 def test_a_row_gets_in_a_batch_what_it_gets_alone(tiny, name):
     model = tiny(name)
     numbers = torch.rand(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -36,6 +38,7 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(tiny, name):
 
 @BOTH
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.6)])
+@pytest.mark.statement("sampler-logprobs")
 def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(tiny, name, temperature, top_k, top_p):
     model = tiny(name)
     g = generate(model, PROMPTS, 6, temperature, top_k, top_p, samples_per_prompt=2, seed=0)
@@ -111,6 +114,7 @@ def test_bad_input_is_named(tiny, prompts, options, message):
         generate(tiny(), prompts, 8, **options)
 
 
+@pytest.mark.statement("left-padding")
 def test_greedy_equals_transformers_with_smollm2_on_a_padded_batch_of_real_prompts():
     from models.loader import load_model, load_tokenizer, prompt_ids
 

@@ -11,6 +11,7 @@ from models.tiny import byte_tokenizer
 TALK = [{"role": "user", "content": "Hi"}]
 
 
+@pytest.mark.statement("one-renderer")
 def test_chat_templates_are_rendered_in_one_function_only():
     """Training, rollouts, evaluation and inference all call it, or they would drift apart."""
     code = [p for floor in ("configs", "models", "data", "train", "rlhf", "inference", "report")
@@ -32,6 +33,7 @@ def with_bos():
     return tokenizer, bos
 
 
+@pytest.mark.statement("one-renderer")
 def test_exactly_one_bos_where_the_tokenizer_has_one():
     tokenizer, bos = with_bos()
     assert prompt_ids(tokenizer, "Hi") == tokenizer("Hi").input_ids
@@ -43,6 +45,7 @@ def test_exactly_one_bos_where_the_tokenizer_has_one():
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.statement("one-renderer")
 def test_no_bos_where_the_tokenizer_adds_none(name):
     tokenizer = load_tokenizer(name)
     assert prompt_ids(tokenizer, "Hi")[-2:] != [tokenizer.bos_token_id] * 2
@@ -50,6 +53,7 @@ def test_no_bos_where_the_tokenizer_adds_none(name):
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "smollm2-135m"])
+@pytest.mark.statement("stop-token")
 def test_an_answer_ends_with_the_stop_token_in_every_template(name):
     tokenizer = load_tokenizer(name)
     for answer in ("Hello", [{"role": "assistant", "content": "Hello"}]):

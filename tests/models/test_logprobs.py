@@ -10,6 +10,7 @@ close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.statement("float32-softmax")
 def test_the_log_softmax_of_a_half_precision_model_is_computed_in_float32(tiny, dtype):
     model, ids = tiny(dtype=dtype), torch.tensor([[5, 6, 7, 8]])
     hidden = hidden_states(model, ids)[0, :-1]

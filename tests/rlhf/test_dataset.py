@@ -16,6 +16,7 @@ def write(tmp_path, *rows):
 
 
 @pytest.mark.parametrize("prompt", ["Say the", "Say the ", "Say th"])
+@pytest.mark.statement("same-prompt-ids")
 def test_prompt_ids_are_the_same_in_chosen_and_rejected_where_the_boundary_could_merge(tmp_path, prompt):
     """With SmolLM2's merges: tokenised in one piece, "Say th" + "ere" would be other tokens than "Say th"."""
     tokenizer = load_tokenizer("smollm2-135m")
@@ -31,6 +32,7 @@ def test_prompt_ids_are_the_same_in_chosen_and_rejected_where_the_boundary_could
         assert pair[key][-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.statement("same-prompt-ids")
 def test_prompt_ids_stay_the_same_when_one_answer_is_longer_and_the_prompt_is_cut(tmp_path):
     tokenizer = load_tokenizer("tiny-gpt2")  # one id a byte, no template
     path = write(tmp_path, {"prompt": "0123456789", "chosen": "abcde", "rejected": "x"})
@@ -40,6 +42,7 @@ def test_prompt_ids_stay_the_same_when_one_answer_is_longer_and_the_prompt_is_cu
     assert counts == {"dropped": 0, "cut": 1}
 
 
+@pytest.mark.statement("truncation")
 def test_truncation_never_erases_a_completion(tmp_path):
     tokenizer = load_tokenizer("tiny-gpt2")
     rows = [{"prompt": "p" * 30, "chosen": "abcde", "rejected": "fgh"}, {"prompt": "p", "chosen": "a", "rejected": "b"},
@@ -51,12 +54,14 @@ def test_truncation_never_erases_a_completion(tmp_path):
     assert [tokenizer.decode(p["chosen"]) for p in kept] == ["a<|endoftext|>"] and counts == {"dropped": 2, "cut": 0}
 
 
+@pytest.mark.statement("empty-completion")
 def test_an_empty_completion_is_an_error_that_names_the_row(tmp_path):
     good = {"prompt": "p", "chosen": "a", "rejected": "b"}
     with pytest.raises(UserError, match="rows.jsonl line 2: .*completion is empty"):
         load_pairs(write(tmp_path, good, {**good, "rejected": ""}), load_tokenizer("tiny-llama"), 64)
 
 
+@pytest.mark.statement("sampled-ids")
 def test_groups_train_on_the_stored_ids_not_on_their_text(tmp_path):
     tokenizer = load_tokenizer("tiny-llama")
     half = tokenizer("é").input_ids[0]  # half of a character: decoded and encoded again it is another token

@@ -22,6 +22,7 @@ close = torch.testing.assert_close
     "loss_type, smoothing, expected",
     [("sigmoid", 0.0, 0.437488), ("sigmoid", 0.1, 0.497488), ("hinge", 0.0, 0.4), ("ipo", 0.0, 1.0)],
 )
+@pytest.mark.statement("dpo-sums")
 def test_dpo_worked_values(loss_type, smoothing, expected):
     # beta 0.1, log-ratio difference 6: -log sigmoid(0.6) = 0.437488; 0.9 of it + 0.1 * 1.037488; 1 - 0.6; (6 - 5)^2
     losses, chosen, rejected = dpo_loss(T([-10.0]), T([-20.0]), T([-13.0]), T([-17.0]), 0.1, loss_type, smoothing)
@@ -29,6 +30,7 @@ def test_dpo_worked_values(loss_type, smoothing, expected):
     assert (chosen.item(), rejected.item()) == pytest.approx((0.3, -0.3))
 
 
+@pytest.mark.statement("dpo-ln-2")
 def test_dpo_equal_policies_give_ln_2_and_no_reward():
     x, y = T([-3.0, -50.0]), T([-7.0, -1.0])
     losses, chosen, rejected = dpo_loss(x, y, x, y)
@@ -43,6 +45,7 @@ def test_dpo_gradient_is_the_formula():
     assert chosen.grad.item() == pytest.approx(-0.1 / (1 + math.exp(0.6)), abs=1e-12)
 
 
+@pytest.mark.statement("dpo-unused-option")
 def test_dpo_option_without_effect_is_an_error():
     with pytest.raises(ValueError, match="label_smoothing"):
         dpo_loss(T([0.0]), T([0.0]), T([0.0]), T([0.0]), loss_type="hinge", label_smoothing=0.1)
@@ -52,6 +55,7 @@ def test_dpo_option_without_effect_is_an_error():
 
 # reward model
 
+@pytest.mark.statement("bradley-terry")
 def test_reward_loss_worked_values():
     # differences 2 and -1; margins 0.5 and 1; centering 0.01 * mean of (4^2, 3^2)
     chosen, rejected = T([3.0, 1.0]), T([1.0, 2.0])
@@ -62,6 +66,7 @@ def test_reward_loss_worked_values():
     assert reward_loss(chosen, rejected, center_coef=0.01).item() == pytest.approx(plain + 0.125, abs=1e-6)
 
 
+@pytest.mark.statement("bradley-terry")
 def test_adding_a_constant_to_all_scores_changes_only_the_centering_term():
     chosen, rejected = T([3.0, 1.0]).double(), T([1.0, 2.0]).double()
     close(reward_loss(chosen + 5, rejected + 5), reward_loss(chosen, rejected))
@@ -75,6 +80,7 @@ VALUES = T([[0.1, 0.2, 0.3, 9.0, 9.0]])
 MASK = T([[1, 1, 1, 0, 0]])
 
 
+@pytest.mark.statement("gae-padding")
 def test_padding_never_reaches_the_advantages():
     # A2 = 1 - 0.3; A1 = -0.02 + 0.3 - 0.2 + 0.95 * 0.7; A0 = -0.01 + 0.2 - 0.1 + 0.95 * 0.745
     advantages, returns = gae(REWARDS, VALUES, MASK, gamma=1.0, lam=0.95)
@@ -85,12 +91,14 @@ def test_padding_never_reaches_the_advantages():
         assert torch.equal(gae(*dirty, MASK)[0], advantages)
 
 
+@pytest.mark.statement("bootstrap")
 def test_a_cut_response_bootstraps_from_its_last_value():
     # with 0.5 after the end: A2 = 1 + 0.5 - 0.3 = 1.2; A1 = 0.08 + 0.95 * 1.2 = 1.22; A0 = 0.09 + 0.95 * 1.22 = 1.249
     advantages, _ = gae(REWARDS, VALUES, MASK, lam=0.95, last_values=T([0.5]))
     close(advantages, T([[1.249, 1.22, 1.2, 0, 0]]))
 
 
+@pytest.mark.statement("gae-padding")
 def test_gae_is_its_double_sum():
     # A_t = sum_k (gamma lam)^k delta_{t+k}, on random rows with zeros before and after the response
     torch.manual_seed(0)
@@ -124,6 +132,7 @@ def test_value_loss_worked_values():
     assert loss.item() == pytest.approx(0.5 * (3.24 + 3.61) / 2, abs=1e-6)
 
 
+@pytest.mark.statement("reward-at-end")
 def test_the_reward_lands_on_the_last_real_token():
     # also where a response fills its length; k1 = log-ratio on every token of it
     logprobs, ref = T([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]]), T([[-1.5, -1.0, -3.0], [-1.0, -2.0, 0.0]])
@@ -139,6 +148,7 @@ def test_adaptive_kl_coefficient():
     assert adapt_kl_coef(0.1, kl=0.0, target=6.0, answers=100, horizon=1000) == pytest.approx(0.1 * 0.98)
 
 
+@pytest.mark.statement("ppo-first-step")
 def test_ratio_1_has_the_policy_gradient_and_no_clip():
     logprobs = torch.randn(2, 3).double().requires_grad_()
     advantages = torch.randn(2, 3).double()
@@ -147,6 +157,7 @@ def test_ratio_1_has_the_policy_gradient_and_no_clip():
     close(logprobs.grad, -advantages * mask / 5)
 
 
+@pytest.mark.statement("whitening")
 def test_whitening_over_two_ranks_is_that_of_all_tokens_together():
     x = torch.randn(9).double() * 3 + 7
     shares = [x[:2], x[2:]]  # 2 and 7 tokens
@@ -163,12 +174,14 @@ def test_whitening_over_two_ranks_is_that_of_all_tokens_together():
 
 # masked statistics
 
+@pytest.mark.statement("mask-before-exp")
 def test_masked_mean_ignores_what_is_masked():
     x = T([[1.0, math.nan], [math.inf, 3.0]])
     assert masked_mean(x, T([[1, 0], [0, 1]])).item() == 2.0
     assert masked_mean(x, T([[1, 0], [0, 0]]), dim=1).tolist() == [1.0, 0.0]
 
 
+@pytest.mark.statement("whitening")
 def test_masked_whiten():
     x, mask = torch.randn(3, 5).double() * 3 + 7, T([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
     white = masked_whiten(x, mask)
@@ -183,12 +196,14 @@ def test_masked_whiten():
 
 # GRPO
 
+@pytest.mark.statement("group-advantages")
 def test_group_advantages_worked_values():
     # mean 0.25, sample standard deviation 0.5: 0.75 / 0.5001, -0.25 / 0.5001
     close(group_advantages(T([[1.0, 0, 0, 0]])), T([[1.49970, -0.49990, -0.49990, -0.49990]]), atol=1e-5, rtol=0)
     close(group_advantages(T([[1.0, 0, 0, 0]]), scale_std=False), T([[0.75, -0.25, -0.25, -0.25]]))
 
 
+@pytest.mark.statement("group-advantages")
 def test_group_advantages_permute_with_the_prompts_and_have_mean_0():
     rewards = torch.randn(5, 4).double()
     order = torch.randperm(5)
@@ -197,6 +212,7 @@ def test_group_advantages_permute_with_the_prompts_and_have_mean_0():
     assert (group_advantages(torch.ones(2, 3)) == 0).all()
 
 
+@pytest.mark.statement("group-advantages")
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match="at least two"):
         group_advantages(T([[1.0], [2.0]]))
@@ -215,6 +231,7 @@ ADVANTAGES = T([1.0, -1.0, 2.0, -2.0])
         ("constant", (-1 * 1 + 1 * 3 - 2 * 2 + 2 * 2) / (4 * 10)),  # sum / (answers * max_tokens)
     ],
 )
+@pytest.mark.statement("aggregations")
 def test_the_three_aggregations_on_worked_numbers(aggregate, expected):
     zeros = torch.zeros(4, 3)
     loss = grpo_loss(zeros, zeros, None, ADVANTAGES, GROUP_MASK, aggregate=aggregate, max_tokens=10)
@@ -222,6 +239,7 @@ def test_the_three_aggregations_on_worked_numbers(aggregate, expected):
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+@pytest.mark.statement("aggregations")
 def test_aggregations_do_not_change_with_micro_batches_or_padding(aggregate):
     torch.manual_seed(0)
     logprobs, old, ref = (torch.randn(4, 3).double() * 0.1 for _ in range(3))
@@ -245,6 +263,7 @@ def test_grpo_clips_with_two_bounds():
     assert loss.item() == pytest.approx((-1.28 + 0.8) / 2, abs=1e-6)
 
 
+@pytest.mark.statement("kl-gradients")
 def test_k1_in_the_loss_is_refused():
     zeros = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="expected gradient 0"):
@@ -252,6 +271,7 @@ def test_k1_in_the_loss_is_refused():
 
 
 @pytest.mark.parametrize("poison", [1e3, -1e3, math.inf, -math.inf, math.nan])
+@pytest.mark.statement("mask-before-exp")
 def test_mask_before_exp(poison):
     torch.manual_seed(0)
     mask = T([[1, 1, 0], [1, 0, 0]])
@@ -274,6 +294,7 @@ def test_mask_before_exp(poison):
 
 # KL
 
+@pytest.mark.statement("kl-gradients")
 def test_kl_estimators_in_expectation_over_an_enumerable_policy():
     """Values: k1 and k3 are the KL. Gradients: k1 0, k2 reverse KL, k3 forward KL, ratio * k3 reverse KL."""
     torch.manual_seed(0)
@@ -306,6 +327,7 @@ def test_kl_estimators_in_expectation_over_an_enumerable_policy():
         close(torch.autograd.grad(total, theta, retain_graph=True)[0], gradient)
 
 
+@pytest.mark.statement("reported-kl")
 def test_the_reported_kl_is_that_of_an_enumerated_policy():
     """Answers of one or two tokens; their probabilities are halves and eighths, so that eight rows are the policy."""
     log = math.log

@@ -35,6 +35,7 @@ def adapted(model, **options):
 
 
 @BOTH
+@pytest.mark.statement("left-padding")
 def test_left_padded_batch_gives_each_row_what_it_gets_alone_in_forward(tiny, name):
     model = tiny(name)
     rows = [p + a for p, a in zip(PROMPTS, ANSWERS)]
@@ -51,6 +52,7 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone_in_forward(tiny, na
 
 @BOTH
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.statement("packed-apart")
 def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, temperature):
     model = tiny(name)
     packed = pack(PROMPTS, ANSWERS, 2, "cpu")
@@ -65,6 +67,7 @@ def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, temperature
 
 
 @BOTH
+@pytest.mark.statement("packed-apart")
 def test_packed_answers_do_not_see_each_other(tiny, name):
     model = tiny(name)
     embeddings = model.get_input_embeddings()
@@ -78,6 +81,7 @@ def test_packed_answers_do_not_see_each_other(tiny, name):
 
 
 @BOTH
+@pytest.mark.statement("packed-apart")
 def test_packed_gradients_equal_separate_ones(tiny, name):
     model = tiny(name)
     packed = pack(PROMPTS, ANSWERS, 2, "cpu")
@@ -91,6 +95,7 @@ def test_packed_gradients_equal_separate_ones(tiny, name):
 
 @BOTH
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.statement("sampler-logprobs")
 def test_log_probs_recomputed_in_training_equal_the_samplers(tiny, name, temperature):
     model = tiny(name, dtype=torch.float32)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
@@ -101,6 +106,7 @@ def test_log_probs_recomputed_in_training_equal_the_samplers(tiny, name, tempera
         close(torch.tensor(mine), torch.tensor(theirs), atol=1e-5, rtol=0)
 
 
+@pytest.mark.statement("eos-is-target")
 def test_sampled_ids_are_trained_on_and_eos_counts_though_it_is_the_pad_token():
     packed = pack([[5]], [[7, 2]], pad_id=2, device="cpu")
     assert packed.targets.tolist() == [[7, 2]] and packed.mask.tolist() == [[1, 1]]
@@ -119,6 +125,7 @@ class Tok:
     pad_token_id = 2
 
 
+@pytest.mark.statement("dpo-ln-2")
 def test_dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config(tiny):
     model = tiny("tiny-gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5, dtype=torch.float32)
     disable_dropout(model)
@@ -134,6 +141,7 @@ def test_dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config(tiny):
     assert chosen.tolist() == rejected.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.statement("adapter-off")
 def test_the_reference_as_adapter_off_is_bitwise_the_base_model_after_training_too(tiny):
     base = tiny(dtype=torch.float32)
     before = completion_logprobs(base, PROMPTS, ANSWERS, 2)
@@ -148,6 +156,7 @@ def test_the_reference_as_adapter_off_is_bitwise_the_base_model_after_training_t
         assert completion_logprobs(reference, PROMPTS, ANSWERS, 2) == before
 
 
+@pytest.mark.statement("dpo-sums")
 def test_dpo_sums_over_tokens_and_ipo_means(tiny):
     model = tiny(dtype=torch.float32)
     chosen, rejected = answer_logps(model, pairs(), Tok, "cpu", per_token=False)
@@ -169,6 +178,7 @@ def classifier(tiny_name="tiny-llama"):
 
 
 @BOTH
+@pytest.mark.statement("score-at-end")
 def test_the_score_is_read_at_the_last_real_token(name):
     reward_model = classifier(name)
     row = [5, 2, 7, 9, 2]  # eos (= pad, 2) inside and at the end
@@ -181,6 +191,7 @@ def test_the_score_is_read_at_the_last_real_token(name):
     close(reward_model.head(hidden[0, -1]), alone)
 
 
+@pytest.mark.statement("score-at-end")
 def test_packed_scores_equal_separate_ones():
     from rlhf.packing import score_answers
 
@@ -191,6 +202,7 @@ def test_packed_scores_equal_separate_ones():
         assert reward_model.score(row, torch.ones_like(row)).item() == pytest.approx(score, abs=1e-6)
 
 
+@pytest.mark.statement("values-fixed")
 def test_the_value_of_a_token_does_not_depend_on_that_token(tiny):
     model, head = tiny(dtype=torch.float32), torch.nn.Linear(32, 1)
     values = [
@@ -263,6 +275,7 @@ def test_the_reward_adapter_on_the_policys_backbone_scores_like_the_reward_model
         )
 
 
+@pytest.mark.statement("tied-merged")
 def test_adapter_loads_with_peft_alone_and_merged_equals_adapter(tiny, tmp_path):
     model = adapted(tiny(dtype=torch.float32))
     model.save_pretrained(tmp_path)
@@ -273,6 +286,7 @@ def test_adapter_loads_with_peft_alone_and_merged_equals_adapter(tiny, tmp_path)
     close(loaded.merge_and_unload()(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.statement("score-at-end")
 def test_score_at_end_uses_the_mask():
     hidden = torch.arange(12.0).view(2, 3, 2)
     head = torch.nn.Linear(2, 1, bias=False)

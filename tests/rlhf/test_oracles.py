@@ -86,6 +86,7 @@ def trl_batch():
             "completion_mask": completion_mask, "advantages": ADVANTAGES}  # fmt: skip
 
 
+@pytest.mark.statement("sampler-logprobs")
 def test_token_logprobs_and_entropies_are_trls(grpo_trainer):
     batch = trl_batch()
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
@@ -119,6 +120,7 @@ def test_token_logprobs_are_those_of_transformers_loss(name):
 @pytest.mark.parametrize(
     "loss_type, aggregate", [("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo", "constant")]
 )
+@pytest.mark.statement("aggregations")
 def test_grpo_losses_and_gradients_are_trls(grpo_trainer, loss_type, aggregate, kl_kind):
     trainer, model = grpo_trainer, grpo_trainer.model
     trainer.loss_type, trainer.args.use_bias_correction_kl = loss_type, kl_kind == "ratio_k3"
@@ -189,6 +191,7 @@ def dpo_trainer(tmp_path_factory):
     "theirs, mine, smoothing",
     [("sigmoid", "sigmoid", 0.0), ("hinge", "hinge", 0.0), ("ipo", "ipo", 0.0), ("aot_unpaired", "sigmoid", 0.1)],
 )
+@pytest.mark.statement("dpo-sums")
 def test_dpo_losses_and_gradients_are_trls(dpo_trainer, theirs, mine, smoothing):
     # TRL smooths labels only in its optimal-transport losses, which sort a batch: of one pair, that is smoothed DPO
     trainer, model = dpo_trainer, dpo_trainer.model
@@ -207,6 +210,7 @@ def test_dpo_losses_and_gradients_are_trls(dpo_trainer, theirs, mine, smoothing)
         close(gradients(found, model), expected_gradient, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.statement("token-mean")
 def test_20_steps_of_dpo_have_the_losses_of_trls_dpo_trainer(tmp_path):
     """The whole run: same pairs, order, optimizer, clipping; here in micro-batches and with the reference cached."""
     abc = "abcdefghijklmnopqrstuvwxyz"
@@ -240,6 +244,7 @@ def test_20_steps_of_dpo_have_the_losses_of_trls_dpo_trainer(tmp_path):
 
 
 @pytest.mark.parametrize("margin, center", [(False, 0.0), (True, 0.0), (True, 0.01)])
+@pytest.mark.statement("bradley-terry")
 def test_reward_loss_and_gradients_are_trls(tmp_path, margin, center):
     from trl import RewardConfig, RewardTrainer
 
@@ -276,6 +281,7 @@ def test_reward_loss_and_gradients_are_trls(tmp_path, margin, center):
 # PPO, whose implementation in TRL is unmaintained: plain sums in float64
 
 
+@pytest.mark.statement("gae-padding", "reward-at-end")
 def test_ppo_is_its_definition_in_plain_numbers():
     torch.manual_seed(0)
     spans = [(0, 5), (2, 4), (1, 5)]

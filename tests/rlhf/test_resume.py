@@ -27,6 +27,7 @@ def words(pairs, reward, groups):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.statement("resume")
 def test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics(case, words, tmp_path):
     script, words = words(case)
     out, said = tmp_path / "out", tmp_path / "said"

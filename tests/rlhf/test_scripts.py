@@ -72,6 +72,7 @@ def test_dpo_runs_and_a_second_run_is_recognised(pairs, tmp_path, options):
         call("rlhf/dpo_train.py", *arguments, "--beta", "0.3")
 
 
+@pytest.mark.statement("cached-reference")
 def test_cached_reference_equals_fresh(pairs, tmp_path):
     for cached in ("true", "false"):
         call("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / cached,
@@ -89,6 +90,7 @@ def test_gradient_checkpointing_moves_every_lora_b_and_changes_nothing(pairs, tm
     assert len(b) == 14 and all(value.abs().max() > 0 for value in b)
 
 
+@pytest.mark.statement("token-mean-ranks")
 def test_two_processes_take_the_steps_of_one_dpo(pairs, tmp_path):
     for n, run in ((1, call), (2, under_accelerate)):
         run("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / str(n),
@@ -103,6 +105,7 @@ def test_two_processes_take_the_steps_of_one_dpo(pairs, tmp_path):
     assert again.count("holds this very run, finished") == 1  # and both processes end well, or the status were not 0
 
 
+@pytest.mark.statement("token-mean-ranks")
 def test_two_processes_take_the_steps_of_one_grpo(tmp_path, monkeypatch):
     (tmp_path / "judge.py").write_text("def judge(prompt, completion):\n    return float(len(completion) % 3)\n")
     monkeypatch.chdir(tmp_path)
@@ -124,6 +127,7 @@ def test_ppo_runs(reward, tmp_path, options):
     assert {"reward", "gold", "kl", "entropy", "clip_fraction", "value_loss", "stopped", "tok/s"} <= rows[0].keys()
 
 
+@pytest.mark.statement("whitening")
 def test_ppo_two_processes_take_the_steps_of_one(reward, tmp_path):
     for n, run in ((1, call), (2, under_accelerate)):
         run("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1,
@@ -131,12 +135,14 @@ def test_ppo_two_processes_take_the_steps_of_one(reward, tmp_path):
     same_weights(tmp_path / "1", tmp_path / "2", 2e-5)
 
 
+@pytest.mark.statement("ppo-first-step")
 def test_ppo_first_inner_step_has_ratio_1(reward, tmp_path):
     call("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1,
         "--minibatches", 1, "--out", tmp_path / "ppo")  # fmt: skip
     assert all(row["approx_kl"] == 0 and row["clip_fraction"] == 0 for row in metrics(tmp_path / "ppo"))
 
 
+@pytest.mark.statement("offline-online")
 def test_grpo_offline_starts_on_policy_with_stored_logprobs(groups, tmp_path):
     arguments = ("--config", "configs/smoke/grpo_offline.yaml", "--groups", groups, "--out", tmp_path / "g")
     assert "ratios to the stored log-probs" in call("rlhf/grpo_train.py", *arguments)

@@ -63,6 +63,7 @@ def flat(parameters):
 
 
 @FOUR
+@pytest.mark.statement("clipping")
 def test_with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6(train, sgd, module, monkeypatch, name):
     trained, before = sgd(name), []
     original = module(name).optimizer_step
@@ -80,6 +81,7 @@ def test_with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6(train
 
 
 @FOUR
+@pytest.mark.statement("token-mean")
 def test_steps_do_not_depend_on_the_split_into_micro_batches(train, sgd, name):
     trained = sgd(name)
     shape = {"steps": 2} if name in ("ppo", "grpo") else {"max_steps": 2}
@@ -93,6 +95,7 @@ def test_steps_do_not_depend_on_the_split_into_micro_batches(train, sgd, name):
 
 @FOUR
 @pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.statement("checkpointing")
 def test_gradient_checkpointing_recomputes_and_changes_nothing(train, sgd, monkeypatch, name, lora_r):
     trained, calls = sgd(name), []
     forward = LlamaMLP.forward
@@ -117,6 +120,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(train, sgd, monke
 
 
 @FOUR
+@pytest.mark.statement("schedule")
 def test_the_schedule_ends_at_its_minimum(train, name):
     shape = {"steps": 3} if name in ("ppo", "grpo") else {"epochs": 1}
     more = {"inner_epochs": 2, "minibatches": 2} if name == "ppo" else {"inner_epochs": 2} if name == "grpo" else {}
@@ -125,6 +129,7 @@ def test_the_schedule_ends_at_its_minimum(train, name):
     assert [x["lr"] for x in lines[1:]] == sorted((x["lr"] for x in lines[1:]), reverse=True)
 
 
+@pytest.mark.statement("schedule")
 def test_the_schedule_counts_optimizer_steps_and_stands_still_on_skipped_ones(train, monkeypatch):
     _, plain = train("dpo", out="plain", lr=1e-3, warmup_steps=2, micro_batch_size=1, max_steps=4)
     steps = len(plain)
@@ -140,6 +145,7 @@ def test_the_schedule_counts_optimizer_steps_and_stands_still_on_skipped_ones(tr
         taken += not lost
 
 
+@pytest.mark.statement("data-order")
 def test_prompts_come_in_another_order_each_epoch_and_the_ranks_together_see_each_once():
     rows = 23
     steps = [step_indices(rows, 4, step, seed=7) for step in range(1, 24)]  # 92 places: four epochs
@@ -158,6 +164,7 @@ def test_prompts_come_in_another_order_each_epoch_and_the_ranks_together_see_eac
 
 
 @pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.statement("data-order")
 def test_held_out_pairs_are_counted_once_over_the_ranks(module, monkeypatch, pairs, processes):
     script = module("dpo")
     held_out = load_pairs(pairs, load_tokenizer("tiny-llama"), 512)[0][:8]  # which 3 does not divide
@@ -173,6 +180,7 @@ def test_held_out_pairs_are_counted_once_over_the_ranks(module, monkeypatch, pai
     assert sorted(seen) == sorted(pair["where"] for pair in held_out) and sum(counts) == 8
 
 
+@pytest.mark.statement("evaluation-pure")
 def test_evaluation_leaves_parameters_and_random_state_as_they_were(train, module, monkeypatch):
     script, policies, calls = module("dpo"), [], []
     watch(monkeypatch, script, "load_policy", policies)
@@ -209,6 +217,7 @@ def two_processes(words, home, tmp_path_factory):
 
 
 @FOUR
+@pytest.mark.statement("ranks-equal")
 def test_parameters_are_equal_on_all_ranks_after_each_step(two_processes, name):
     one, other = (torch.load(two_processes / f"{name}.{rank}.pt") for rank in (0, 1))
     assert len(one["after_step"]) == len(other["after_step"]) == 2
@@ -217,11 +226,13 @@ def test_parameters_are_equal_on_all_ranks_after_each_step(two_processes, name):
 
 
 @FOUR
+@pytest.mark.statement("one-all-reduce")
 def test_gradients_are_reduced_once_a_step(two_processes, name):
     assert torch.load(two_processes / f"{name}.0.pt")["reduced"] == 2  # steps, each of several micro-batches
 
 
 @FOUR
+@pytest.mark.statement("token-mean-ranks")
 def test_two_uneven_processes_take_the_steps_of_one_with_clipping_on(two_processes, train, sgd, name):
     trained = sgd(name)
     _, lines = train(name, **UNEVEN[name])
@@ -249,6 +260,7 @@ def droopy(tmp_path):
 
 @pytest.mark.parametrize("cached", ["true", "false"])
 @pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.statement("dpo-ln-2")
 def test_the_first_dpo_loss_is_ln_2_exactly_with_dropout_in_the_config(train, droopy, lora_r, cached):
     _, [line] = train("dpo", model_name=droopy, lora_r=lora_r, precompute_reference=cached, max_steps=1,
                       batch_size=4, micro_batch_size=4)  # fmt: skip
@@ -256,7 +268,16 @@ def test_the_first_dpo_loss_is_ln_2_exactly_with_dropout_in_the_config(train, dr
     assert line["margin"] == line["chosen_reward"] == line["rejected_reward"] == 0
 
 
+@pytest.mark.statement("cached-reference")
+def test_what_one_run_cached_is_of_no_use_to_another(train, droopy):
+    for model in ("tiny-llama", droopy):  # the same data, another reference
+        options = {"model_name": model, "precompute_reference": "true", "max_steps": 1}
+        _, [line] = train("dpo", out=f"of-{Path(model).name}", **options)
+        assert line["loss"] == torch.tensor(math.log(2)).item()
+
+
 @pytest.mark.parametrize("name", ["dpo", "ppo", "grpo"])
+@pytest.mark.statement("dpo-ln-2")
 def test_the_reference_is_frozen_and_never_changes(train, module, monkeypatch, name):
     loaded, used = [], []
     watch(monkeypatch, module(name), "load_policy", loaded)
@@ -275,6 +296,7 @@ def test_the_reference_is_frozen_and_never_changes(train, module, monkeypatch, n
     assert not torch.equal(flat(policy.parameters()), flat(reference.parameters()))
 
 
+@pytest.mark.statement("dpo-sums", "logged-apart")
 def test_dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs(train, pairs):
     tokenizer, model = load_tokenizer("tiny-llama"), load_model("tiny-llama", device="cpu")
     rows, _, _ = load_pairs(pairs, tokenizer, 512)
@@ -289,6 +311,7 @@ def test_dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs(train, pairs):
 # reward model
 
 
+@pytest.mark.statement("score-format")
 def test_an_answer_is_scored_in_the_form_in_which_the_model_was_trained(train, module, monkeypatch, pairs, tmp_path):
     trained, scored = [], []
     watch(monkeypatch, module("reward"), "pack", trained)
@@ -307,6 +330,7 @@ def test_an_answer_is_scored_in_the_form_in_which_the_model_was_trained(train, m
 # PPO
 
 
+@pytest.mark.statement("values-fixed", "ppo-first-step")
 def test_old_values_and_old_log_probs_do_not_change_over_the_inner_epochs(train, module, monkeypatch):
     surrogates, values = [], []
     watch(monkeypatch, module("ppo"), "policy_loss", surrogates)
@@ -324,6 +348,7 @@ def test_old_values_and_old_log_probs_do_not_change_over_the_inner_epochs(train,
 
 
 @pytest.mark.parametrize("bootstrap", ["false", "true"])
+@pytest.mark.statement("bootstrap")
 def test_only_what_the_length_cut_goes_on_at_its_last_value(train, module, monkeypatch, bootstrap):
     script, samples, estimates, read = module("ppo"), [], [], []
     original = script.Sampler.sample
@@ -349,6 +374,7 @@ def test_only_what_the_length_cut_goes_on_at_its_last_value(train, module, monke
     assert torch.equal(last_values, after_the_end * cut)
 
 
+@pytest.mark.statement("bootstrap")
 def test_an_answer_is_cut_where_its_finish_reason_says_so(train, module, monkeypatch):
     reasons, samples = [], []
     watch(monkeypatch, rollouts, "generate", reasons)
@@ -364,6 +390,7 @@ def test_an_answer_is_cut_where_its_finish_reason_says_so(train, module, monkeyp
 # GRPO
 
 
+@pytest.mark.statement("sampled-ids")
 def test_rollouts_train_on_the_sampled_ids(train, module, monkeypatch):
     """Random bytes are no UTF-8: what they decode to has other ids."""
     drawn, packed = [], []
@@ -379,6 +406,7 @@ def test_rollouts_train_on_the_sampled_ids(train, module, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.statement("sampler-logprobs")
 def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperature(
     train, module, monkeypatch, name
 ):
@@ -402,6 +430,7 @@ def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperat
         assert logprobs[mask].tolist() == pytest.approx(stored[tuple(ids[mask].tolist())], abs=1e-4)
 
 
+@pytest.mark.statement("no-signal")
 def test_the_share_of_groups_without_any_difference_is_logged(train, module, monkeypatch):
     rewards = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5]  # three groups of four
     monkeypatch.setattr(module("grpo").Scorer, "__call__", lambda self, rollout: (rewards, None))
@@ -409,6 +438,7 @@ def test_the_share_of_groups_without_any_difference_is_logged(train, module, mon
     assert line["no_signal"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.statement("offline-online")
 def test_the_offline_gradient_is_that_of_the_online_step_on_the_same_data(train, module, monkeypatch, sgd, tmp_path):
     trained, sampled = sgd("grpo"), []
     original = module("grpo").Scorer.__call__

@@ -23,6 +23,7 @@ def logged(folder, key):
     return [line[key] for line in lines if key in line]
 
 
+@pytest.mark.statement("schedule")
 def test_the_schedule_stands_still_on_skipped_steps_and_ends_at_its_minimum(tmp_path, monkeypatch):
     train_lm_amp_ckpt.train(config(tmp_path / "plain"))
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
@@ -36,6 +37,7 @@ def test_the_schedule_stands_still_on_skipped_steps_and_ends_at_its_minimum(tmp_
     assert logged(tmp_path / "skipping", "loss") == pytest.approx(logged(tmp_path / "plain", "loss"), abs=1e-2)
 
 
+@pytest.mark.statement("clipping")
 def test_the_norm_is_that_of_the_unscaled_gradients_and_the_limit_holds(tmp_path, monkeypatch):
     moved = []
 

@@ -22,6 +22,7 @@ def pieces(blocks, row):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.statement("packed-apart")
 def test_a_packed_sample_has_the_logits_it_has_alone(name):
     model, tokenizer = load_model(name, dtype=torch.float64, device="cpu"), load_tokenizer(name)
     blocks = make_blocks(ROWS, "prompt", tokenizer, 256, "test")
@@ -34,6 +35,7 @@ def test_a_packed_sample_has_the_logits_it_has_alone(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.statement("packed-apart")
 def test_the_loss_of_one_sample_has_no_gradient_with_respect_to_another(name):
     model, tokenizer = load_model(name, dtype=torch.float64, device="cpu"), load_tokenizer(name)
     blocks = make_blocks(ROWS, "prompt", tokenizer, 256, "test")
@@ -54,6 +56,7 @@ def test_the_loss_of_one_sample_has_no_gradient_with_respect_to_another(name):
     assert size[:start].sum() == 0 and size[end:].sum() == 0
 
 
+@pytest.mark.statement("packed-apart")
 def test_positions_restart_and_text_repeats_one_token_of_context():
     tokenizer = load_tokenizer("tiny-llama")
     blocks = make_blocks([{"text": "abcdefghij"}, {"text": "xy"}], "text", tokenizer, 8, "test")
@@ -76,6 +79,7 @@ def test_bytes_are_those_of_the_text_also_where_a_character_is_several_tokens():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["prompt", "messages"])
+@pytest.mark.statement("eos-is-target")
 def test_only_the_completion_counts_and_the_stop_token_with_it(name, kind):
     tokenizer = load_tokenizer(name)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id  # masks go by length
@@ -101,6 +105,7 @@ def test_each_message_of_the_assistant_is_learnt_once_after_what_stood_before_it
     assert sorted([counted[:3], counted[3:]]) == sorted([completion_ids(tokenizer, x) for x in ("bb", "dd")])
 
 
+@pytest.mark.statement("truncation")
 def test_rows_cut_or_dropped_are_counted_and_a_completion_is_never_cut(capsys):
     tokenizer = load_tokenizer("tiny-gpt2")  # one id a byte, no template
     rows = [{"prompt": "p" * 20 + "0123456789", "completion": "short"}, {"prompt": "p", "completion": "c" * 40}]
@@ -112,12 +117,14 @@ def test_rows_cut_or_dropped_are_counted_and_a_completion_is_never_cut(capsys):
         make_blocks(rows[1:], "prompt", tokenizer, 16, "rows")
 
 
+@pytest.mark.statement("empty-completion")
 def test_a_row_that_would_teach_nothing_is_an_error_that_names_it():
     with pytest.raises(UserError, match="rows, document 2: the completion is empty"):
         make_blocks([ROWS[0], {"prompt": "p", "completion": ""}], "prompt", load_tokenizer("tiny-llama"), 64, "rows")
 
 
 @pytest.mark.parametrize("name", NAMES)  # with a chat template and without one
+@pytest.mark.statement("stop-token")
 def test_a_model_overfitted_on_four_rows_stops_by_itself(name):
     from models.generation import generate
 

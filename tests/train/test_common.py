@@ -51,12 +51,7 @@ def take_gradients(model, blocks, micro_batches):
     return loss, gradients(model)
 
 
-def test_loss_of_micro_batches_with_1_and_9_tokens_and_losses_2_and_1_is_1_1():
-    sums, counts = torch.tensor([1 * 2.0, 9 * 1.0]), [1, 9]
-    loss = sum(s / sum(counts) for s in sums)  # as the loop does; means of means would give 1.5
-    assert loss == pytest.approx(1.1, abs=1e-6)
-
-
+@pytest.mark.statement("token-mean")
 def test_gradients_do_not_depend_on_accumulation(tokenizer):
     rows = [{"prompt": "Say " * n, "completion": "yes" * (4 * n + 1)} for n in range(10)]
     blocks = make_blocks(rows, "prompt", tokenizer, 128, "test")
@@ -71,6 +66,7 @@ def test_gradients_do_not_depend_on_accumulation(tokenizer):
         assert (found - whole[1]).abs().max() < 1e-12
 
 
+@pytest.mark.statement("data-order")
 def test_data_order_differs_between_epochs_and_is_the_same_for_equal_seed_and_epoch():
     assert data_order(50, 1, 0) == data_order(50, 1, 0)
     assert data_order(50, 1, 0) != data_order(50, 1, 1)
@@ -78,6 +74,7 @@ def test_data_order_differs_between_epochs_and_is_the_same_for_equal_seed_and_ep
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.statement("data-order")
 def test_each_epoch_sees_each_row_once_over_all_ranks(processes):
     config = SimpleNamespace(batch_size=2, accumulation_steps=3, epochs=2, max_steps=0, warmup_steps=0, seed=5)
     steps = count_steps(23, config)  # 23 rows: neither the steps nor the ranks divide them
@@ -91,6 +88,7 @@ def test_each_epoch_sees_each_row_once_over_all_ranks(processes):
         assert sorted(seen) == list(range(23))
 
 
+@pytest.mark.statement("schedule")
 def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum():
     values = [lr_at(step, 10, 1.0, 4, 0.1) for step in range(1, 11)]
     assert values[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -127,6 +125,7 @@ def test_loss_is_that_of_the_definition(tokenizer):
     assert nats.item() == pytest.approx(-expected[start - 1 :].sum().item(), abs=1e-12)
 
 
+@pytest.mark.statement("data-order")
 def test_evaluation_counts_each_token_once_whatever_the_batch_and_the_number_of_ranks(tokenizer):
     model = tiny()
     blocks = make_blocks(TEXTS, "text", tokenizer, 64, "test")
@@ -145,6 +144,7 @@ def test_evaluation_counts_each_token_once_whatever_the_batch_and_the_number_of_
     assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / sizes, abs=1e-12)
 
 
+@pytest.mark.statement("evaluation-pure")
 def test_evaluation_and_samples_leave_parameters_and_random_state_as_they_were(tokenizer):
     model = tiny().train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -157,6 +157,7 @@ def test_evaluation_and_samples_leave_parameters_and_random_state_as_they_were(t
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.statement("checkpointing")
 def test_gradient_checkpointing_recomputes_and_leaves_gradients_as_they_were(tokenizer):
     blocks = make_blocks(TEXTS, "text", tokenizer, 64, "test")
     plain, saving = tiny().train(), tiny().train()
@@ -171,6 +172,7 @@ def test_gradient_checkpointing_recomputes_and_leaves_gradients_as_they_were(tok
     assert found[0] == expected[0] and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.statement("tied-merged")
 def test_tied_embeddings_survive_saving_and_loading(tokenizer, tmp_path):
     model = tiny(dtype=torch.float32)
     with torch.no_grad():

@@ -51,6 +51,7 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize("case", ["sgd", "adamw"])
+@pytest.mark.statement("token-mean-ranks")
 def test_two_ranks_with_1_and_9_counted_tokens_take_the_step_of_one_process_with_clipping_on(folder, case):
     plain = load(folder, f"plain_{case}")
     assert difference(plain, load(folder, f"ddp_{case}")) < 1e-12
@@ -60,15 +61,18 @@ def test_two_ranks_with_1_and_9_counted_tokens_take_the_step_of_one_process_with
 
 
 @pytest.mark.parametrize("case", ["sgd", "adamw", "lora"])
+@pytest.mark.statement("ranks-equal")
 def test_parameters_are_equal_on_all_ranks(folder, case):
     assert difference(load(folder, f"two_{case}", 0), load(folder, f"two_{case}", 1)) == 0
 
 
+@pytest.mark.statement("one-all-reduce")
 def test_one_all_reduce_set_per_optimizer_step(folder):
     one_rank_step_has_two = [load(folder, name)["sets"] for name in ("ddp_sgd", "two_sgd")]
     assert one_rank_step_has_two == [4, 4]  # 3 blocks, 2 a step, 2 epochs
 
 
+@pytest.mark.statement("data-order")
 def test_loss_and_held_out_loss_are_those_of_one_process(folder):
     def logged(name):
         lines = [json.loads(x) for x in (folder / name / "metrics.jsonl").open()]
@@ -79,6 +83,7 @@ def test_loss_and_held_out_loss_are_those_of_one_process(folder):
 
 
 @pytest.mark.parametrize("script", ["plain", "ddp", "two"])
+@pytest.mark.statement("clipping")
 def test_with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6(folder, script):
     from models.loader import load_model
 
@@ -88,6 +93,7 @@ def test_with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6(folde
     assert 1e-7 < moved <= 4 * 1e-6  # four steps
 
 
+@pytest.mark.statement("checkpointing")
 def test_a_lora_run_over_two_ranks_moves_every_b_matrix(folder):
     from safetensors.torch import load_file
 

@@ -29,6 +29,7 @@ def with_dropout(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.statement("resume")
 def test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics(case, with_dropout, tmp_path):
     script, words = CASES[case]
     words = [with_dropout if word == "DROPOUT" else word for word in words]

@@ -93,6 +93,7 @@ def test_amp_and_checkpointing_are_measured_each_in_its_own_process(tmp_path, ca
     assert "AMP bf16 saves" in capsys.readouterr().out
 
 
+@pytest.mark.statement("tied-merged")
 def test_a_merged_model_has_the_logits_of_the_adapter_and_every_b_matrix_moved(runs):
     folder = runs["train_lm_lora"][0]
     adapter, merged = load_model(folder, device="cpu"), load_model(folder / "merged", device="cpu")

@@ -1,0 +1,75 @@
+"""What must hold, as short keys and sentences. `pytest --statement KEY` runs the tests of one of them.
+
+A test says what it shows by `@pytest.mark.statement(KEY, ...)`; tests/mutants/breakages.py holds, for each key, ways to
+break the code that its tests must notice (`make mutants`). test_statements.py checks that nothing is missing.
+"""
+
+STATEMENTS = {
+    # loss and gradient book-keeping
+    "token-mean": "A loss is divided by the tokens that count in the whole optimizer step (pairs in DPO and the reward "
+    "model), never by those of a micro-batch: any accumulation gives the same gradient.",
+    "token-mean-ranks": "The same over processes with unequal shares: they take the step of one, with clipping on.",
+    "ranks-equal": "After each optimizer step all processes hold equal parameters, in every trainer.",
+    "one-all-reduce": "Gradients are reduced once an optimizer step, not once a micro-batch.",
+    "data-order": "The order is another in each epoch, the same for equal seed and epoch; all processes together see "
+    "each row once, and an evaluation counts each sample once.",
+    "schedule": "The learning rate follows optimizer steps, whatever the accumulation; it stands still on a step that "
+    "the scaler skips and ends at its minimum.",
+    "clipping": "Gradients are clipped after unscaling, in every trainer; the norm that is logged is the one before.",
+    "mask-before-exp": "What a mask hides (1e3, inf, NaN) changes no bit of loss, gradient or metric.",
+    "float32-softmax": "Log-softmax is computed in float32 for weights of half precision.",
+    # tokens, masks, templates
+    "eos-is-target": "With pad equal to eos, the eos that ends an answer still counts: masks go by length.",
+    "stop-token": "The stop token is in the loss with every template: a model fitted to four answers stops by itself.",
+    "one-renderer": "One function renders prompts for every stage, with exactly one BOS where the model has one.",
+    "empty-completion": "A row of which nothing would count is an error that names it.",
+    "same-prompt-ids": "Chosen and rejected have the same prompt ids, also where text would merge at the boundary.",
+    "truncation": "Truncation never erases a completion: the prompt is cut from the left, or the row dropped and "
+    "counted.",
+    "packed-apart": "Packed samples do not see each other: logits are those of each alone, gradients across are 0, "
+    "positions restart.",
+    "left-padding": "A row of a left-padded batch gets what it gets alone, in forward and generation, with learned and "
+    "with rotary positions.",
+    "sampled-ids": "Training on rollouts uses the sampled ids, never their text encoded again.",
+    # DPO
+    "dpo-ln-2": "With dropout in the configuration the first DPO loss is ln 2 and the implicit rewards are 0; the "
+    "reference is in eval mode, without gradients, and never changes.",
+    "dpo-sums": "DPO adds log-probs over an answer; IPO alone takes their means. The losses have their worked values.",
+    "dpo-unused-option": "An option that the chosen loss ignores is an error.",
+    "adapter-off": "The reference as `adapter off` is bitwise the base model, after training too.",
+    "cached-reference": "Cached reference log-probs are fresh ones. A run keeps them for itself alone, so that nothing "
+    "of another model, tokenizer, template, length or dtype can be mistaken for them.",
+    "logged-apart": "Log-probs of chosen and of rejected answers are logged apart.",
+    # reward model
+    "score-at-end": "The score is read at the last real token: left, right or no padding, pad equal to eos, eos inside "
+    "the prompt.",
+    "score-format": "Text is put into the same form for scoring as for training.",
+    "bradley-terry": "The loss has its worked values with margin and centering; a constant added to all scores changes "
+    "the centering term alone.",
+    # PPO
+    "reward-at-end": "The reward lands on the last real token, also where an answer fills its length.",
+    "gae-padding": "Padding never reaches the advantages, which are their definition's double sum.",
+    "bootstrap": "An answer cut by its length can go on at its last value; which one was cut is its finish reason.",
+    "whitening": "Whitening counts the real tokens of all processes; shift_mean=False keeps the mean.",
+    "ppo-first-step": "On the first inner step the ratio is 1; approximate KL and clip fraction are 0.",
+    "values-fixed": "The value of a token does not depend on that token; old values and log-probs stay over the inner "
+    "epochs.",
+    "reported-kl": "The KL that is reported, per answer and per token, is that of an enumerated policy.",
+    # KL
+    "kl-gradients": "In expectation the gradient of k1 is 0, of k2 and ratio * k3 that of the reverse KL, of k3 that "
+    "of the forward KL; k1 as a loss is refused.",
+    # GRPO
+    "group-advantages": "Advantages permute with the prompts, have mean 0 in a group, and their worked values; a group "
+    "of one is refused.",
+    "sampler-logprobs": "Log-probs computed again in training are the sampler's, at temperature 0.7 too; training "
+    "samples without top-k and top-p.",
+    "aggregations": "The three aggregations have their worked values, whatever the micro-batches and the padding.",
+    "no-signal": "The share of groups without any difference in reward is logged.",
+    "offline-online": "With stored log-probs, the offline gradient is that of the online step on the same data.",
+    # LoRA, checkpoints
+    "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",
+    "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",
+    "resume": "Interrupted and resumed is uninterrupted, bit by bit, in every trainer.",
+    "evaluation-pure": "Evaluation leaves parameters and random state as they were.",
+    "torn-checkpoint": "A checkpoint torn by a kill is never loaded: the one before it is.",
+}

@@ -1,0 +1,65 @@
+"""An optimizer step of each loop, in one process: tokens weigh the same, however the step is split."""
+
+import json
+
+import pytest
+import torch
+
+from data.corpus import Corpus
+from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp
+
+LOOPS = pytest.mark.parametrize("script", [train_lm, train_lm_ddp, train_lm_amp_ckpt])
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def run(script, monkeypatch, folder, texts, **options):
+    """Parameters after a run in float64 with plain SGD, and its logged lines."""
+    parameters = []
+
+    def optimizer(given, lr, *_):
+        parameters.extend(p for p in given if p.requires_grad)
+        return torch.optim.SGD(parameters, lr=lr)
+
+    def start(*given):
+        model, tokenizer = common.load_start(*given)
+        return model.double(), tokenizer
+
+    corpus = Corpus("texts", [{"text": text} for text in texts], [{"text": "hello"}], "text", "0")
+    monkeypatch.setattr(script, "make_optimizer", optimizer)
+    monkeypatch.setattr(script, "load_start", start)
+    monkeypatch.setattr(script, "load_data", lambda config: corpus)
+    shape = {"model_name": "tiny-llama", "warmup_steps": 0, "log_every": 1, "out": str(folder), "precision": "fp32"}
+    shape |= {"measure_steps": 0, **options}
+    script.train(script.Config(**{k: v for k, v in shape.items() if k in script.Config.__dataclass_fields__}))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.cat([p.detach().reshape(-1) for p in parameters]), [line for line in lines if "loss" in line]
+
+
+@LOOPS
+@pytest.mark.statement("token-mean")
+def test_the_loss_of_micro_batches_with_1_and_9_tokens_and_losses_2_and_1_is_1_1(script, monkeypatch, tmp_path):
+    def two_or_one(model, batch):
+        count = batch["mask"].sum()
+        weight = model.get_input_embeddings().weight
+        return 0 * weight.sum() + (2.0 if count == 1 else 1.0) * count, count
+
+    monkeypatch.setattr(script, "lm_loss", two_or_one)
+    options = {"batch_size": 1, "accumulation_steps": 2, "max_length": 10}
+    _, [line] = run(script, monkeypatch, tmp_path / "run", ["abcdefghi", "a"], **options)
+    assert line["loss"] == pytest.approx(1.1)  # (1 * 2 + 9 * 1) / 10; the mean of means is 1.5
+
+
+@LOOPS
+@pytest.mark.statement("token-mean")
+def test_steps_do_not_depend_on_accumulation(script, monkeypatch, tmp_path):
+    texts = [LETTERS[: 1 + n % 9] for n in range(20)]
+    found = {}
+    for pieces in (1, 2, 5):
+        shape = {"batch_size": 10 // pieces, "accumulation_steps": pieces, "max_length": 10, "lr": 0.5, "epochs": 2}
+        found[pieces] = run(script, monkeypatch, tmp_path / str(pieces), texts, max_grad_norm=0.5, **shape)
+    weights, lines = found[1]
+    for other, its_lines in (found[2], found[5]):
+        assert (other - weights).abs().max() < 1e-12
+        for key in ("loss", "lr"):
+            assert [line[key] for line in its_lines] == pytest.approx([line[key] for line in lines])
+    assert min(line["grad_norm"] for line in lines) > 0.5  # clipping was at work
