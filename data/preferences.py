@@ -37,8 +37,17 @@ from configs.run import (
 )
 from data.checks import PROMPTS, call_judge, is_degenerate, load_judge, load_prompts, passed, score
 from data.prompts import read_prompts, text_of
-from models.answers import Answer, mean, rate, sample_answers
-from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device, pick_precision, weights_hash
+from models.answers import Answer, as_answers, mean, progress_line, rate
+from models.kept import forget, generate_kept, partial_path
+from models.loader import (
+    frozen_dtype,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    prompt_ids,
+    weights_hash,
+)
 
 
 @dataclass
@@ -80,6 +89,7 @@ class Sampled:
     task: Task
     answers: list[list[Answer]]  # one list for each prompt
     policy: str  # hash of the float32 weights that answered
+    seconds_before: float = 0.0  # of sampling, before an interruption
 
     def __iter__(self):
         """(prompt, its answers), in file order."""
@@ -177,24 +187,28 @@ def sample_and_score(config, task):
         f"prompts, {many:,} in all, of at most {config.max_new_tokens} tokens, temperature {config.temperature:g}"
     )
     started = time.time()
-    answers = sample_answers(
+    generation, before = generate_kept(
+        partial_path(in_root(config.out)),
+        {"policy": policy, "precision": precision, "device": device.type},
         model,
-        tokenizer,
-        [row["prompt"] for row in prompts],
+        [prompt_ids(tokenizer, row["prompt"]) for row in prompts],
         config.max_new_tokens,
+        config.temperature,
         config.samples_per_prompt,
-        temperature=config.temperature,
-        seed=config.seed,
-        batch_size=config.batch_size,
+        [tokenizer.eos_token_id],
+        config.seed,
+        config.batch_size,
+        progress_line(),
     )
-    say(f"sampled {rate(answers, time.time() - started)}")
+    answers = as_answers(tokenizer, generation, config.samples_per_prompt)
+    say(f"sampled {rate(answers, before + time.time() - started)}")
     for row, group in zip(prompts, answers):
         for answer in group:
             if judge:
                 answer.score = call_judge(judge, text_of(row["prompt"]), answer.text)
             else:
                 answer.score = score(answer.text, row["checks"])
-    return Sampled(task, answers, policy)
+    return Sampled(task, answers, policy, before)
 
 
 def messages(role, content):
@@ -297,13 +311,14 @@ def save(config, rows, sampled, summary, started, next_command):
         "sha256": sha256_file(out),
         "summary": summary,
         "inputs": {"prompts": sampled.task.sha256, "policy": sampled.policy},
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(sampled.seconds_before + time.time() - started, 1),
         "peak_memory_gb": round(peak_memory_gb(), 3),
         "git_commit": git_commit(),
         "versions": versions(),
         "machine": machine(),
     }
     write_atomically(manifest_path(out), json.dumps(manifest, indent=2) + "\n")
+    forget(partial_path(out))
     say(f"\nwritten to {shown(out)} (and {manifest_path(out).name}) in {duration(manifest['seconds'])}")
     say(f"next: {next_command}")
 

@@ -41,6 +41,11 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, samples_per_prompt
         progress=progress_line(),
         **sampling,
     )
+    return as_answers(tokenizer, generation, samples_per_prompt)
+
+
+def as_answers(tokenizer, generation, samples_per_prompt):
+    """What `generate` returns as a list of Answers for each prompt."""
     rows = zip(generation.completions, generation.logprobs, generation.finish_reasons)
     answers = [Answer(answer_text(tokenizer, ids), ids, logprobs, finish) for ids, logprobs, finish in rows]
     return [answers[i : i + samples_per_prompt] for i in range(0, len(answers), samples_per_prompt)]

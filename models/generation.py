@@ -60,7 +60,7 @@ def generate(
     progress(rows_done, rows): called after each batch.
     Raises UserError for an empty prompt and for one that leaves no room for `max_new_tokens` in the model's context.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
+    check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
     rows = len(prompts) * samples_per_prompt
     if uniforms is None:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -302,15 +302,17 @@ def _decode_attention(model):
         inner.set_attn_implementation(before)
 
 
-def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt):
+def check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt):
     context = getattr(model.config, "max_position_embeddings", None)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} is empty: a model needs at least one token to go on from")
         if context and len(prompt) + max_new_tokens > context:
+            room = context - len(prompt)
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it does not fit into the "
-                f"model's context of {context}: shorten it, or set max_new_tokens to at most {context - len(prompt)}"
+                f"model's context of {context}: shorten it"
+                + (f", or set max_new_tokens to at most {room}" if room > 0 else "")
             )
     for name, value, good in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),

@@ -43,7 +43,7 @@ from data.blocks import make_blocks
 from data.checks import PROMPTS, is_degenerate, load_prompts, passed, score, words
 from data.corpus import load_corpus
 from models.answers import progress_line
-from models.generation import generate
+from models.kept import forget, generate_kept, partial_path
 from models.loader import (
     adapter_base,
     answer_text,
@@ -268,20 +268,23 @@ def evaluate(config):
     if config.text_length > context:
         raise UserError(f"text_length = {config.text_length}: {config.model_name} reads at most {context} tokens")
     per_prompt = config.samples_per_prompt * config.best_of
-    generation = generate(
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generation, before = generate_kept(
+        partial_path(path),
+        who,
         model,
         [prompt_ids(tokenizer, row["prompt"]) for row in prompts],
         config.max_new_tokens,
-        temperature=config.temperature,
-        samples_per_prompt=per_prompt,
-        stop_ids=[tokenizer.eos_token_id],
-        seed=config.seed,
-        batch_size=config.batch_size,
-        progress=progress_line(),
+        config.temperature,
+        per_prompt,
+        [tokenizer.eos_token_id],
+        config.seed,
+        config.batch_size,
+        progress_line(),
     )
     questions = [prompt_ids(tokenizer, row["prompt"]) for row in prompts for _ in range(per_prompt)]
     completions = generation.completions
-    seconds["sampling"] = time.time() - clock
+    seconds["sampling"] = before + time.time() - clock
 
     # 2. the reward model's scores; of best_of answers the highest is kept
     clock = time.time()
@@ -335,7 +338,7 @@ def evaluate(config):
     measured = summarise(answers, unseen)
     if config.best_of > 1:
         measured["kl"] = {"mean": best_of_kl(config.best_of), "se": None, "half": None, "n": 0}
-    seconds["total"] = time.time() - started
+    seconds["total"] = before + time.time() - started
     result = {
         "model_name": config.model_name,
         "identity": who,
@@ -348,8 +351,8 @@ def evaluate(config):
         "machine": machine(),
         "answers": answers,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    forget(partial_path(path))
     return result
 
 
