@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test mutants lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
@@ -12,6 +12,10 @@ test: $(VENV)/installed-dev
 	$(BIN)/python models/fetch.py
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+mutants: $(VENV)/installed-dev
+	$(BIN)/python models/fetch.py
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from train.common import (
     show_sample,
     step_rows,
 )
+from train.train_lm_lora import add_lora, save_adapter
 
 TEXTS = [{"text": "To be, or not to be, that is the question. " * n} for n in (1, 3, 2, 5)]
 
@@ -182,6 +183,21 @@ def test_tied_embeddings_survive_saving_and_loading(tokenizer, tmp_path):
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
     assert torch.equal(again.get_output_embeddings().weight, model.get_input_embeddings().weight)
     assert not (tmp_path / "saving.tmp").exists()
+
+
+@pytest.mark.statement("tied-merged")
+def test_a_merged_model_is_tied_and_has_the_logits_of_its_adapter(tokenizer, tmp_path):
+    model = add_lora(tiny(dtype=torch.float32), "tiny-llama", r=4)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    save_adapter(model, tokenizer, tmp_path, merge=True)
+    merged, adapter = load_model(tmp_path / "merged", device="cpu"), load_model(tmp_path, device="cpu")
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    ids = torch.arange(20)[None]
+    assert torch.equal(adapter(ids).logits, model.eval()(ids).logits)
+    assert (merged(ids).logits - adapter(ids).logits).abs().max() < 1e-5
+    assert (merged(ids).logits - tiny(dtype=torch.float32)(ids).logits).abs().max() > 1e-2
 
 
 def test_scratch_keys_without_scratch_are_an_error_and_scratch_needs_all_of_them():

@@ -1,0 +1,42 @@
+"""Every statement has a test and a breakage, and each of them names a statement."""
+
+import ast
+from functools import cache
+
+import pytest
+from mutants.breakages import BREAKAGES
+from statements import STATEMENTS
+
+from configs.config import ROOT
+
+
+@cache
+def marked_tests():
+    """{(file, test function): the keys in its statement marks}."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                marks = [d for d in node.decorator_list if isinstance(d, ast.Call)]
+                keys = [a.value for d in marks if ast.unparse(d.func) == "pytest.mark.statement" for a in d.args]
+                found[path.relative_to(ROOT).as_posix(), node.name] = keys
+    return found
+
+
+def test_every_mark_names_a_statement_and_every_statement_has_a_test():
+    named = {key for keys in marked_tests().values() for key in keys}
+    assert named == STATEMENTS.keys()
+
+
+def test_every_statement_has_a_breakage():
+    assert {breakage.statement for breakage in BREAKAGES} == STATEMENTS.keys()
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=str)
+def test_a_breakage_fits_the_code_and_its_tests_are_of_its_statement(breakage):
+    text = (ROOT / breakage.file).read_text(encoding="utf-8")
+    assert text.count(breakage.old) == 1, "stale: the code has changed; say in breakages.py how to break it now"
+    tests = marked_tests()
+    for name in breakage.tests:
+        file, function = name.split("::")
+        assert breakage.statement in tests[file, function.split("[")[0]], name
