@@ -249,6 +249,11 @@ def read_manifest(folder):
     return read_json(path) if path.is_file() else None
 
 
+def json_error(error):
+    """What the library says of a line that is not JSON, and where in it: 'Expecting value at column 3'."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
 def read_json(path):
     """The object in a JSON file of ours. Raises UserError if it is damaged."""
     try:
@@ -256,7 +261,7 @@ def read_json(path):
     except (UnicodeDecodeError, json.JSONDecodeError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{shown(path)} is damaged: it takes one JSON object. Remove it to go on")
+        raise UserError(f"{shown(path)} is damaged: it takes one JSON object")
     return found
 
 
@@ -336,11 +341,13 @@ class Run:
 
     def _differences(self, before):
         now = config_to_dict(self.config)
-        return [
-            f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in NOT_IDENTITY
+        different = [
+            f"{key}: {before[key]!r} there, {now[key]!r} now"
+            for key in sorted(before.keys() & now.keys())
+            if before[key] != now[key] and key not in NOT_IDENTITY
         ]
+        only = {"there": before.keys() - now.keys() - NOT_IDENTITY, "now": now.keys() - before.keys() - NOT_IDENTITY}
+        return different + [f"only {where}: {', '.join(sorted(keys))}" for where, keys in only.items() if keys]
 
     def restart(self):
         """Begin at the beginning: nothing is logged yet."""

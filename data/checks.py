@@ -308,7 +308,7 @@ def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_chec
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text: {error}") from error
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file}: must be a list of at least one prompt, got {type(rows).__name__}")
+        raise UserError(f"{file}: must be a list of at least one prompt, not {str(rows)[:40]}")
 
     seen: dict[str, str] = {}  # prompt text without case and spacing -> its split
     ids = set()

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.config import UserError
+from configs.run import json_error
 from models.fetch import EMBEDDED_TEXTS, fetch_source
 
 # Whole plays and books, so that evaluation is on works of which training saw no line.
@@ -170,7 +171,7 @@ def _read_jsonl(path):
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8 (byte {error.start} of the line)") from error
         except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}; one object a line") from error
+            raise UserError(f"{where} is not JSON: {json_error(error)}; one object a line") from error
         if not isinstance(row, dict):
             raise UserError(f"{where} is a JSON {type(row).__name__}, not an object with {ALLOWED_KEYS}")
         document = as_document(row, where)

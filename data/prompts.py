@@ -6,7 +6,7 @@ import json
 import sys
 
 from configs.config import UserError
-from configs.run import in_root
+from configs.run import in_root, json_error
 from data.checks import load_prompts, validate_checks
 
 
@@ -37,7 +37,7 @@ def parse_prompts(content, where, need_checks=False, jsonl=False):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where} line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+            raise UserError(f"{where} line {number}: not valid JSON ({json_error(error)})") from None
         if not isinstance(row, dict) or not _is_prompt(row.get("prompt")):
             raise UserError(
                 f'{where} line {number}: must be an object whose "prompt" is a text or a list of messages, '

@@ -7,7 +7,6 @@ full model or a PEFT adapter that names its base. Weights are read from safetens
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 
 from configs.config import UserError
-from configs.run import in_root, shown
+from configs.run import in_root, read_json, shown
 from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.tiny import TINY_MODELS, build_tiny
 
@@ -85,7 +84,10 @@ def load_tokenizer(name):
     tokenizer = _read(AutoTokenizer, path, name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which marks where an answer stops")
-    ids, rows = max(tokenizer.get_vocab().values()) + 1, model_config(name).get_text_config().vocab_size
+    config = model_config(name)
+    ids, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().to_dict().get("vocab_size")
+    if rows is None:
+        raise UserError(f"{name} is a {(config.architectures or [config.model_type])[0]}, which reads no text")
     if ids > rows:
         raise UserError(f"the tokenizer of {name} has {ids} ids and the model {rows}: it belongs to another model")
     if tokenizer.pad_token_id is None:
@@ -117,13 +119,13 @@ def check_length(model, config):
 def adapter_base(folder):
     """The name of the model that the adapter in `folder` was trained on, as its adapter_config.json says.
 
-    Raises UserError if it names none, one that is not there, or another adapter.
+    Raises UserError if it names none, one that is not there, or another adapter; and if it is no LoRA adapter.
     """
     file = Path(folder) / "adapter_config.json"
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
-        raise UserError(f"{shown(file)} is damaged: it takes one JSON object") from None
+    settings = read_json(file)
+    base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{shown(file)}: peft_type = {kind!r}: must be LORA")
     if not base:
         raise UserError(f"{shown(file)} names no base model (base_model_name_or_path is empty)")
     try:
@@ -154,7 +156,7 @@ def _with_adapter(model, folder, trainable):
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except SafetensorError as error:
         raise UserError(f"the weights in {shown(folder)} are damaged: {error}") from None
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the adapter in {shown(folder)} does not fit its base: {_first_line(error)}") from None
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if names != wanted:
@@ -184,7 +186,11 @@ def read_weights(auto_class, path, name, new=(), **options):
         )
     missing = sorted(set(found["missing_keys"]) - set(new))
     if missing:
-        raise UserError(f"the weights in {where} are incomplete: {len(missing)} are missing, {missing[0]} for one")
+        others = f" and {len(missing) - 1} more are" if missing[1:] else " is"
+        raise UserError(f"the weights in {where} are incomplete: {missing[0]}{others} missing")
+    for key, weight in model.named_parameters():
+        if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise UserError(f"the weights in {where} are damaged: {key} holds numbers that are not finite")
     return model
 
 
@@ -195,7 +201,8 @@ def _pickles(folder):
 
 
 def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
 
 
 def portable_name(path):
@@ -219,7 +226,8 @@ def _read(auto_class, path, name, **options):
         if "trust_remote_code" in str(error):
             raise UserError(f"{name} brings its own code, which is never run: give another model") from None
         if local:
-            raise UserError(f"cannot load {shown(path)}: {first}") from None
+            what = {"AutoConfig": "config.json of ", "AutoTokenizer": "the tokenizer of "}.get(auto_class.__name__, "")
+            raise UserError(f"cannot load {what}{shown(path)}: {first}") from None
         names = ", ".join((*EMBEDDED_MODELS, *TINY_MODELS))
         raise UserError(
             f"model_name = {name!r} is no folder, no embedded model, and the model hub gave no such model ({first}). "

@@ -6,7 +6,7 @@ import json
 import math
 
 from configs.config import UserError
-from configs.run import in_root, say, sha256_file, shown
+from configs.run import in_root, json_error, say, sha256_file, shown
 from models.loader import completion_ids, prompt_ids
 
 
@@ -24,17 +24,20 @@ def read_rows(source, made_by="python data/generate_preferences.py"):
     if not path.is_file():
         raise UserError(f"{shown(path)} is not there. This makes it: {made_by}")
     rows = []
-    try:  # lines end at "\n" alone: texts may hold other separators, such as U+2028
-        for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{shown(path)} line {number}: must be an object with keys, not {line[:60]!r}")
-                rows.append({**row, "where": f"{shown(path)} line {number}"})
-    except UnicodeDecodeError as error:
-        raise UserError(f"{shown(path)}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{shown(path)} line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+    # lines end at "\n" alone: texts may hold other separators, such as U+2028
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        where = f"{shown(path)} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({json_error(error)})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be an object with keys, not {line[:60].decode(errors='replace')!r}")
+        rows.append({**row, "where": where})
     if not rows:
         raise UserError(f"{shown(path)} is empty. This makes it: {made_by}")
     return rows, sha256_file(path)

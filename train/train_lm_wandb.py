@@ -61,7 +61,8 @@ def open_wandb(config, folder):
 
 def main(config):
     run = Run(config, config.out)
-    with open_wandb(config, run.folder) as wb:
+    wb = open_wandb(config, run.folder)
+    try:
         run.sinks.append(lambda metrics, step: wb.log(metrics, step=step))
         result, samples = train(config, run)
 
@@ -74,7 +75,11 @@ def main(config):
                 if path.is_file():
                     model.add_file(str(path))
             wb.log_artifact(model)
-        where, url = Path(wb.dir).parent, None if wb.offline else wb.url
+    except BaseException:  # as a context manager W&B would print a traceback, also of a UserError
+        wb.finish(exit_code=1)
+        raise
+    where, url = Path(wb.dir).parent, None if wb.offline else wb.url
+    wb.finish()
     if url:
         say(f"W&B: {url}")
     else:
