@@ -82,7 +82,7 @@ class Checkpoints:
                 put_back(part, state["parts"][name])
             if rank() < len(state["random"]):  # a process that was not there before keeps what its seed gave it
                 set_random_state(state["random"][rank()])
-            self.run.resume(state["step"], state["run"])
+            self.run.resume(state["run"])
         self._listen()
         return (0, {}) if state is None else (state["step"], state["kept"])
 

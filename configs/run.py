@@ -294,6 +294,7 @@ class Run:
         self.steps_began = None  # when
         self.skipped = 0  # steps in a row whose loss or gradient was not finite
         self._skips = 0  # of those, since the last logged line
+        self._lines = 0  # of metrics.jsonl
         self._recent = None  # when the last line was logged, for rates
         self._first = None  # (time, step) when steps began, for the estimate
         self._tokens = 0
@@ -358,17 +359,17 @@ class Run:
         """What a checkpoint keeps of the clock and the counters, for `resume`."""
         now = time.time()
         since = now - self._recent if self._recent else 0.0
-        counters = {"tokens": self._tokens, "skipped": self.skipped, "skips": self._skips}
+        counters = {"lines": self._lines, "tokens": self._tokens, "skipped": self.skipped, "skips": self._skips}
         return {"seconds": now - self.started, "since_logged": since, **counters}
 
-    def resume(self, step, state):
-        """Go on after `step` of an interrupted run: metrics.jsonl is cut back to it, seconds go on from there."""
+    def resume(self, state):
+        """Go on from a checkpoint's `state`: metrics.jsonl is cut back to its lines, seconds go on from there."""
         self.started -= state["seconds"]
         self._carried = (state["since_logged"], state["tokens"])
-        self.skipped, self._skips = state["skipped"], state["skips"]
+        self._lines, self.skipped, self._skips = state["lines"], state["skipped"], state["skips"]
         if self.is_main:
             lines = read_lines(self.folder / "metrics.jsonl")
-            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+            kept = [json.dumps(line) + "\n" for line in lines[: state["lines"]]]
             write_atomically(self.folder / "metrics.jsonl", "".join(kept))
 
     def begin_steps(self, step=0):
@@ -412,7 +413,7 @@ class Run:
         now = time.time()
         if self._tokens:
             metrics["tok/s"] = self._tokens / max(now - self._recent, 1e-9)
-        self._recent, self._tokens = now, 0
+        self._recent, self._tokens, self._lines = now, 0, self._lines + 1
         if self._skips:
             metrics["skipped"], self._skips = self._skips, 0
         record = {"step": step, **{k: v for k, v in metrics.items() if v is not None}}

@@ -23,6 +23,7 @@ from configs.claim import check_place
 from configs.config import UserError, config_to_dict, option
 from configs.run import (
     duration,
+    files_read,
     git_commit,
     in_root,
     machine,
@@ -110,10 +111,15 @@ def claim(config):
     check_place(out)
     if out.is_file() and not config.overwrite:
         advice = "Give another --out, or --overwrite true to replace it"
+        torn = partial_path(out).is_file()  # a kill came between the file and its manifest
         if not manifest.is_file():
+            if torn:
+                return
             raise UserError(f"{shown(out)} is there, and no {manifest.name} beside it says what made it. {advice}")
         before = read_json(manifest)
         if before.get("sha256") != sha256_file(out):
+            if torn:
+                return
             raise UserError(f"{shown(out)} was changed since {manifest.name} was written. {advice}")
         differences = _differences(before, config)
         if differences:
@@ -131,10 +137,9 @@ def _differences(before, config):
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key) and key not in ("out", "overwrite", "batch_size")
     ]
-    prompts = sha256_file(prompt_file(config))
-    if not found and prompts != before["inputs"]["prompts"]:
-        found.append(f"{config.prompts}: its content has changed since")
-    return found
+    files, old = files_read(config), before.get("files", {})
+    changed = [key for key in sorted(files) if files[key] != old.get(key, files[key])]
+    return found or [f"{getattr(config, key)}: its content has changed since" for key in changed]
 
 
 def prompt_file(config):
@@ -311,6 +316,7 @@ def save(config, rows, sampled, summary, started, next_command):
         "sha256": sha256_file(out),
         "summary": summary,
         "inputs": {"prompts": sampled.task.sha256, "policy": sampled.policy},
+        "files": files_read(config),
         "seconds": round(sampled.seconds_before + time.time() - started, 1),
         "peak_memory_gb": round(peak_memory_gb(), 3),
         "git_commit": git_commit(),

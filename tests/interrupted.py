@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -20,58 +21,69 @@ from safetensors.torch import load_file
 
 SCRIPTS = [f"train.{name}" for name in ("train_lm", "train_lm_ddp", "train_lm_amp_ckpt", "train_lm_lora")]
 SCRIPTS += [f"rlhf.{name}" for name in ("train_reward_model", "dpo_train", "ppo_train", "grpo_train")]
+SCRIPTS += ["data.generate_preferences", "report.evaluate"]
 LIBRARIES = ["datasets", "torch.optim.adamw", "transformers.models.llama.modeling_llama", "interrupted", "numpy"]
 
 
-def start(script, words, die_at=0, said=os.devnull, actions=()):
-    """A process that runs `python SCRIPT WORDS`; it kills itself at event `die_at`. said: the file for its output.
+def start(script, words, out, die_at=0, largest_file=None, environment=None):
+    """A process that runs `python SCRIPT WORDS --out OUT`; what it prints is added to the file OUT.said.
 
-    actions: functions of this module, called first in the process.
+    die_at: the event at which it kills itself. largest_file: bytes; what would be longer cannot be written, as on a
+    full disk. environment: variables to set, such as RANK.
     """
+    Path(out).parent.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, *LIBRARIES])
-    process = context.Process(target=_child, args=(script, [str(w) for w in words], die_at, str(said), actions))
+    words = [*map(str, words), "--out", str(out)]
+    process = context.Process(target=_child, args=(script, words, out, die_at, largest_file, environment or {}))
     process.start()
     return process
 
 
-def run(script, words, **options):
+def run(script, words, out, **options):
     """The exit status of such a process: negative when a signal ended it."""
-    process = start(script, words, **options)
+    process = start(script, words, out, **options)
     process.join(240)
     return process.exitcode
 
 
-def run_killed(script, words, out, kills=4, seed=0, said=os.devnull):
-    """Run until it finishes, killed `kills` times before; the events at which it died."""
+def said(out):
+    return Path(f"{out}.said").read_text()
+
+
+def run_whole(script, words, out):
+    assert run(script, words, out) == 0, said(out)
+
+
+def run_killed(script, words, out, whole, kills=4, seed=0):
+    """Run until it finishes, killed `kills` times before; the events at which it died. whole: the uninterrupted one."""
     chance, died = random.Random(seed), []
-    events = json.loads((Path(str(out) + ".whole") / "events.json").read_text())
-    while len(died) < kills:
+    events = torch.load(f"{whole}.end")["events"]
+    while len(died) < kills and not Path(f"{out}.end").is_file():
         died.append(chance.randint(1, events))
-        if run(script, [*words, "--out", out], die_at=died[-1], said=said) != -signal.SIGKILL:
-            break  # it finished: less was left than events to die at
-    if not (Path(out) / "end.pt").is_file():
-        assert run(script, [*words, "--out", out], said=said) == 0, Path(said).read_text()
+        assert run(script, words, out, die_at=died[-1]) in (0, -signal.SIGKILL), said(out)
+    if not Path(f"{out}.end").is_file():
+        run_whole(script, words, out)
     return died
 
 
-def _child(script, words, die_at, said, actions):
+def _child(script, words, out, die_at, largest_file, environment):
     from configs.config import cli
 
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    with open(said, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        for action in actions:
-            action()
+    with open(f"{out}.said", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         module = importlib.import_module(script)
         sys.argv = [script.replace(".", "/") + ".py", *words]
         optimizers, events = [], [0]
         _count(events, die_at, optimizers)
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         cli(module.main if "main" in vars(module) else module.train, module.Config)
         f.flush()
-        out = Path(words[words.index("--out") + 1])
-        state = {"optimizer": optimizers[-1].state_dict(), "random": torch.get_rng_state()}
-        torch.save(state, out / "end.pt")
-        (out / "events.json").write_text(str(events[0]))
+        if environment.get("RANK", "0") == "0":
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save({"optimizers": states, "random": torch.get_rng_state(), "events": events[0]}, f"{out}.end")
 
 
 def _count(events, die_at, optimizers):
@@ -103,14 +115,16 @@ def differences(a, b):
     for path in sorted(a.rglob("*.safetensors")):
         mine, theirs = load_file(path), load_file(b / path.relative_to(a))
         found += [f"{path.name}: {k}" for k in mine.keys() | theirs.keys() if not _same(mine.get(k), theirs.get(k))]
-    ends = [torch.load(x / "end.pt") for x in (a, b)]
-    found += [] if _same(*ends) else ["optimizer or random state"]
+    ends = [torch.load(f"{x}.end") for x in (a, b)]
+    found += [key for key in ("optimizers", "random") if not _same(ends[0][key], ends[1][key])]
     found += [] if lines(a) == lines(b) else ["metrics.jsonl"]
-    for name in ("samples.jsonl",):
-        if (a / name).is_file() and (a / name).read_bytes() != (b / name).read_bytes():
-            found.append(name)
+    found += [] if _bytes(a / "samples.jsonl") == _bytes(b / "samples.jsonl") else ["samples.jsonl"]
     results = [json.loads((x / "manifest.json").read_text())["result"] for x in (a, b)]
     return found + ([] if results[0] == results[1] else ["result"])
+
+
+def _bytes(path):
+    return path.read_bytes() if path.is_file() else None
 
 
 def lines(folder):

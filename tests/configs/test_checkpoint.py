@@ -105,6 +105,13 @@ def test_steps_after_the_checkpoint_and_a_line_cut_short_leave_metrics(config, w
     assert end(config) == whole
 
 
+def test_what_was_logged_of_the_same_step_after_the_checkpoint_is_logged_once(config, whole):
+    train(config, stop_after=6)
+    with open(Path(config.out) / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "nats_per_token": 5.0}\n')  # the evaluation at the end, say, which comes again
+    assert end(config) == whole
+
+
 def test_the_last_two_are_kept(config):
     train(config, stop_after=5)
     assert names(config) == ["step-00000004", "step-00000005"]

@@ -1,7 +1,7 @@
 """RLHF training that is killed and started again by the same command ends as if it never had been."""
 
 import pytest
-from interrupted import differences, run, run_killed
+from interrupted import differences, run_killed, run_whole, said
 
 # between the lines that are logged too, so that what is measured since the last one must be carried over
 PAIRS = ["--epochs", 2, "--batch_size", 3, "--micro_batch_size", 2, "--log_every", 3, "--save_every", 2]
@@ -30,9 +30,9 @@ def words(pairs, reward, groups):
 @pytest.mark.statement("resume")
 def test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics(case, words, tmp_path):
     script, words = words(case)
-    out, said = tmp_path / "out", tmp_path / "said"
-    assert run(script, [*words, "--out", f"{out}.whole"], said=said) == 0, said.read_text()
-    died = run_killed(script, words, out, said=said)
-    assert differences(f"{out}.whole", out) == [], (died, said.read_text())
-    assert "continuing from step" in said.read_text()
+    out, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
+    run_whole(script, words, whole)
+    died = run_killed(script, words, out, whole)
+    assert differences(whole, out) == [], (died, said(out))
+    assert "continuing from step" in said(out)
     assert not (out / "checkpoints").exists()

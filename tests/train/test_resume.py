@@ -1,7 +1,7 @@
 """Language-model training that is killed and started again by the same command ends as if it never had been."""
 
 import pytest
-from interrupted import differences, run, run_killed
+from interrupted import differences, run_killed, run_whole, said
 
 from models.loader import load_model, load_tokenizer
 
@@ -33,9 +33,9 @@ def with_dropout(tmp_path_factory):
 def test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics(case, with_dropout, tmp_path):
     script, words = CASES[case]
     words = [with_dropout if word == "DROPOUT" else word for word in words]
-    out, said = tmp_path / "out", tmp_path / "said"
-    assert run(script, [*words, "--out", f"{out}.whole"], said=said) == 0, said.read_text()
-    died = run_killed(script, words, out, said=said)
-    assert differences(f"{out}.whole", out) == [], (died, said.read_text())
-    assert "continuing from step" in said.read_text()
+    out, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
+    run_whole(script, words, whole)
+    died = run_killed(script, words, out, whole)
+    assert differences(whole, out) == [], (died, said(out))
+    assert "continuing from step" in said(out)
     assert not (out / "checkpoints").exists()

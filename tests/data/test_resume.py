@@ -1,0 +1,41 @@
+"""Preference generation and evaluation that are killed and started again by the same command: the very same files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from interrupted import run, run_killed, run_whole, said
+
+SAMPLING = ["--model_name", "tiny-llama", "--max_new_tokens", 6, "--limit", 12, "--precision", "fp32"]
+PAIRS = [*SAMPLING, "--batch_size", 8, "--samples_per_prompt", 4]
+
+
+def record(path):
+    """What a manifest or a measurement says but for its times and where it was made."""
+    found = json.loads(Path(path).read_text())
+    return {k: v for k, v in found.items() if k not in ("seconds", "peak_memory_gb", "config", "git_commit")}
+
+
+@pytest.mark.statement("resume")
+def test_pairs_are_the_same_after_kills(tmp_path):
+    out, whole = tmp_path / "killed" / "pairs.jsonl", tmp_path / "whole" / "pairs.jsonl"
+    run_whole("data.generate_preferences", PAIRS, whole)
+    events = 1  # the n-th process dies at its n-th event: within a batch, at both files, between them
+    while run("data.generate_preferences", PAIRS, out, die_at=events) != 0:
+        events += 1
+    assert events > 3
+    assert out.read_bytes() == whole.read_bytes()
+    assert record(out.with_suffix(".manifest.json")) == record(whole.with_suffix(".manifest.json"))
+    assert "continuing after batch" in said(out)
+    assert sorted(p.suffix for p in out.parent.iterdir()) == [".end", ".json", ".jsonl", ".said"]
+
+
+@pytest.mark.statement("resume")
+def test_a_measurement_is_the_same_after_kills(tmp_path):
+    words = ["--base", "tiny-llama", "--reward_model", "none", "--text", "tests/train/text.jsonl", "--text_length", 64]
+    words += [*SAMPLING, "--text_tokens", 128, "--batch_size", 8]
+    out, whole = tmp_path / "killed" / "tiny.json", tmp_path / "whole" / "tiny.json"
+    run_whole("report.evaluate", words, whole)
+    run_killed("report.evaluate", words, out, whole, kills=2)
+    assert record(out) == record(whole)
+    assert "continuing after batch" in said(out)
