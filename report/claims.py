@@ -1,0 +1,531 @@
+"""What `report/verify.py` measures: each function here measures one claim and returns {case: deviation}.
+
+A deviation is the largest difference between what was found and what was expected, over the largest expected entry; inf
+where they cannot be compared (NaN, other tokens). Both sides come from the very functions that the training scripts
+call, or one of them from the plain definition (`definition`). `numbers` says in which numbers: see EPS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+
+import models.logprobs
+from data.blocks import make_blocks
+from models.generation import generate
+from models.loader import PRECISIONS, autocast, completion_ids, frozen_dtype, load_model, load_tokenizer, prompt_ids
+from report.runs import DROPOUT, TRAINERS, apart, differ, interrupt, layers_computed, metrics, run, said
+from rlhf import grpo_train, ppo_train, train_reward_model
+from rlhf.packing import answer_logprobs, answer_scores, pack
+from rlhf.reward_model import RewardModel
+from rlhf.rollouts import PromptStream, Sampler
+from rlhf.utils import (
+    Meter,
+    as_reference,
+    load_policy,
+    masked_mean,
+    masked_whiten,
+    pad_rows,
+    save_policy,
+    token_logprobs,
+)
+from train.common import lm_loss, make_optimizer, save_model
+from train.train_lm_lora import add_lora, save_adapter
+
+# float64 and float32: weights of that type. bf16 and fp16: float32 weights under autocast, frozen ones in that type
+EPS = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EPS = {numbers: torch.finfo(dtype).eps for numbers, dtype in EPS.items()}
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9, 10, 11, 12], [8, 9, 10, 11, 12], [13]]
+ANSWERS = [[21, 2, 23], [24], [29, 30], [33, 33, 33, 35, 2], [40, 41, 42, 2]]
+TURNS = [("Count to three", "1 2 3"), ("Say it", "it"), ("And", "on and on and on"), ("Why", "because")]
+PAD = 2  # also the id of the end of a turn
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where claims are measured: a folder that `runs.prepare` has filled, and the device of what runs in this process.
+    """
+
+    folder: Path
+    device: torch.device
+
+    def model(self, name, numbers):
+        dtype = torch.float64 if numbers == "float64" else torch.float32
+        return load_model(self.folder / name, dtype=dtype, device=self.device)
+
+    def frozen(self, numbers):
+        """The type of weights below an adapter."""
+        return frozen_dtype(precision(numbers))
+
+    def autocast(self, numbers):
+        return autocast(self.device, precision(numbers))
+
+    def policy(self, name, numbers, lora_r=4):
+        """What DPO, PPO and GRPO train: (model, tokenizer, parameters, configuration)."""
+        torch.manual_seed(0)
+        config = grpo_train.Config(model_name=str(self.folder / name), prompts=str(self.folder / "prompts.json"),
+            lora_r=lora_r, prompts_per_step=3, group_size=4, max_new_tokens=8)  # fmt: skip
+        model, _, tokenizer, parameters = load_policy(config, self.device, precision(numbers), self.folder / "policy")
+        return model, tokenizer, parameters, config
+
+    def reward_model(self, name, numbers, lora_r):
+        torch.manual_seed(0)
+        config = train_reward_model.Config(model_name=str(self.folder / name), lora_r=lora_r)
+        return train_reward_model.build(config, self.device, precision(numbers))
+
+    def packed(self, pad_id=PAD):
+        return pack(PROMPTS, ANSWERS, pad_id, self.device)
+
+    def rows(self):
+        """Each prompt with its answer, alone: tensors (1, T)."""
+        return [torch.tensor([p + a], device=self.device) for p, a in zip(PROMPTS, ANSWERS)]
+
+
+def precision(numbers):
+    """The `precision` of the scripts that computes in these numbers (float64 takes weights of that type besides)."""
+    return numbers if numbers in PRECISIONS else "fp32"
+
+
+def deviation(found, expected):
+    """Largest difference over the largest expected entry, of two lists of tensors or numbers taken as one."""
+    a, b = (torch.cat([torch.as_tensor(x).detach().double().cpu().reshape(-1) for x in xs]) for xs in (found, expected))
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+        return math.inf
+    return ((a - b).abs().max() / (b.abs().max().item() or 1.0)).item()
+
+
+def definition(model, prompt, answer, temperature=1.0):
+    """Log-probs of an answer's tokens by the definition: one row, no padding, all logits, log-softmax, gather."""
+    ids = torch.tensor([prompt + answer], device=model.get_input_embeddings().weight.device)
+    logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
+
+
+def gradients(model, values):
+    """Of a weighted sum of `values`, with respect to all weights that train, as one list."""
+    model.zero_grad()
+    flat = torch.cat([v.reshape(-1) for v in values])
+    (flat * torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)).sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
+
+
+def both(model, found, expected):
+    """The deviation of values and the deviation of their gradients: the larger. found, expected: lists of tensors."""
+    return max(deviation(found, expected), deviation(gradients(model, found), gradients(model, expected)))
+
+
+def train_a_little(lab, numbers, parameters, loss):
+    """Three steps of the scripts' optimizer on `loss()`. Asserts that they moved the weights visibly."""
+    before = [p.detach().clone() for p in parameters]
+    optimizer = make_optimizer(parameters, 1e-2)
+    for _ in range(3):
+        with lab.autocast(numbers):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert deviation(parameters, before) > 1e-3, "the training of a few steps moved nothing"
+
+
+def trained_policy(lab, name, numbers, lora_r=4):
+    """`Lab.policy` after three steps on the packed answers."""
+    model, tokenizer, parameters, config = lab.policy(name, numbers, lora_r)
+    train_a_little(lab, numbers, parameters, lambda: -answer_logprobs(model, lab.packed()).mean())
+    return model, tokenizer, config
+
+
+def trained_scorer(lab, name, numbers, lora_r):
+    """`Lab.reward_model` after three steps on the packed answers."""
+    scorer, packed = lab.reward_model(name, numbers, lora_r), lab.packed()
+    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    train_a_little(lab, numbers, parameters, lambda: packed_scores(scorer, packed).mean())
+    return scorer.eval()
+
+
+def packed_scores(scorer, packed):
+    return answer_scores(scorer.model, packed, scorer.head)
+
+
+def documents(lab, name):
+    """(the turns as one packed block, their prompts' ids, their answers' ids): what the LM scripts train on."""
+    tokenizer = load_tokenizer(lab.folder / name)
+    rows = [{"prompt": p, "completion": c} for p, c in TURNS]
+    blocks = make_blocks(rows, "prompt", tokenizer, 256, "turns")
+    assert len(blocks) == 1 and (blocks.position_ids == 0).sum() >= len(TURNS)
+    return blocks, [prompt_ids(tokenizer, p) for p, _ in TURNS], [completion_ids(tokenizer, c) for _, c in TURNS]
+
+
+def new_folder(lab, *names):
+    folder = lab.folder.joinpath(*names)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def packed_is_separate(lab, name, numbers):
+    """Rows that share a block or a prompt against each one alone, by the definition: values and gradients."""
+    model, packed = lab.model(name, numbers), lab.packed()
+    blocks, prompts, answers = documents(lab, name)
+    at, found = packed.mask.bool(), {}
+    with lab.autocast(numbers):
+        alone = torch.cat([definition(model, p, a) for p, a in zip(prompts, answers)])
+        found["LM"] = both(model, [lm_loss(model, blocks.batch([0], lab.device))[0]], [-alone.sum()])
+        together = answer_logprobs(model, packed, 0.7)[at]
+        alone = [definition(model, p, a, 0.7) for p, a in zip(PROMPTS, ANSWERS)]
+        if numbers == "float64":  # without scores and values, which are float32 by design, and without the gradients
+            found["DPO, PPO, GRPO"] = deviation([together], alone)  # of Llama's norm, which transformers has in float32
+            return found
+        found["DPO, PPO, GRPO"] = both(model, [together], alone)
+        scorer = lab.reward_model(name, numbers, lora_r=0)
+        alone = [scorer.score(row, torch.ones_like(row)) for row in lab.rows()]
+        found["reward"] = both(scorer, [packed_scores(scorer, packed)], alone)
+        states = [model.base_model(row).last_hidden_state[0] for row in lab.rows()]
+        alone = [scorer.head(x[len(p) - 1 : -1].float())[:, 0].float() for x, p in zip(states, PROMPTS)]
+        found["PPO's values"] = both(model, [answer_logprobs(model, packed, value_head=scorer.head)[1][at]], alone)
+    return found
+
+
+@contextlib.contextmanager
+def chunks_of(positions, model):
+    """The head of the model over so many positions at a time."""
+    size = 4 * positions * model.config.vocab_size
+    before, before_rows = dict(models.logprobs.PIECE), models.logprobs.ROWS_WITH_WEIGHT
+    models.logprobs.PIECE.update(dict.fromkeys(before, size))
+    models.logprobs.ROWS_WITH_WEIGHT = 1
+    try:
+        yield
+    finally:
+        models.logprobs.PIECE.update(before)
+        models.logprobs.ROWS_WITH_WEIGHT = before_rows
+
+
+def chunked_is_plain(lab, name, numbers):
+    """The loss with the head over 3 positions at a time, computed again in the backward pass, against all at once."""
+    model, packed = lab.model(name, numbers), lab.packed()
+    batch = documents(lab, name)[0].batch([0], lab.device)
+    ids, mask = pad_rows([p + a for p, a in zip(PROMPTS, ANSWERS)], PAD, lab.device, left=True)
+    computed = {
+        "LM": lambda: lm_loss(model, batch)[0],
+        "DPO, PPO, GRPO": lambda: answer_logprobs(model, packed),
+        "token_logprobs": lambda: token_logprobs(model, ids, mask),
+    }
+    found = {}
+    for what, compute in computed.items():
+        with lab.autocast(numbers), chunks_of(3, model):
+            chunked = compute()
+        with lab.autocast(numbers), chunks_of(10_000, model):
+            found[what] = both(model, [chunked], [compute()])
+    return found
+
+
+def padded_is_single(lab, name, numbers):
+    """A batch with rows padded on the left, or on the right, against each row alone: log-probs and scores."""
+    rows, found = [p + a for p, a in zip(PROMPTS, ANSWERS)], {}
+    model, scorer = lab.model(name, numbers), lab.reward_model(name, numbers, lora_r=0)
+    for side in ("left", "right"):
+        ids, mask = pad_rows(rows, PAD, lab.device, left=side == "left")
+        at = (mask[:, 1:] * mask[:, :-1]).bool()
+        with lab.autocast(numbers):
+            alone = [definition(model, row[:1], row[1:]) for row in rows]
+            found[f"log-probs, {side}"] = both(model, [token_logprobs(model, ids, mask)[at]], alone)
+            if numbers != "float64":
+                alone = [scorer.score(row, torch.ones_like(row)) for row in lab.rows()]
+                found[f"reward, {side}"] = both(scorer, [scorer.score(ids, mask)], alone)
+    return found
+
+
+def padded_generation_is_single(lab, name, numbers):
+    """Answers sampled (and greedy) in a batch of prompts of 1, 3 and 5 tokens, against each prompt alone.
+
+    Another token counts as inf, but in 16 bits, where a draw that falls between two tokens may fall to either: there
+    the log-probs are compared up to the first such draw.
+    """
+    prompts, found, model = [PROMPTS[i] for i in (0, 2, 4)], {}, lab.model(name, numbers)
+    uniforms = torch.rand(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for what, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        options = {"max_new_tokens": 8, "temperature": temperature, "stop_ids": [PAD]}
+        with lab.autocast(numbers):
+            batch = generate(model, prompts, samples_per_prompt=2, uniforms=uniforms, **options)
+            alone = [generate(model, [prompts[i // 2]], uniforms=uniforms[i : i + 1], **options) for i in range(6)]
+        same = [agreement(tokens, a.completions[0]) for tokens, a in zip(batch.completions, alone)]
+        found[what] = deviation(
+            [x[:n] for x, n in zip(batch.logprobs, same)], [a.logprobs[0][:n] for a, n in zip(alone, same)]
+        )
+        if numbers == "float32" and batch.completions != [a.completions[0] for a in alone]:
+            found[what] = math.inf
+    return found
+
+
+def agreement(a, b):
+    """How many entries two lists begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def sampler_is_trainer(lab, name, numbers):
+    """Log-probs that the sampler of PPO and GRPO recorded, against those that training computes for its ratio."""
+    found, accelerator = {}, Accelerator(cpu=lab.device.type == "cpu")
+    for lora_r, what in ((4, "LoRA"), (0, "all weights")):
+        model, tokenizer, config = trained_policy(lab, name, numbers, lora_r)
+        stream = PromptStream(config.prompts, tokenizer, config.prompts_per_step, 0, accelerator, need_checks=False)
+        sampler = Sampler(model, config, precision(numbers))
+        for config.temperature in (1.0, 0.7):
+            with lab.autocast(numbers), torch.no_grad():
+                rollout = sampler.sample(tokenizer, stream, 1, config, config.group_size)
+                packed = rollout.pack(range(len(rollout.prompts)), tokenizer.pad_token_id, lab.device)
+                again = answer_logprobs(model, packed, config.temperature)
+            found[f"{what}, temperature {config.temperature}"] = deviation([packed.align(rollout.logprobs)], [again])
+    return found
+
+
+def lora_starts_as_base(lab, name, numbers):
+    """A fresh adapter changes nothing: log-probs and scores are those of the base, bitwise."""
+    dtype, packed, batch = lab.frozen(numbers), lab.packed(), documents(lab, name)[0].batch([0], lab.device)
+    base = load_model(lab.folder / name, dtype=dtype, device=lab.device)
+    policy = lab.policy(name, numbers)[0]
+    adapted = load_model(lab.folder / name, dtype=dtype, device=lab.device)
+    adapted = add_lora(adapted, str(lab.folder / name), 4, dtype=dtype)
+    torch.manual_seed(0)
+    scorer = RewardModel.load(lab.folder / name, dtype=dtype, device=lab.device, new_head=True)
+    scorer.head.float()
+    with lab.autocast(numbers), torch.no_grad():
+        return {
+            "LM": deviation([lm_loss(adapted, batch)[0]], [lm_loss(base, batch)[0]]),
+            "DPO, PPO, GRPO": deviation([answer_logprobs(policy, packed)], [answer_logprobs(base, packed)]),
+            "reward": deviation(
+                [packed_scores(lab.reward_model(name, numbers, lora_r=4), packed)], [packed_scores(scorer, packed)]
+            ),
+        }
+
+
+def adapter_off_is_base(lab, name, numbers):
+    """After training, the reference of DPO, PPO and GRPO (the adapter switched off) is the base, bitwise."""
+    found, packed, policy = {}, lab.packed(), trained_policy(lab, name, numbers)[0]
+    base = load_model(lab.folder / name, dtype=lab.frozen(numbers), device=lab.device)
+    with lab.autocast(numbers), torch.no_grad():
+        expected, trained = answer_logprobs(base, packed), answer_logprobs(policy, packed)
+        assert deviation([trained], [expected]) > 1e-3, "the adapter changes nothing: the claim would be empty"
+        with as_reference(policy) as reference:
+            found["DPO, GRPO"] = deviation([answer_logprobs(reference, packed)], [expected])
+        if name == "tiny-llama":  # the reward model of whose run is an adapter: PPO puts it beside the policy's
+            folder = run(lab.folder, "reward", name)
+            scores = ppo_train.place_reward_model(policy, SimpleNamespace(lora_r=4), folder, lab.device)
+            scores(packed)
+            with as_reference(policy) as reference:
+                found["PPO"] = deviation([answer_logprobs(reference, packed)], [expected])
+            found["PPO's policy after scoring"] = deviation([answer_logprobs(policy, packed)], [trained])
+    return found
+
+
+def merged_is_adapter(lab, name, numbers):
+    """An adapter folded into its base says what the adapter says: in the sampler, on loading, and in reward models."""
+    packed, out, options = lab.packed(), new_folder(lab, "merged", name, numbers), {"device": lab.device}
+    policy, tokenizer, config = trained_policy(lab, name, numbers)
+    save_policy(policy, tokenizer, out / "policy")
+    (out / "LM").mkdir()
+    save_adapter(policy, tokenizer, out / "LM", merge=True)
+    scorer, dtype, found = trained_scorer(lab, name, numbers, lora_r=4), lab.frozen(numbers), {}
+    with lab.autocast(numbers), torch.no_grad():
+        merged = {
+            "PPO's and GRPO's sampler": Sampler(policy, config, precision(numbers)).model(),
+            "loading": load_model(out / "policy", dtype=dtype, merge_adapter=True, **options),
+            "LM, saved with merge": load_model(out / "LM" / "merged", dtype=dtype, **options),
+        }
+        expected, scores = answer_logprobs(policy, packed), packed_scores(scorer, packed)
+        for what, model in merged.items():
+            found[what] = deviation([answer_logprobs(model, packed)], [expected])
+        scorer.save(out / "reward", tokenizer, lab.folder / name)
+        loaded = RewardModel.load(out / "reward", dtype=dtype, **options)
+        loaded.head.float()
+        found["reward"] = deviation([packed_scores(loaded, packed)], [scores])
+    return found
+
+
+def saved_is_in_memory(lab, name, numbers):
+    """What a run saved and the next stage loads is what training ended with, bitwise."""
+    packed, found = lab.packed(), {}
+    for lora_r, kind in ((0, "all weights"), (4, "LoRA")):
+        out = new_folder(lab, "saved", name, numbers, kind)
+        policy, tokenizer, _ = trained_policy(lab, name, numbers, lora_r)
+        dtype = lab.frozen(numbers) if lora_r else torch.float32
+        for what, save in (("LM", save_model), ("DPO, PPO, GRPO", save_policy)):
+            (out / what).mkdir()
+            save(policy, tokenizer, out / what)
+            loaded = load_model(out / what, dtype=dtype, device=lab.device)
+            with lab.autocast(numbers), torch.no_grad():
+                found[f"{what}, {kind}"] = deviation(
+                    [answer_logprobs(loaded, packed)], [answer_logprobs(policy, packed)]
+                )
+    scorer = trained_scorer(lab, name, numbers, lora_r=0)  # with LoRA it is saved merged: see `merged_is_adapter`
+    scorer.save(out / "reward", tokenizer, lab.folder / name)
+    loaded = RewardModel.load(out / "reward", device=lab.device)
+    with lab.autocast(numbers), torch.no_grad():
+        found["reward, all weights"] = deviation([packed_scores(loaded, packed)], [packed_scores(scorer, packed)])
+    return found
+
+
+def other_padding_is_the_same(lab, name, numbers):
+    """Padding by one token or by another: bitwise the same log-probs, losses and scores."""
+    model, scorer = lab.model(name, numbers), lab.reward_model(name, numbers, lora_r=0)
+    rows, blocks = [p + a for p, a in zip(PROMPTS, ANSWERS)], documents(lab, name)[0]
+    computed = []
+    for pad_id in (PAD, 77):
+        packed, padded = lab.packed(pad_id), pad_rows(rows, pad_id, lab.device, left=True)
+        batch = blocks.batch([0], lab.device)
+        batch["input_ids"][0, blocks.tokens[0] :] = pad_id
+        with lab.autocast(numbers), torch.no_grad():
+            computed.append({
+                "LM": [lm_loss(model, batch)[0]],
+                "DPO, PPO, GRPO": [answer_logprobs(model, packed)],
+                "token_logprobs": [token_logprobs(model, *padded)],
+                "reward": [packed_scores(scorer, packed), scorer.score(*padded)],
+            })  # fmt: skip
+    return {what: deviation(computed[1][what], values) for what, values in computed[0].items()}
+
+
+def poisoned_is_clean(lab, name, numbers):
+    """Losses, advantages, statistics, logged metrics and their gradients with inf, NaN and 1,000 in masked entries."""
+    found = {}
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]], device=lab.device)
+    dtype = torch.float64 if numbers == "float64" else torch.float32
+    for poison in (math.inf, -math.inf, math.nan, 1e3, -1e3):
+        for what, compute in LOSSES.items():
+            inputs = [_loss_inputs(mask, dtype, x) for x in (poison, 0.0)]
+            found[f"{what}, {poison:g}"] = deviation(*(_values_and_gradients(compute, x, mask) for x in inputs))
+    return found
+
+
+def _loss_inputs(mask, dtype, poison):
+    """Random per-token inputs of the losses, the same for equal shapes, with `poison` where nothing counts."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for key in ("logprobs", "old", "ref", "rewards", "values", "old_values", "returns", "advantages", "entropy"):
+        x = torch.randn(mask.shape, generator=generator, dtype=torch.float64).to(mask.device, dtype)
+        inputs[key] = torch.where(mask.bool(), x, poison).requires_grad_(key in ("logprobs", "values"))
+    inputs["a"] = torch.randn(len(mask), generator=generator, dtype=torch.float64).to(mask.device, dtype)
+    return inputs
+
+
+def _values_and_gradients(compute, inputs, mask):
+    """What a function of LOSSES gives, and the gradients of its sum with respect to log-probs and values."""
+    values = compute(SimpleNamespace(**inputs), mask)
+    total = sum(v.sum() for v in values)
+    leaves = [inputs["logprobs"], inputs["values"]]
+    if not total.requires_grad:
+        return values
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [*values, *(g for g in grads if g is not None)]
+
+
+def _ppo_metrics(x, mask):
+    meter, batch = Meter(), {"mask": mask, "old_logprobs": x.old, "advantages": x.advantages}
+    ppo_train.measure(meter, batch, x.logprobs.detach(), x.entropy, SimpleNamespace(clip_eps=0.2))
+    return list(map(torch.tensor, meter.collect(SimpleNamespace(num_processes=1)).values()))
+
+
+def _grpo_metrics(x, mask):
+    meter, config = Meter(), SimpleNamespace(clip_low=0.2, clip_high=0.2)
+    grpo_train.measure(meter, x.logprobs.detach(), x.old, x.ref, x.entropy, x.a, mask, config)
+    return list(map(torch.tensor, meter.collect(SimpleNamespace(num_processes=1)).values()))
+
+
+def _grpo(aggregate, kl_kind):
+    options = {"kl_coef": 0.1, "kl_kind": kl_kind, "aggregate": aggregate, "max_tokens": 5}
+    return lambda x, mask: [grpo_train.grpo_loss(x.logprobs, x.old, x.ref, x.a, mask, **options)]
+
+
+LOSSES = {
+    "masked_mean": lambda x, mask: [masked_mean(x.logprobs, mask), masked_mean(x.logprobs, mask, dim=1)],
+    "masked_whiten": lambda x, mask: [masked_whiten(x.values, mask), masked_whiten(x.values, mask, shift_mean=False)],
+    "token_rewards": lambda x, mask: [ppo_train.token_rewards(x.a, x.logprobs, x.ref, mask, 0.1)],
+    "gae": lambda x, mask: [*ppo_train.gae(x.rewards, x.values, mask), *ppo_train.gae(x.rewards, x.values, mask, 0.9,
+        0.5, last_values=x.a)],
+    "policy_loss": lambda x, mask: [ppo_train.policy_loss(x.logprobs, x.old, x.advantages, mask)],
+    "value_loss": lambda x, mask: [ppo_train.value_loss(x.values, x.old_values, x.returns, mask)],
+    "PPO's metrics": _ppo_metrics,
+    "GRPO's metrics": _grpo_metrics,
+    **{f"grpo_loss, {aggregate}, {kind}": _grpo(aggregate, kind)
+        for aggregate in ("token", "sequence", "constant") for kind in ("ratio_k3", "k2", "k3")},
+}  # fmt: skip
+
+
+def accumulation_is_full_batch(lab, name, numbers):
+    """Whole runs with a step's batch in the smallest pieces, against the batch in one piece."""
+    found = {}
+    for trainer in ("LM", "DDP", "AMP") if numbers == "float64" else TRAINERS:
+        whole = run(lab.folder, trainer, name, "whole", exact=numbers, **TRAINERS[trainer].whole)
+        parts = run(lab.folder, trainer, name, "pieces", exact=numbers, **TRAINERS[trainer].pieces)
+        found[trainer] = apart(parts, whole, lab.folder / name, numbers)
+    return found
+
+
+def two_processes_are_one(lab, name, numbers):
+    """Whole runs on two processes that talk over gloo, against one process with a step's batch in one piece."""
+    found = {}
+    for trainer in ("DDP",) if numbers == "float64" else ("DDP", "reward", "DPO", "PPO", "GRPO", "GRPO offline"):
+        one = run(lab.folder, trainer, name, "whole", exact=numbers, **TRAINERS[trainer].whole)
+        two = run(lab.folder, trainer, name, "two processes", processes=2, exact=numbers)
+        found[trainer] = apart(two, one, lab.folder / name, numbers)
+    return found
+
+
+def checkpointing_changes_nothing(lab, name, numbers):
+    """Whole runs with gradient checkpointing, which must compute layers again, against runs without: bitwise."""
+    found = {}
+    for trainer in ("AMP", "DDP", "reward", "DPO", "PPO", "GRPO", "GRPO offline"):
+        off = run(lab.folder, trainer, name)
+        on = run(lab.folder, trainer, name, "checkpointing", gradient_checkpointing=True)
+        recomputed = layers_computed(on) > layers_computed(off)
+        found[trainer] = differ(on, off) if recomputed else math.inf
+    return found
+
+
+def amp_at_fp32_is_plain(lab, name, numbers):
+    """Whole runs of the AMP script and of the DDP script in one process, at fp32, against the plain loop: bitwise."""
+    plain = run(lab.folder, "LM", name)
+    return {trainer: differ(run(lab.folder, trainer, name), plain) for trainer in ("AMP", "DDP")}
+
+
+def first_step_is_neutral(lab, name, numbers):
+    """DPO's first loss is ln 2 and its margin 0, with dropout in the model's configuration too; in PPO and GRPO the
+    ratio is 1 in every update of runs whose learning rate is too small (1e-30) to move a weight: approx_kl and
+    clip_fraction are 0."""
+    found = {}
+    for model in (name, DROPOUT) if name == "tiny-gpt2" else (name,):
+        dropout = ", dropout" if model == DROPOUT else ""
+        first = metrics(run(lab.folder, "DPO", model, "fresh reference", precompute_reference=False))[0]
+        found[f"DPO{dropout}"] = max(abs(first["loss"] - torch.tensor(2.0).log().item()), abs(first["margin"]))
+        for trainer in ("PPO", "GRPO"):
+            updates = {"inner_epochs": 2, "minibatches": 2, "micro_batch_size": 2, "lr": 1e-30}
+            lines = metrics(run(lab.folder, trainer, model, "still", **updates))
+            found[f"{trainer}{dropout}"] = max(abs(x[key]) for x in lines for key in ("approx_kl", "clip_fraction"))
+    return found
+
+
+def cached_reference_is_fresh(lab, name, numbers):
+    """Whole DPO runs with the reference's log-probs computed once before training, against runs that compute them in
+    each step."""
+    cached = run(lab.folder, "DPO", name, "whole", exact=numbers, **TRAINERS["DPO"].whole)
+    options = TRAINERS["DPO"].pieces | {"precompute_reference": False}
+    again = run(lab.folder, "DPO", name, "fresh reference", exact=numbers, **options)
+    return {"DPO": apart(again, cached, lab.folder / name, numbers)}
+
+
+def resumed_is_uninterrupted(lab, name, numbers):
+    """Whole runs killed with SIGKILL once a checkpoint is there, and started again by the same command, against runs
+    that were left alone: weights and logged numbers bitwise. In the middle of an epoch, with accumulation, and for the
+    LM scripts on GPT-2 with dropout."""
+    found, model = {}, DROPOUT if name == "tiny-gpt2" else name
+    for trainer in TRAINERS:
+        whole = run(lab.folder, trainer, model)
+        killed = interrupt(lab.folder, trainer, model, "killed", save_every=1)
+        again = run(lab.folder, trainer, model, "killed", save_every=1)
+        found[trainer] = differ(again, whole) if killed and "continuing from step" in said(again) else math.inf
+    return found
