@@ -49,7 +49,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, the function of report/claims.py that measures it, and how far off it may be in which numbers."""
+    """What is claimed, the function of report/claims.py that measures it, and how far off it may be by numbers."""
 
     words: str
     measure: Callable
@@ -242,8 +242,8 @@ def markdown(rows, by_words, about, seconds):
         "- Models: a GPT-2 (learned positions) and a Llama (rotary positions, grouped heads) of a few thousand "
         "parameters, with random weights large enough for attention to look somewhere.",
         "- Deviation: the largest difference over the largest expected entry; for whole runs, how far the weights "
-        "ended apart over how far they moved, or the largest difference of the logged losses and gradient norms where that "
-        "is larger. 0 means bitwise equal. inf means that the two cannot be compared: NaN, or other tokens.",
+        "ended apart over how far they moved, or the largest difference of the logged losses and gradient norms where "
+        "that is larger. 0 means bitwise equal. inf means that the two cannot be compared: NaN, or other tokens.",
         "- bf16 and fp16: matrix products in that type, weights in float32, frozen weights in that type.",
         "",
         "| claim | numbers | largest deviation | where | allowed | |",
