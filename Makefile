@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test mutants lint clean
+.PHONY: demo verify test mutants lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
@@ -12,6 +12,9 @@ test: $(VENV)/installed-dev
 	$(BIN)/python models/fetch.py
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+verify: $(VENV)/installed
+	$(BIN)/python report/verify.py
 
 mutants: $(VENV)/installed-dev
 	$(BIN)/python models/fetch.py
