@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configs.config import UserError, option
+from configs.failures import reason
 from configs.run import CHECKPOINTS, clock, command, on_main, rank, say, sha256_file, shown, synced, write_atomically
 
 FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each next pause is twice as long
@@ -137,11 +138,10 @@ class Checkpoints:
             synced(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            why = getattr(error, "strerror", None) or error
             last = self.run.checkpoint
             stays = f"that of {shown(last)} stays" if last and last.is_dir() else "there is none before it"
             raise UserError(
-                f"the checkpoint of step {step} cannot be written to {shown(self.folder)}: {why}; {stays}. "
+                f"the checkpoint of step {step} cannot be written to {shown(self.folder)}: {reason(error)}; {stays}. "
                 f"Once there is room to write, go on with: {command()}"
             ) from None
         self.run.checkpoint = path

@@ -25,19 +25,24 @@ def explain(error, config):
     if isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY):
         return out_of_memory(error, config)
     if isinstance(error, OSError) and (error.errno in DISK or _below(error.filename, config)):
-        return disk(error.filename, error.strerror, config)
+        return disk(error.filename, reason(error), config)
     if type(error).__name__ == "SafetensorError" and "os error" in said:
-        return disk(None, str(error), config)
+        return disk(None, reason(error), config)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and isinstance(error, RuntimeError) and any(words in said for words in LOST):
         return f"another process of this run ended or cannot be reached ({_first_line(error)}). To go on: {command()}"
     return None
 
 
-def disk(path, reason, config):
+def reason(error):
+    """Why a file could not be written, in the system's words, which the safetensors library puts into its own."""
+    return getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+
+
+def disk(path, why, config):
     """Something could not be written: where, why, what is there, how to go on."""
     where = shown(path) if path else shown(in_root(config.out))
-    return f"{where}: {reason}. What was written before stays. When that is solved, go on with: {command()}"
+    return f"{where}: {why}. What was written before stays. When that is solved, go on with: {command()}"
 
 
 def out_of_memory(error, config):
@@ -78,7 +83,7 @@ def savers(config, sampling=False):
     if key.get("precision") == "fp32":
         found.append("--precision bf16")
     for name in ("max_length", "max_new_tokens"):
-        if name in key:
+        if key.get(name, 0) > 8:
             found.append(f"--{name} {key[name] // 2}")
     return found
 
