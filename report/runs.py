@@ -8,6 +8,7 @@ the CPU, also where there is a GPU.
 from __future__ import annotations
 
 import collections
+import faulthandler
 import functools
 import importlib
 import json
@@ -227,6 +228,7 @@ def _command(script, words, environment, folder, log, exact):
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(SECONDS - 5, exit=True)  # a run that hangs says where
     sys.argv = [f"{script.replace('.', '/')}.py", *words]
     module = importlib.import_module(script)
     if exact:

@@ -200,6 +200,14 @@ def test_a_merged_model_is_tied_and_has_the_logits_of_its_adapter(tokenizer, tmp
     assert (merged(ids).logits - tiny(dtype=torch.float32)(ids).logits).abs().max() > 1e-2
 
 
+def test_a_base_frozen_in_bf16_keeps_the_frequencies_of_its_rotary_positions(tokenizer):
+    ids = torch.arange(200, 300)[None] % 259
+    adapted = add_lora(tiny(dtype=torch.float32), "tiny-llama", r=4, dtype=torch.bfloat16)
+    assert adapted.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapted(ids).logits, tiny(dtype=torch.bfloat16)(ids).logits)
+
+
 def test_scratch_keys_without_scratch_are_an_error_and_scratch_needs_all_of_them():
     with pytest.raises(UserError, match="scratch_layers would have no effect"):
         LMConfig(scratch_layers=2).check()
