@@ -105,6 +105,8 @@ def quiet_libraries():
 
     # peft 0.21 calls a property that transformers 5.23 renamed; nothing a user could change
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # peft finds out by itself how GPT-2's layers are laid out, and says so at each of them
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
