@@ -259,6 +259,11 @@ def evaluate(config):
     tokenizer = load_tokenizer(config.model_name)
     same_tokens(tokenizer, config.base)
     prompts, unseen = heldout_prompts(config)
+    blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
+    reward_model = None
+    if who["hashes"]["reward_model"]:  # before the answers are sampled, for what is wrong with it is said at once
+        same_tokens(tokenizer, config.reward_model)
+        reward_model = RewardModel.load(config.reward_model, dtype=dtype, device=device)
     seconds = {}
 
     # 1. answers. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
@@ -289,9 +294,7 @@ def evaluate(config):
     # 2. the reward model's scores; of best_of answers the highest is kept
     clock = time.time()
     scores = [None] * len(completions)
-    if who["hashes"]["reward_model"]:
-        same_tokens(tokenizer, config.reward_model)
-        reward_model = RewardModel.load(config.reward_model, dtype=dtype, device=device)
+    if reward_model:
         scores = score_answers(reward_model, questions, completions, tokenizer.pad_token_id)
         del reward_model
     else:
@@ -304,7 +307,6 @@ def evaluate(config):
 
     # 3. held-out text, then the KL: k1 of each answer, both log-probs from the same kind of forward pass
     clock = time.time()
-    blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
     text = evaluate_lm(model, blocks, BLOCKS_AT_ONCE)
     seconds["text"] = time.time() - clock
     clock = time.time()

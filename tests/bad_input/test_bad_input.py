@@ -1,0 +1,1006 @@
+"""Broken inputs and the message that each must give: exit status 2, one message, nothing left behind.
+
+The commands are those of the README, at the size of configs/smoke/ and run in this process; a few also as typed.
+In a message, `...` stands for any text, {here} for the folder of the test, {good} for the inputs that work.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from bad_input.makers import (
+    SCRIPTS,
+    adapter,
+    asked,
+    below_a_file,
+    bert,
+    damaged,
+    drop,
+    file,
+    folder,
+    good,
+    group,
+    judge,
+    model,
+    not_finite,
+    other_ids,
+    pair,
+    prompts,
+    put,
+    reward,
+    run,
+    settings,
+    tree,
+    weights,
+    without,
+    words_of,
+)
+
+from configs.config import ROOT
+from data.checks import load_prompts
+
+T5 = '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
+VIT = '{"model_type": "vit", "architectures": ["ViTForImageClassification"]}'
+HELDOUT = load_prompts(split="heldout")[0]["prompt"]
+FINISHED = folder(
+    "out",
+    file("config.yaml", "model_name: tiny-llama\nbeta: 0.3\n"),
+    file("manifest.json", "{}"),
+    file("adapter_model.safetensors", "weights"),
+)
+
+
+def case(script, message, **options):
+    """A row of the tables below. options: in place of those with which the script works (`words_of`)."""
+    return pytest.param(script, message, options, id=f"{script}: {message[:60]}")
+
+
+KEYS = [
+    case("dpo", "unknown key 'bta' on the command line. Did you mean 'beta'? The keys are: ...", bta=0.2),
+    case(
+        "lm",
+        "unknown key 'batchsize' in a.yaml. Did you mean 'batch_size'? The keys are: ...",
+        config=file("a.yaml", "model_name: tiny-llama\nbatchsize: 4\n"),
+    ),
+    case("lm", "lr = 'fast' on the command line: must be a number above 0", lr="fast"),
+    case("grpo", "steps = '2.5' on the command line: must be a whole number at least 1", steps=2.5),
+    case("ppo", "gamma = 1.5 is out of range: must be above 0 and at most 1", gamma=1.5),
+    case("dpo", "beta = 0.0 is out of range: must be above 0", beta=0),
+    case("lm", "seed = -1 is out of range: must be at least 0", seed=-1),
+    case(
+        "dpo",
+        "seed = '1099511627776' on the command line is out of range: whole numbers go up to 4294967295",
+        seed=2**40,
+    ),
+    case("dpo", "loss_type = 'kto' on the command line: must be one of sigmoid, ipo, hinge", loss_type="kto"),
+    case(
+        "dpo",
+        "precompute_reference = 'maybe' on the command line: must be true or false",
+        precompute_reference="maybe",
+    ),
+    case("lm", "lr = 'nan' on the command line: must be a number above 0", lr="nan"),
+    case("lm", "data = '' on the command line: must be text that is not empty", data=""),
+    case("reward", "out = ' ' on the command line: must be text that is not empty", out=" "),
+    case("lm", "--config nowhere.yaml: no such file. The project's own are in {root}/configs/", config="nowhere.yaml"),
+    case(
+        "lm",
+        "a.yaml line 2: not valid YAML (mapping values are not allowed here); it takes one `key: value` a line",
+        config=file("a.yaml", "lr: 1\n  x: : 2\n"),
+    ),
+    case("lm", "a.yaml: must be a mapping of keys to values, one `key: value` a line", config=file("a.yaml", "- lr\n")),
+    case("lm", "a.yaml: not UTF-8 text (invalid start byte at byte 4)", config=file("a.yaml", b"lr: \xff\n")),
+    case("lm", "a.yaml line 2: lr stands in line 1 already", config=file("a.yaml", "lr: 1e-3\nlr: 1e-4\n")),
+    case(
+        "lm",
+        "model_name = True in a.yaml: must be text; put it in quotes",
+        config=file("a.yaml", "model_name: on\n"),
+    ),
+    case("lm", "lr = ['1e-3'] in a.yaml: must be a number above 0", config=file("a.yaml", "lr: [1e-3]\n")),
+    case(
+        "dpo",
+        "unknown key 'reward_model' in {root}/configs/ppo.yaml. The keys are: ...",
+        config=ROOT / "configs/ppo.yaml",
+    ),
+    case(
+        "lm",
+        "a.yaml line 1: not valid YAML (could not determine a constructor for the tag "
+        "'tag:yaml.org,2002:python/object/apply:os.system'); it takes one `key: value` a line",
+        config=file("a.yaml", "lr: !!python/object/apply:os.system [echo]\n"),
+    ),
+    case("dpo", "precision = 'int8' on the command line: must be one of auto, fp32, bf16, fp16", precision="int8"),
+    case("evaluate", "limit = 1 is out of range: must be at least 2", limit=1),
+    case("inference", "top_p = 0.0 is out of range: must be above 0 and at most 1", top_p=0),
+]
+
+CONTRADICTIONS = [
+    case("dpo", "label_smoothing = 0.1 has no effect with loss_type = hinge", loss_type="hinge", label_smoothing=0.1),
+    case("ppo", "kl_controller = adaptive needs kl_target, in nats an answer (6, say)", kl_controller="adaptive"),
+    case("ppo", "kl_target has no effect with kl_controller = fixed", kl_target=6),
+    case("ppo", "kl_horizon = 100 has no effect with kl_controller = fixed", kl_horizon=100),
+    case(
+        "ppo",
+        "minibatches = 5: a rollout makes 4 micro-batches of micro_batch_size = 2 answers, the answers to a "
+        "prompt together; lower one of them",
+        minibatches=5,
+    ),
+    case(
+        "grpo",
+        "judge and reward_model both score the answers: give one of them",
+        judge="a:b",
+        reward_model="models/reward",
+    ),
+    case("offline", "mode = offline takes the stored scores: judge and reward_model have no effect", judge="a:b"),
+    case("offline", "group_size = 4 has no effect with mode = offline", group_size=4),
+    case("grpo", "max_length = 64 has no effect with mode = online", max_length=64),
+    case("grpo", "kl_kind = 'k2' has no effect with kl_coef = 0", kl_coef=0, kl_kind="k2"),
+    case("grpo", "minibatches = 4: at most prompts_per_step = 3", minibatches=4),
+    case("lm", "scratch_layers would have no effect: model_name is 'tiny-llama', not scratch", scratch_layers=2),
+    case(
+        "scratch",
+        "model_name scratch needs scratch_layers too; see configs/train_scratch.yaml",
+        scratch_layers="none",
+    ),
+    case("scratch", "scratch_width = 32 must be a multiple of twice scratch_heads = 3", scratch_heads=3),
+    case(
+        "scratch",
+        "scratch_vocab = 5000: the corpus has pairs for 419 ids only; set that or less",
+        scratch_vocab=5000,
+    ),
+    case(
+        "lora",
+        "model_name = 'scratch': an adapter needs a trained model that it can name as its base",
+        config=ROOT / "configs/smoke/train_scratch.yaml",
+    ),
+    case("lm", "warmup_steps = 6 must be below the 6 steps of this run", warmup_steps=6),
+    case("lm", "max_length = 1024: tiny-llama reads at most 512 tokens", max_length=1024),
+    case("lm", "sample_prompt has 1000 tokens: the model reads at most 512", sample_prompt="word " * 200),
+    case("dpo", "max_length = 1024: tiny-llama reads at most 512 tokens", max_length=1024),
+    case("dpo", "batch_size = 12: there are only 8 pairs to train on; set at most that", batch_size=12),
+    case(
+        "pairs",
+        "batch_size = 2: must be at least samples_per_prompt = 4, because the samples of a prompt run together",
+        batch_size=2,
+    ),
+    case("pairs", "limit = 100000: data/prompts.json has only 480 training prompts", limit=100000),
+    case("inference", "prompt, prompts and chat exclude each other: give one of them", prompt="a", chat="true"),
+    case("inference", "merge = true: tiny-llama holds no adapter, there is nothing to merge", prompt="a", merge="true"),
+    case(
+        "inference",
+        "top_k = 5 has no effect with temperature = 0, which takes the most probable token",
+        prompt="a",
+        temperature=0,
+        top_k=5,
+    ),
+    case("dpo_inference", "limit = 3 has no effect with a prompt of your own", prompt="a", limit=3),
+    case(
+        "evaluate",
+        "best_of = 2 needs a reward model, and reward_model = 'models/nowhere' is not there. This makes it: "
+        "python rlhf/train_reward_model.py",
+        best_of=2,
+        reward_model="models/nowhere",
+    ),
+    case("evaluate", "text_length = 1024: tiny-llama reads at most 512 tokens", text_length=1024),
+    case("compare", "seeds = '0,0': must be different whole numbers, such as 0,1,2", seeds="0,0"),
+    case(
+        "wandb",
+        "wandb_mode = online, and there is no login: run `wandb login` first, or use offline",
+        wandb_mode="online",
+    ),
+]
+
+DATA = [
+    case("dpo", "nowhere.jsonl is not there. This makes it: python data/generate_preferences.py", data="nowhere.jsonl"),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl is empty. This makes it: python data/generate_preferences.py",
+        data=file("pairs.jsonl"),
+    ),
+    case("dpo", "{here}/pairs is a folder: give a .jsonl file", data=folder("pairs")),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl line 2: not valid JSON (Unterminated string starting at column 39)",
+        data=file("pairs.jsonl", json.dumps(pair()) + "\n" + json.dumps(pair())[:40]),
+    ),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl line 1: not UTF-8 text (byte 15 of the line)",
+        data=file("pairs.jsonl", b'{"prompt": "caf\xe9"}\n'),
+    ),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl line 1: not valid JSON (Expecting value at column 1)",
+        data=file("pairs.jsonl", "prompt,chosen,rejected\na,b,c\n"),
+    ),
+    case(
+        "dpo",
+        '{here}/pairs.jsonl line 2: must be an object with keys, not \'["a", "b"]\'',
+        data=file("pairs.jsonl", [pair(), ["a", "b"]]),
+    ),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl line 1: has no 'prompt'. A row is prompt, chosen, rejected; it has question, chosen, "
+        "rejected",
+        data=file("pairs.jsonl", [{"question": "a", "chosen": "b", "rejected": "c"}]),
+    ),
+    case(
+        "reward",
+        "{here}/pairs.jsonl line 2: has no 'rejected'. A row is prompt, chosen, rejected; it has prompt, chosen, "
+        "chosen_score, rejected_score",
+        data=file("pairs.jsonl", [pair(), pair(rejected=None)]),
+    ),
+    case(
+        "reward",
+        "{here}/pairs.jsonl line 2: a completion is empty: nothing of this row would be learned",
+        data=file("pairs.jsonl", [pair(), pair(chosen="")]),
+    ),
+    case(
+        "reward",
+        "{here}/pairs.jsonl line 1: a prompt must be text or a list of {role, content} messages, not '3'",
+        data=file("pairs.jsonl", [pair(prompt=3)]),
+    ),
+    case(
+        "reward",
+        "{here}/pairs.jsonl line 1: a prompt must be text or a list of {role, content} messages, not \"[{'role': "
+        "'user'}]\"",
+        data=file("pairs.jsonl", [pair(prompt=[{"role": "user"}])]),
+    ),
+    case(
+        "reward",
+        "{here}/pairs.jsonl line 1: chosen_score and rejected_score must be finite numbers, not ('high', 0.0)",
+        data=file("pairs.jsonl", [pair(chosen_score="high")]),
+    ),
+    case(
+        "reward",
+        "{here}/pairs.jsonl line 1: chosen_score and rejected_score must be finite numbers, not (nan, 0.0)",
+        data=file("pairs.jsonl", [pair(chosen_score=float("nan"))]),
+    ),
+    case(
+        "reward",
+        "margin = true needs chosen_score and rejected_score, which {here}/pairs.jsonl line 1 lacks",
+        data=file("pairs.jsonl", [pair(i, chosen_score=None) for i in range(12)]),
+        margin="true",
+    ),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl line 1: half of a surrogate pair stands at character 0 of '\\ud83d'",
+        data=file("pairs.jsonl", [pair(chosen="\ud83d")]),
+    ),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl: no row is left: all 1 are longer than max_length = 512",
+        data=file("pairs.jsonl", [pair(chosen="a" * 600)]),
+    ),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl: no row is left: all 1 are longer than max_length = 512",
+        data=file("pairs.jsonl", [pair(prompt="a" * 600)]),
+        truncation="drop",
+    ),
+    case(
+        "dpo",
+        "heldout_fraction = 0.25: leaves 12 training and 0 held-out rows",
+        data=file("pairs.jsonl", [pair()] * 12),
+    ),
+    case(
+        "dpo",
+        "{good}/groups.jsonl line 1: a completion must be text or a list of one assistant message, not \"['b', 'c']\"",
+        data=good("groups.jsonl"),
+    ),
+    case(
+        "offline",
+        "{good}/pairs.jsonl line 1: 'rejected' must be a list of answers, as in groups.jsonl; pairs are for DPO",
+        groups=good("pairs.jsonl"),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 2: 2 scores for 3 answers (chosen first, then rejected)",
+        groups=file("g.jsonl", [group(), group(scores=[1.0, 0.0])]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: scores must be a list of finite numbers, not [1.0, 0.0, 'x']",
+        groups=file("g.jsonl", [group(scores=[1.0, 0.0, "x"])]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: completion_ids and logprobs must have one list an answer, of equal lengths",
+        groups=file("g.jsonl", [group(logprobs=[[-1.0, -2.0], [-1.0], [-1.0, -2.0]])]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: logprobs must be lists of finite numbers, one for each of completion_ids",
+        groups=file("g.jsonl", [group(logprobs=[[-1.0, None]] * 3)]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: completion_ids must be lists of token ids, whole numbers from 0 on",
+        groups=file("g.jsonl", [group(completion_ids=[["a"], [2], [2]])]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: completion_ids hold 999, and the tokenizer has 259 ids: another model sampled them",
+        groups=file("g.jsonl", [group(completion_ids=[[999, 2], [69, 2], [70, 2]])]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 2: has no logprobs, and other rows have them; a file holds one kind",
+        groups=file("g.jsonl", [group(), group(1, logprobs=None)]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1 was sampled at temperature 0.7: set temperature to that, or the stored log-probs "
+        "do not compare with the policy's",
+        groups=file("g.jsonl", [group(i, temperature=0.7) for i in range(4)]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: temperature must be a number above 0, not 'hot'",
+        groups=file("g.jsonl", [group(temperature="hot")]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: 'rejected' must be a list of answers, as in groups.jsonl; pairs are for DPO",
+        groups=file("g.jsonl", [group(rejected=[])]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: 621 tokens do not fit into max_length = 512",
+        groups=file("g.jsonl", [group(prompt="a" * 600)]),
+    ),
+    case("offline", "prompts_per_step = 2: {here}/g.jsonl has only 1 groups", groups=file("g.jsonl", [group()])),
+    case(
+        "lm",
+        "{here}/a.jsonl, line 1 is a JSON list, not an object with `text`, `messages`, `prompt` and `completion`,"
+        " or `prompt`, `chosen` and `rejected`",
+        data=file("a.jsonl", "[]\n"),
+    ),
+    case("wandb", "nowhere.txt: no such file or folder (looked from {here})", data="nowhere.txt"),
+    case(
+        "ddp",
+        "{here}/a.jsonl, line 1: `text` has the type int, it takes a string",
+        data=file("a.jsonl", [{"text": 3}]),
+    ),
+    case(
+        "amp",
+        "{here}/a.jsonl, line 1: `completion` is empty",
+        data=file("a.jsonl", [{"prompt": "a", "completion": " "}]),
+    ),
+    case(
+        "lora",
+        "{here}/preferences.jsonl, line 1: `prompt`[0] takes an object with `role` and `content`",
+        data=file("preferences.jsonl", [pair(prompt=["a"], chosen=["b"])]),
+    ),
+    case("lm", "nowhere.txt: no such file or folder (looked from {here})", data="nowhere.txt"),
+    case("lm", "{here}/a.txt is empty", data=file("a.txt")),
+    case("lm", "{here}/a.txt is not UTF-8 (byte 3); convert it first, e.g. with iconv", data=file("a.txt", b"caf\xe9")),
+    case(
+        "lm",
+        "{here}/texts is a folder without .txt files; give a folder of .txt files, or one .jsonl file",
+        data=folder("texts", file("a.md", "text")),
+    ),
+    case(
+        "lm",
+        "{here}/a.csv: text comes as .txt, a folder of .txt, or .jsonl with one object a line",
+        data=file("a.csv", "text\na\n"),
+    ),
+    case(
+        "lm",
+        "{here}/a.jsonl, line 2 has the keys txt; it takes `text`, `messages`, `prompt` and `completion`, or "
+        "`prompt`, `chosen` and `rejected`",
+        data=file("a.jsonl", [{"text": "a"}, {"txt": "b"}]),
+    ),
+    case(
+        "lm",
+        "{here}/a.jsonl, line 2 has the keys prompt; it takes `text`, `messages`, `prompt` and `completion`, or "
+        "`prompt`, `chosen` and `rejected`",
+        data=file("a.jsonl", [{"text": "a"}, {"prompt": "b"}]),
+    ),
+    case(
+        "lm",
+        "{here}/a.jsonl, line 2 is of the kind prompt (strings), the lines before it are text; a file holds one kind",
+        data=file("a.jsonl", [{"text": "a"}, {"prompt": "b", "completion": "c"}]),
+    ),
+    case(
+        "lm",
+        "{here}/a.jsonl, line 2 is not JSON: Unterminated string starting at column 10; one object a line",
+        data=file("a.jsonl", '{"text": "a"}\n{"text": "b'),
+    ),
+    case(
+        "lm",
+        "{here}/a.jsonl, line 1: `messages` has no message of the assistant, so there is nothing to learn",
+        data=file("a.jsonl", [{"messages": [{"role": "user", "content": "a"}]}] * 2),
+    ),
+    case(
+        "lm",
+        "{here}/a.jsonl, training: nothing is left: all 3 completions are longer than max_length = 64",
+        data=file("a.jsonl", [{"prompt": f"a{i}", "completion": "b" * 100} for i in range(4)]),
+    ),
+    case("lm", "data = '{here}/a.txt' is too small: no document is left for evaluation", data=file("a.txt", "x")),
+    case(
+        "lm",
+        "no/such-corpus is no local path and no embedded text, and cannot be had from the hub: ...\nwithout a hub"
+        " there are shakespeare, bible-web, openwebtext-sample, any .txt file, any folder of .txt files, and any "
+        ".jsonl file with `text`, `messages`, or `prompt` and `completion`",
+        data="no/such-corpus",
+    ),
+    case("pairs", "prompts = 'nowhere.json': no such file", prompts="nowhere.json"),
+    case(
+        "pairs",
+        "{here}/prompts.json: not valid JSON at line 1, column 2: Expecting property name enclosed in double quotes",
+        prompts=file("prompts.json", "{"),
+    ),
+    case(
+        "pairs",
+        "{here}/prompts.json: must be a list of at least one prompt, not []",
+        prompts=file("prompts.json", "[]"),
+    ),
+    case(
+        "groups",
+        "{here}/prompts.json: not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 1: invalid start byte",
+        prompts=file("prompts.json", b"[\xff]"),
+    ),
+    case(
+        "groups",
+        "{here}/prompts.json: entry 1: lacks id, split, checks; every prompt is an object with id, prompt, split,"
+        " checks",
+        prompts=prompts({"prompt": "Say one."}),
+    ),
+    case(
+        "pairs",
+        "{here}/prompts.json: prompt 'p0': unknown check 'lowercas' (did you mean 'lowercase'?); known checks: ...",
+        prompts=prompts(asked(checks=[{"name": "lowercas"}])),
+    ),
+    case(
+        "pairs",
+        "{here}/prompts.json: prompt 'p0': check 'max_words' got n=0; max_words takes n (a whole number of at least 1)",
+        prompts=prompts(asked(checks=[{"name": "max_words", "n": 0}])),
+    ),
+    case("pairs", "{here}/prompts.json: prompt 'p0': this id stands twice", prompts=prompts(asked(), asked())),
+    case(
+        "pairs",
+        "{here}/prompts.json: prompt 'p1': prompt must be a text that is not empty, got ' '",
+        prompts=prompts(asked(), asked(1, prompt=" ")),
+    ),
+    case(
+        "pairs",
+        "{here}/prompts.json: prompt 'p1': split must be one of train, heldout, got 'test'",
+        prompts=prompts(asked(), asked(1, split="test")),
+    ),
+    case(
+        "pairs",
+        "{here}/prompts.json: prompt 'p1': the same prompt stands in both splits",
+        prompts=prompts(asked(), asked(1, prompt="SAY  0.", split="heldout")),
+    ),
+    case(
+        "evaluate",
+        "{here}/prompts.json: prompt 'p2': the same prompt is held out twice, and would count twice; take one out",
+        prompts=prompts(asked(), asked(1, split="heldout"), asked(2, prompt="Say 1.", split="heldout")),
+    ),
+    case("evaluate", "{here}/prompts.json has no held-out prompts", prompts=prompts(asked())),
+    case(
+        "pairs",
+        "{here}/prompts.json: the prompt '...' is the held-out prompt ... of data/prompts.json, on which models "
+        "are measured; take it out",
+        prompts=prompts(asked(prompt=HELDOUT)),
+        limit=1,
+    ),
+    case(
+        "pairs",
+        "{here}/p.txt: lines of text have no checks to be scored by; give a --judge module:function",
+        prompts=file("p.txt", "Say one."),
+        limit=1,
+    ),
+    case(
+        "grpo",
+        "prompt 'p2' has 619 tokens: with max_new_tokens = 8 it does not fit into the model's context of 512",
+        prompts=prompts(asked(0), asked(1), asked(2, prompt="a" * 600)),
+    ),
+    case("grpo", "prompts_per_step = 3: {here}/prompts.json has only 1 training prompts", prompts=prompts(asked(0))),
+    case("inference", "{here}/p.txt: there is no prompt in it", prompts=file("p.txt", "\n\n")),
+    case(
+        "inference",
+        '{here}/p.jsonl line 2: must be an object whose "prompt" is a text or a list of messages, each with '
+        'role and content, not \'{"promt": "b"}\'',
+        prompts=file("p.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n'),
+    ),
+    case(
+        "inference",
+        "'What is the colour of the sky? What is the colour of the sky'... cannot be a file: File name too long",
+        prompts="What is the colour of the sky? " * 20,
+    ),
+    case(
+        "inference",
+        "prompt 0 has 1019 tokens; with 96 new ones it does not fit into the model's context of 512: shorten it",
+        prompt="word " * 200,
+    ),
+]
+
+MODELS = [
+    case("lm", "model_name = 'models/nowhere': no such folder", model_name="models/nowhere"),
+    case(
+        "dpo",
+        "{here}/model holds no model: it has neither config.json nor adapter_config.json (it has notes.txt)",
+        model_name=folder("model", file("notes.txt")),
+    ),
+    case(
+        "dpo",
+        "model_name = '{here}/model.gguf' is a file: give the folder that holds config.json and the weights",
+        model_name=file("model.gguf", b"GGUF"),
+    ),
+    case(
+        "dpo",
+        "model_name = 'no/such-model' is no folder, no embedded model, and the model hub gave no such model "
+        "(...). Without a hub these work: smollm2-135m, tiny-llama, tiny-gpt2, or any folder that holds a model",
+        model_name="no/such-model",
+    ),
+    case(
+        "dpo",
+        "{here}/model has no weights: there is no .safetensors file in it.",
+        model_name=model(without("model.safetensors")),
+    ),
+    case(
+        "dpo",
+        "{here}/model has no tokenizer (tokenizer_config.json and tokenizer.json are missing)",
+        model_name=model(without("tokenizer.json", "tokenizer_config.json")),
+    ),
+    case(
+        "dpo",
+        "cannot load the tokenizer of {here}/model: It looks like the config file at '{here}/model/config.json' "
+        "is not a valid JSON file.",
+        model_name=model(put("config.json", "{")),
+    ),
+    case(
+        "dpo",
+        "{here}/model is a BertForMaskedLM; this takes a causal language model (LlamaForCausalLM, say)",
+        model_name=model(settings(model_type="bert", architectures=["BertForMaskedLM"])),
+    ),
+    case(
+        "dpo",
+        "{here}/model is a T5ForConditionalGeneration; this takes a causal language model (LlamaForCausalLM, say)",
+        model_name=model(put("config.json", T5)),
+    ),
+    case(
+        "lm",
+        "{here}/model is a ViTForImageClassification, which reads no text",
+        model_name=model(put("config.json", VIT)),
+    ),
+    case(
+        "inference",
+        "cannot load config.json of {here}/model: The checkpoint you are trying to load has model type `llamma` "
+        "but Transformers does not recognize this architecture. This could be because of an issue with the "
+        "checkpoint, or because your version of Transformers is out of date.",
+        prompt="a",
+        model_name=model(settings(model_type="llamma")),
+    ),
+    case(
+        "dpo",
+        "the weights in {here}/model do not fit its config.json: model.embed_tokens.weight is (259, 32) in the "
+        "file, and config.json asks for (259, 64)",
+        model_name=model(settings(hidden_size=64)),
+    ),
+    case(
+        "dpo",
+        "the tokenizer of {here}/model has 259 ids and the model 200: it belongs to another model",
+        model_name=model(settings(vocab_size=200)),
+    ),
+    case(
+        "dpo",
+        "cannot load the tokenizer of {here}/model: Validation error for field 'hidden_size': TypeError: Field "
+        "'hidden_size' expected int, got str (value: 'wide')",
+        model_name=model(settings(hidden_size="wide")),
+    ),
+    case(
+        "dpo",
+        "the weights in {here}/model are damaged: Error while deserializing header: incomplete metadata, file not"
+        " fully covered",
+        model_name=model(damaged(lambda b: b[:5000])),
+    ),
+    case(
+        "dpo",
+        "the weights in {here}/model are damaged: Error while deserializing header: header too large",
+        model_name=model(damaged(lambda b: b"\xff" * 8 + b[8:])),
+    ),
+    case(
+        "dpo",
+        "the weights in {here}/model are damaged: Error while deserializing header: header too small",
+        model_name=model(damaged(lambda b: b"")),
+    ),
+    case(
+        "dpo",
+        "the weights in {here}/model are damaged: model.layers.0.input_layernorm.weight holds numbers that are "
+        "not finite",
+        model_name=model(weights(not_finite)),
+    ),
+    case(
+        "dpo",
+        "{good}/pairs.jsonl line 1: the chat template of the tokenizer does not take this prompt: no such role",
+        model_name=model(put("chat_template.jinja", "{{ raise_exception('no such role') }}")),
+    ),
+    case(
+        "lm",
+        "{here}/model has no weights: there is no .safetensors file in it. pytorch_model.bin is a pickle, which "
+        "can run code, and is never read: convert it to safetensors",
+        model_name=model(without("model.safetensors"), put("pytorch_model.bin", b"x")),
+    ),
+    case(
+        "dpo",
+        "cannot load the tokenizer of {here}/model: Unterminated string starting at: line 53 column 9 (char 992)",
+        model_name=model(damaged(lambda b: b[:1000], "tokenizer.json")),
+    ),
+    case(
+        "dpo",
+        "the weights in {here}/model are incomplete: model.layers.1.mlp.down_proj.weight and 2 more are missing",
+        model_name=model(weights(drop("layers.1.mlp"))),
+    ),
+    case(
+        "dpo",
+        "the tokenizer of {here}/model has no end-of-sequence token, which marks where an answer stops",
+        model_name=model(settings("tokenizer_config.json", eos_token=None)),
+    ),
+    case(
+        "lm",
+        "{good}/reward is a LlamaForSequenceClassification; this takes a causal language model (LlamaForCausalLM, say)",
+        model_name=good("reward"),
+    ),
+    case(
+        "dpo",
+        "{here}/adapter has no weights: adapter_model.safetensors is missing.",
+        model_name=adapter(without("adapter_model.safetensors")),
+    ),
+    case(
+        "dpo",
+        "{here}/adapter/adapter_config.json is damaged: it takes one JSON object",
+        model_name=adapter(put("adapter_config.json", "[]")),
+    ),
+    case(
+        "dpo",
+        "the base that {here}/adapter/adapter_config.json names is not there: model_name = 'models/gone': no such"
+        " folder",
+        model_name=adapter(settings("adapter_config.json", base_model_name_or_path="models/gone")),
+    ),
+    case(
+        "dpo",
+        "{here}/adapter/adapter_config.json names no base model (base_model_name_or_path is empty)",
+        model_name=adapter(settings("adapter_config.json", base_model_name_or_path=None)),
+    ),
+    case(
+        "dpo",
+        "the adapter in {here}/adapter does not fit its base: Target modules ... not found in the base model. "
+        "Please check the target modules and try again.",
+        model_name=adapter(settings("adapter_config.json", base_model_name_or_path="tiny-gpt2")),
+    ),
+    case(
+        "dpo",
+        "the adapter in {here}/adapter does not fit its base: Error(s) in loading state_dict for "
+        "PeftModelForCausalLM: size mismatch for "
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: copying a param with shape "
+        "torch.Size([4, 32]) from checkpoint, the shape in current model is torch.Size([8, 32]).",
+        model_name=adapter(settings("adapter_config.json", r=8)),
+    ),
+    case(
+        "dpo",
+        "the adapter in {here}/adapter does not fit its base: "
+        "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight is only in the adapter",
+        model_name=adapter(settings("adapter_config.json", target_modules=["q_proj"])),
+    ),
+    case(
+        "dpo",
+        "{here}/adapter/adapter_config.json: peft_type = 'MAGIC': must be LORA",
+        model_name=adapter(settings("adapter_config.json", peft_type="MAGIC")),
+    ),
+    case(
+        "dpo",
+        "the weights in {here}/adapter are damaged: Error while deserializing header: incomplete metadata, file "
+        "not fully covered",
+        model_name=adapter(damaged(lambda b: b[:2000], "adapter_model.safetensors")),
+    ),
+    case(
+        "inference",
+        "{here}/adapter/adapter_config.json names another adapter, adapter, as its base: merge that one first",
+        prompt="a",
+        model_name=adapter(settings("adapter_config.json", base_model_name_or_path="adapter")),
+    ),
+    case(
+        "lora",
+        "model_name = '{here}/adapter' is itself an adapter; train it with --merge true and use /merged",
+        model_name=adapter(),
+    ),
+    case(
+        "ppo",
+        "reward_model = 'models/nowhere' is not there. This makes it: python rlhf/train_reward_model.py",
+        reward_model="models/nowhere",
+    ),
+    case(
+        "ppo",
+        "reward_model = 'tiny-llama' is not there. This makes it: python rlhf/train_reward_model.py",
+        reward_model="tiny-llama",
+    ),
+    case(
+        "ppo",
+        "{here}/model is a LlamaForCausalLM, not a reward model. This makes one: python rlhf/train_reward_model.py",
+        reward_model=model(),
+    ),
+    case(
+        "grpo",
+        "{here}/model is a LlamaForCausalLM, not a reward model. This makes one: python rlhf/train_reward_model.py",
+        reward_model=model(),
+    ),
+    case(
+        "ppo",
+        "{here}/adapter is an adapter; a reward model is, and starts from, a full model: merge it",
+        reward_model=adapter(),
+    ),
+    case(
+        "reward",
+        "{here}/adapter is an adapter; a reward model is, and starts from, a full model: merge it",
+        model_name=adapter(),
+    ),
+    case(
+        "ppo",
+        "{here}/reward: a reward model has one label, this classifier has 2",
+        reward_model=reward(settings(id2label={"0": "a", "1": "b"})),
+    ),
+    case(
+        "ppo",
+        "the weights in {here}/reward are incomplete: score.weight is missing",
+        reward_model=reward(weights(drop("score"))),
+    ),
+    case(
+        "ppo",
+        "the weights in {here}/reward are damaged: Error while deserializing header: incomplete metadata, file "
+        "not fully covered",
+        reward_model=reward(damaged(lambda b: b[:3000])),
+    ),
+    case(
+        "evaluate",
+        "{here}/model is a LlamaForCausalLM, not a reward model. This makes one: python rlhf/train_reward_model.py",
+        reward_model=model(),
+    ),
+    case(
+        "ppo",
+        "{here}/reward is a BertForSequenceClassification: this takes a causal language model with a `score` head",
+        reward_model=reward(bert),
+    ),
+    case(
+        "ppo",
+        "{here}/reward has another tokenizer than the model that it is to work with: give another one",
+        reward_model=reward(other_ids),
+    ),
+    case(
+        "grpo",
+        "{here}/reward has another tokenizer than the model that it is to work with: give another one",
+        reward_model=reward(other_ids),
+    ),
+    case(
+        "ppo_inference",
+        "{here}/reward has another tokenizer than the model that it is to work with: give another one",
+        reward_model=reward(other_ids),
+    ),
+    case(
+        "evaluate",
+        "{here}/model has another tokenizer than the model that it is to work with: give another one",
+        base=model(other_ids),
+    ),
+]
+
+JUDGES = [
+    case("pairs", "judge must be module:function, such as my_judge:judge, got 'judges'", judge="judges"),
+    case(
+        "pairs",
+        "judge 'no_such_module:judge': Python finds no module 'no_such_module', and {here}/no_such_module.py is "
+        "no file either",
+        judge="no_such_module:judge",
+    ),
+    case(
+        "pairs",
+        "judge 'judges:judge': {here}/judges.py has no 'judge'",
+        judge=judge("def other(prompt, completion): return 1.0"),
+    ),
+    case("pairs", "judge 'judges:judge': judge is a int, not a function", judge=judge("judge = 3")),
+    case(
+        "pairs",
+        "judge 'judges:judge': Python finds no module 'no_such_library', and {here}/judges.py imports it; for "
+        "modules beside it set PYTHONPATH=.",
+        judge=judge("import no_such_library"),
+    ),
+    case(
+        "pairs",
+        "judge 'judges:judge': importing judges failed: ValueError: not ready",
+        judge=judge("raise ValueError('not ready')"),
+    ),
+    case(
+        "pairs",
+        "judge 'judges:judge': importing judges failed: SystemExit: 0",
+        judge=judge("import sys; sys.exit(0)"),
+    ),
+    case(
+        "grpo_inference",
+        "judge judge on prompt ... and completion ... raised KeyError: 'x'",
+        judge=judge("def judge(prompt, completion): raise KeyError('x')"),
+        limit=1,
+    ),
+    case(
+        "grpo",
+        "judge judge on prompt ... and completion ... raised SystemExit: 0",
+        judge=judge("def judge(prompt, completion): import sys; sys.exit(0)"),
+    ),
+    case(
+        "grpo",
+        "judge judge on prompt ... and completion ... returned nan, which is not a finite number",
+        judge=judge("def judge(prompt, completion): return float('nan')"),
+    ),
+    case(
+        "grpo",
+        "judge judge on prompt ... and completion ... returned 'good', which is not a finite number",
+        judge=judge("def judge(prompt, completion): return 'good'"),
+    ),
+    case(
+        "grpo",
+        "judge judge on prompt ... and completion ... raised TypeError: judge() takes 1 positional argument but 2"
+        " were given",
+        judge=judge("def judge(prompt): return 1.0"),
+    ),
+    case(
+        "grpo_inference",
+        "judge judge on prompt ... and completion ... returned None, which is not a number",
+        judge=judge("def judge(prompt, completion): return None"),
+        limit=1,
+    ),
+]
+
+PLACES = [
+    case("dpo", "cannot write to {here}/a/out: Not a directory", out=below_a_file("out")),
+    case("dpo", "out = {here}/out is a file; give a folder", out=file("out", "mine")),
+    case(
+        "dpo",
+        "out = {here}/out holds files of something else than a run (thesis.txt): give another --out",
+        out=folder("out", file("thesis.txt", "mine")),
+    ),
+    case(
+        "dpo",
+        "nowhere.jsonl is not there. This makes it: python data/generate_preferences.py",
+        out=folder("out"),
+        data="nowhere.jsonl",
+    ),
+    case(
+        "dpo",
+        "nowhere.jsonl is not there. This makes it: python data/generate_preferences.py",
+        out=FINISHED,
+        overwrite="true",
+        data="nowhere.jsonl",
+    ),
+    case(
+        "grpo",
+        "judge judge on prompt ... and completion ... raised KeyError: 1",
+        out=folder("out"),
+        judge=judge("def judge(prompt, completion): return {}[1]"),
+    ),
+    case("dpo", "cannot write to /proc/run: No such file or directory", out="/proc/run"),
+    case(
+        "lm",
+        "out = model is where model_name = {here}/model lies, which the run reads: give another --out",
+        model_name=model(),
+        out="model",
+    ),
+    case("pairs", "cannot write to {here}/a: {here}/a is a file", out=below_a_file("pairs.jsonl")),
+    case("pairs", "out = 'pairs.json': must be a file name that ends in .jsonl", out="pairs.json"),
+    case(
+        "pairs",
+        "{here}/pairs.jsonl is there, and no pairs.manifest.json beside it says what made it. Give another --out,"
+        " or --overwrite true to replace it",
+        out=file("pairs.jsonl", "mine"),
+    ),
+    case("evaluate", "cannot write to {here}/a: {here}/a is a file", out=below_a_file("out.json")),
+    case(
+        "evaluate",
+        "{here}/out.json is there and no measurement: give another --out, or --overwrite true",
+        out=file("out.json", "{}"),
+    ),
+    case(
+        "inference",
+        "out = 'nowhere/out.jsonl': must be a file in a folder that is there, with a name that ends in .jsonl",
+        prompt="a",
+        out="nowhere/out.jsonl",
+    ),
+    case(
+        "inference",
+        "out = 'p.jsonl' is the file of the prompts: give another one",
+        prompts=file("p.jsonl", [{"prompt": "a"}]),
+        out="p.jsonl",
+    ),
+]
+
+RUNS = [
+    case(
+        "dpo_inference",
+        "models/nowhere is not there. This makes it: python rlhf/dpo_train.py",
+        model_name="models/nowhere",
+    ),
+    case(
+        "dpo",
+        "{here}/out/manifest.json is damaged: it takes one JSON object",
+        out=folder("out", file("config.yaml", "model_name: tiny-llama\n"), file("manifest.json", "{")),
+    ),
+    case(
+        "pairs",
+        "{here}/out.manifest.json is damaged: it takes one JSON object",
+        out=file("out.jsonl", "mine"),
+        prompts=file("out.manifest.json", "{"),
+    ),
+    case(
+        "dpo_inference",
+        "{good}/ppo/config.yaml does not say beta: is {good}/ppo the folder of such a run?",
+        model_name=good("ppo"),
+    ),
+    case(
+        "ppo_inference",
+        "{good}/dpo/config.yaml does not say reward_model: is {good}/dpo the folder of such a run?",
+        model_name=good("dpo"),
+    ),
+    case(
+        "dpo",
+        "{here}/out holds a run with another configuration:\n  only there: steps\n  only now: ...\nGive another "
+        "--out, or --overwrite true to replace it",
+        out=folder("out", file("config.yaml", "model_name: tiny-llama\nsteps: 3\n")),
+    ),
+    case(
+        "dpo",
+        "out/config.yaml line 1: not valid YAML (expected the node content, but found '<stream end>'); it takes "
+        "one `key: value` a line",
+        out=folder("out", file("config.yaml", "model_name: [")),
+    ),
+    case(
+        "compare",
+        "these runs are missing; each is made by the command beside it:\n  {here}/m/sft: python "
+        "train/train_lm_lora.py --config configs/sft.yaml\n  {here}/m/dpo: python rlhf/dpo_train.py\n  "
+        "{here}/m/ppo: python rlhf/ppo_train.py\n  {here}/m/grpo_offline: python rlhf/grpo_train.py "
+        "--config configs/grpo_offline.yaml\n  {here}/m/grpo: python rlhf/grpo_train.py\n--allow_missing "
+        "true compares the others",
+    ),
+]
+
+
+def expected(message, here, good):
+    """The pattern of all that the command prints to stderr."""
+    named = message.replace("{here}", str(here)).replace("{good}", str(good)).replace("{root}", str(ROOT))
+    return re.escape(f"error: {named}\n").replace(re.escape("..."), ".*")
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "options"), KEYS + CONTRADICTIONS + DATA + MODELS + JUDGES + PLACES + RUNS
+)
+def test_a_mistake_is_one_message_and_leaves_nothing(script, message, options, here, good, capfd):
+    words = words_of(script, options, good, here)
+    before, measured = tree(here), set((ROOT / "report").rglob("*.json"))
+    capfd.readouterr()
+    assert run(script, words) == 2
+    said = capfd.readouterr().err
+    assert re.fullmatch(expected(message, here, good), said, flags=re.DOTALL), said
+    assert tree(here) == before
+    assert set((ROOT / "report").rglob("*.json")) == measured
+
+
+def test_there_are_enough_of_them():
+    every = KEYS + CONTRADICTIONS + DATA + MODELS + JUDGES + PLACES + RUNS
+    assert len({(row.values[0], row.values[1], str(row.values[2])) for row in every}) >= 60
+    assert {row.values[0] for row in every} == set(SCRIPTS)  # each script is among them
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "given", "message"),
+    [
+        ("train/train_lm.py", ["lr", "1"], b"", "'lr' on the command line: options are written --key value (...)"),
+        ("rlhf/dpo_train.py", ["--lr"], b"", "--lr needs a value: --lr VALUE"),
+        ("inference/inference.py", ["--prompts", "-"], b"caf\xe9", "standard input: not UTF-8 text (...)"),
+    ],
+)
+def test_the_same_as_typed(script, words, given, message, here, good):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    typed = [sys.executable, str(ROOT / script), *words]
+    done = subprocess.run(typed, cwd=here, env=environment, input=given, capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert re.fullmatch(expected(message, here, good), done.stderr.decode())
+    assert not list(here.iterdir())
