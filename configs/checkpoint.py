@@ -65,7 +65,8 @@ class Checkpoints:
         self.folder = run.folder / CHECKPOINTS
         self._since = None  # when the last one was saved, or the steps began
         self._pause = min(FIRST_PAUSE, 60 * self.config.save_minutes)
-        self._signal, self._asked_at = 0, 0.0  # SIGINT or SIGTERM once it came, and when
+        self._came, self._came_at = 0, 0.0  # SIGINT or SIGTERM once it came to this process, and when
+        self._signal = 0  # the same once all processes know
 
     def load(self):
         """(step, kept) of the newest checkpoint that is whole, everything put back; (0, {}) if there is none.
@@ -94,7 +95,7 @@ class Checkpoints:
         by_steps = self.config.save_every and step % self.config.save_every == 0
         by_time = self.config.save_minutes and now - self._since >= self._pause
         wanted = bool(by_steps or by_time) and not self.run.skipped  # the last good one stays the last
-        wanted, self._signal = largest_over_ranks(wanted, self._signal)
+        wanted, self._signal = largest_over_ranks(wanted, self._came)
         if step == self.run.total_steps:
             self._listen(False)  # what comes now is short, and would not look whether a signal came
         return bool(wanted or self._signal)
@@ -186,13 +187,13 @@ class Checkpoints:
 
     def _asked(self, number, frame):
         now = time.time()
-        again = self._signal == number and now - self._asked_at > 1  # launchers pass on what the terminal sends to all
+        again = self._came == number and now - self._came_at > 1  # launchers pass on what the terminal sends to all
         if number == signal.SIGINT and (again or not self.run.steps_began):
             raise KeyboardInterrupt
         if not self.run.steps_began:  # there is nothing to save yet
             sys.exit(128 + number)
-        if not self._signal:
-            self._signal, self._asked_at = number, now
+        if not self._came:
+            self._came, self._came_at = number, now
             if rank() == 0:
                 os.write(2, b"\nfinishing this step, then saving; once more to end at once\n")
 

@@ -142,8 +142,9 @@ def cli(main, Config):
         message = config and explain(error, config)
         if not message:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        _leave_processes()
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os._exit(2)  # at once: the others may be gone, and the launcher waits to start all again
         sys.exit(2)
     _leave_processes()
 
@@ -153,6 +154,9 @@ def _leave_processes():
     if "torch.distributed" in sys.modules:
         dist = sys.modules["torch.distributed"]
         if dist.is_available() and dist.is_initialized():
+            # gloo's threads let go of their last tensors, for which they need the interpreter; destroying holds it
+            # and waits for them: without this pause, and with a DDP wrapper still alive, that can be for ever
+            time.sleep(0.2)
             dist.destroy_process_group()
 
 

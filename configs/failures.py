@@ -30,7 +30,8 @@ def explain(error, config):
         return disk(None, reason(error), config)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and isinstance(error, RuntimeError) and any(words in said for words in LOST):
-        return f"another process of this run ended or cannot be reached ({_first_line(error)}). To go on: {command()}"
+        why = _first_sentence(error)
+        return f"another process of this run ended or cannot be reached ({why}). To go on: {command()}"
     return None
 
 
@@ -112,5 +113,5 @@ def _ours(path):
     return Path(path).is_relative_to(ROOT) and ".venv" not in Path(path).parts
 
 
-def _first_line(error):
-    return str(error).strip().splitlines()[0]
+def _first_sentence(error):
+    return str(error).strip().splitlines()[0].split(". ")[0]

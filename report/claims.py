@@ -208,21 +208,27 @@ def chunks_of(positions, model):
 
 
 def chunked_is_plain(lab, name, numbers):
-    """The loss with the head over 3 positions at a time, computed again in the backward pass, against all at once."""
-    model, packed = lab.model(name, numbers), lab.packed()
-    batch = documents(lab, name)[0].batch([0], lab.device)
-    ids, mask = pad_rows([p + a for p, a in zip(PROMPTS, ANSWERS)], PAD, lab.device, left=True)
-    computed = {
-        "LM": lambda: lm_loss(model, batch)[0],
-        "DPO, PPO, GRPO": lambda: answer_logprobs(model, packed),
-        "token_logprobs": lambda: token_logprobs(model, ids, mask),
-    }
-    found = {}
-    for what, compute in computed.items():
-        with lab.autocast(numbers), chunks_of(3, model):
-            chunked = compute()
-        with lab.autocast(numbers), chunks_of(10_000, model):
-            found[what] = both(model, [chunked], [compute()])
+    """The loss with the head over 3 positions at a time, and its gradients, against the log-softmax of all logits by
+    the definition; with the head's weight in training, and frozen as it is under an adapter."""
+    model, found = lab.model(name, numbers), {}
+    blocks, prompts, answers = documents(lab, name)
+    batch, packed = blocks.batch([0], lab.device), pack(PROMPTS[::2], ANSWERS[::2], PAD, lab.device)
+    for trained, weight in ((True, "head trained"), (False, "head frozen")):
+        model.get_output_embeddings().weight.requires_grad_(trained)
+        with lab.autocast(numbers):
+            plain = {
+                "LM": [-torch.cat([definition(model, p, a) for p, a in zip(prompts, answers)]).sum()],
+                "DPO, PPO, GRPO": [definition(model, p, a, 0.7) for p, a in zip(PROMPTS[::2], ANSWERS[::2])],
+            }
+            with chunks_of(3, model):  # the gradients too: the backward pass goes piece by piece
+                chunked = {
+                    "LM": [lm_loss(model, batch)[0]],
+                    "DPO, PPO, GRPO": [answer_logprobs(model, packed, 0.7)[packed.mask.bool()]],
+                }
+                slopes = {what: gradients(model, values) for what, values in chunked.items()}
+            for what, values in plain.items():
+                off = deviation(chunked[what], values), deviation(slopes[what], gradients(model, values))
+                found[f"{what}, {weight}"] = max(off)
     return found
 
 

@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def start(script, words, out, die_at=0, largest_file=None, environment=None):
     full disk. environment: variables to set, such as RANK.
     """
     Path(out).parent.mkdir(exist_ok=True)
+    Path(f"{out}.said").touch()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, *LIBRARIES])
     words = [*map(str, words), "--out", str(out)]
@@ -49,6 +51,14 @@ def run(script, words, out, **options):
 
 def said(out):
     return Path(f"{out}.said").read_text()
+
+
+def wait_for(out, words, seconds=120):
+    """Wait until a process that writes to `out` has said this."""
+    end = time.time() + seconds
+    while words not in said(out):
+        assert time.time() < end, said(out)
+        time.sleep(0.01)
 
 
 def run_whole(script, words, out):

@@ -204,7 +204,6 @@ def train(config):
         save_samples(run.folder, kept["samples"])
     result = summary(kept["before"], after, step)
     run.finish(result, inputs, f"python inference/inference.py --model_name {shown(run.folder)}")
-    dist.destroy_process_group()  # DDP: nobody leaves while others still talk to it
 
 
 if __name__ == "__main__":

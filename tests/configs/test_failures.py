@@ -3,11 +3,10 @@
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
-from interrupted import differences, run, run_whole, said, start
+from interrupted import differences, run, run_whole, said, start, wait_for
 
 from configs.failures import explain, savers
 from rlhf import dpo_train, grpo_train
@@ -22,15 +21,6 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     run_whole("train.train_lm", WORDS, out)
     return out
-
-
-def wait_for(out, words):
-    """Wait until the process has said this."""
-    for _ in range(2000):
-        if words in (said(out) if os.path.exists(f"{out}.said") else ""):
-            return
-        time.sleep(0.01)
-    raise AssertionError(said(out))
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -63,8 +53,8 @@ def test_a_full_disk_is_one_message_and_the_same_command_goes_on(save_every, mes
 
 def test_a_folder_that_vanishes_is_one_message(tmp_path):
     out = tmp_path / "run"
-    process = start("train.train_lm", [*WORDS, "--max_steps", 30], out)
-    wait_for(out, "step     2/16")
+    process = start("train.train_lm", [*WORDS, "--epochs", 99, "--max_steps", 900], out)
+    wait_for(out, "step     2/")
     os.kill(process.pid, signal.SIGSTOP)
     shutil.rmtree(out)
     os.kill(process.pid, signal.SIGCONT)
