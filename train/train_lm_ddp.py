@@ -69,6 +69,8 @@ class SummedLoss(torch.nn.Module):
 
 def join_processes():
     """DDP: (rank, number of processes), connected over nccl for GPUs and gloo for CPUs. Without torchrun, (0, 1)."""
+    if dist.is_initialized():  # a second run in a notebook
+        return dist.get_rank(), dist.get_world_size()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -5,7 +5,6 @@
 Writes FOLDER/NAME.RANK.pt for each run of the plan: the parameters after training and the number of all-reduce sets.
 """
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -39,10 +38,7 @@ class CountingDDP(torch.nn.parallel.DistributedDataParallel):
 
 
 def main(folder, plan):
-    # all runs of the plan share one connection: to join a second time through the same store can hang
-    train_lm_ddp.join_processes = functools.cache(train_lm_ddp.join_processes)
-    leave, train_lm_ddp.dist.destroy_process_group = train_lm_ddp.dist.destroy_process_group, lambda: None
-    for job in plan:
+    for job in plan:  # all runs of the plan share one connection
         script = train_lm if job["script"] == "plain" else train_lm_ddp
         parameters = []
 
@@ -74,7 +70,7 @@ def main(folder, plan):
         found = {"parameters": [p.detach() for p in parameters], "sets": CountingDDP.sets}
         torch.save(found, folder / f"{job['name']}.{rank()}.pt")
     if torch.distributed.is_initialized():
-        leave()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

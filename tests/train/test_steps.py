@@ -8,6 +8,15 @@ import torch
 from data.corpus import Corpus
 from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp
 
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """No test leaves its process group to the next."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 LOOPS = pytest.mark.parametrize("script", [train_lm, train_lm_ddp, train_lm_amp_ckpt])
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
