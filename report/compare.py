@@ -39,7 +39,7 @@ from configs.run import (
 from data.corpus import load_corpus
 from models.fetch import EMBEDDED_MODELS
 from report.evaluate import Config as EvaluateConfig
-from report.evaluate import Measure, evaluate, interval, plus_minus, prompt_means, summarise
+from report.evaluate import Measure, best_of_measured, evaluate, interval, plus_minus, prompt_means, summarise
 from report.plots import checks_figure, curves_figure, scores_figure
 
 REWARD = "python rlhf/train_reward_model.py"
@@ -145,24 +145,27 @@ def find_runs(config):
 
 
 def measure_all(config, methods):
-    """{method key: its measurements, one a seed}; says how far it is and how long the rest will take."""
+    """{method key: its measurements, one a seed}; says how far it is and how long the rest will take.
+
+    Best-of-n is chosen from the base's own answers, of which there are therefore a multiple of n.
+    """
     shared = {f.name: getattr(config, f.name) for f in fields(Measure)}
     jobs = []
-    for method in methods:
+    for method in (method for method in methods if method.key != "best_of"):
         for seed in config.seed_list():
             name = run_folder(config, method, seed) if method.folder else config.base
-            best_of = config.best_of if method.key == "best_of" else 1
             suffix = f"-seed{seed}" if seed else ""
             out = f"{config.runs}/{method.key}{suffix}.json"
-            edits = {"seed": config.seed + seed, "model_name": name, "best_of": best_of, "out": out}
+            edits = {"seed": config.seed + seed, "model_name": name, "out": out}
+            if method.key == "base":
+                edits["samples_per_prompt"] = config.best_of * math.ceil(config.samples_per_prompt / config.best_of)
             jobs.append((method, EvaluateConfig(**(shared | edits))))
     found, started, work = {}, time.time(), 0.0
-    sizes = [1 + job.best_of for _, job in jobs]  # in forward passes, roughly
+    sizes = [job.samples_per_prompt for _, job in jobs]
     for k, (method, job) in enumerate(jobs):
         elapsed = time.time() - started
         left = f" | about {duration(elapsed / work * sum(sizes[k:]))} left" if work else ""
-        label = method.label.format(n=config.best_of)
-        say(f"measuring {k + 1} of {len(jobs)}: {label} ({job.model_name}) | {duration(elapsed)}{left}")
+        say(f"measuring {k + 1} of {len(jobs)}: {method.label} ({job.model_name}) | {duration(elapsed)}{left}")
         clock = time.time()
         result = evaluate(job)
         if time.time() - clock > 0.5 * result["seconds"]["total"]:
@@ -170,6 +173,8 @@ def measure_all(config, methods):
         else:
             started += time.time() - clock
         found.setdefault(method.key, []).append(result)
+    if any(method.key == "best_of" for method in methods):
+        found["best_of"] = [best_of_measured(result, config.best_of) for result in found["base"]]
     return found
 
 
@@ -180,9 +185,8 @@ def make_rows(config, methods, results):
         runs = results[method.key]
         measured = runs[0]["measured"]
         if len(runs) > 1:  # the same prompts again: answers of all seeds are clustered by prompt
-            kl = measured["kl"]
-            measured = summarise([a for run in runs for a in run["answers"]], runs[0]["unseen_types"])
-            measured["kl"] = measured["kl"] or kl
+            best_of = config.best_of if method.key == "best_of" else 1
+            measured = summarise([a for run in runs for a in run["answers"]], runs[0]["unseen_types"], best_of)
         row = Row(method.key, method.label.format(n=config.best_of), runs, measured)
         if method.folder:
             folder = run_folder(config, method, config.seed_list()[0])
@@ -486,6 +490,14 @@ def spread_section(rows, config):
     return note + "\n\n" + markdown_table(lines)
 
 
+def answers_a_prompt(rows):
+    """How many answers to a prompt were measured, in words: '2 (base: 4, best of 4: 1)'."""
+    counts = {row.label: len(row.runs[0]["answers"]) // row.gold["n"] for row in rows}
+    usual = statistics.mode(list(counts.values())[::-1])
+    others = ", ".join(f"{label}: {count}" for label, count in counts.items() if count != usual)
+    return f"{usual} ({others})" if others else f"{usual}"
+
+
 def write_report(config, rows, notes=()):
     """Write REPORT.md and figures/ into config.out; returns the report's path."""
     out = in_root(config.out)
@@ -504,6 +516,7 @@ def write_report(config, rows, notes=()):
     for row in rows:
         hashes += [[row.label, f"`{run['model_name']}`", f"`{run['identity']['hashes']['model']}`"] for run in row.runs]
     setting = who["config"]
+    seconds = sum(run["seconds"]["total"] for row in rows if row.key != "best_of" for run in row.runs)
     text = f"""# Comparison
 
 {headline(rows)}
@@ -551,12 +564,12 @@ The first sample of each method to prompts evenly spaced in the held-out set. A 
 - Machine: {where["cpu"]}, {where["cores"]} cores{gpu}; {where["system"]}.
 - Versions: {", ".join(f"{key} {value}" for key, value in used.items() if value)}.
 - Start of every run, and reference of every KL: {start}.
-- {setting["samples_per_prompt"]} answers a prompt, at most {setting["max_new_tokens"]} tokens, temperature
+- {answers_a_prompt(rows)} answers a prompt, at most {setting["max_new_tokens"]} tokens, temperature
   {setting["temperature"]:g}, sampling seed {setting["seed"]}, weights in {setting["precision"]}; training seeds
   {", ".join(map(str, config.seed_list()))}.
 - Prompts `{config.prompts}` ({who["hashes"]["prompts"]}), checks ({who["hashes"]["checks"]}), reward model
   `{config.reward_model}` ({who["hashes"]["reward_model"] or "not there"}).
-- Measuring took {duration(sum(run["seconds"]["total"] for row in rows for run in row.runs))} in all.
+- Measuring took {duration(seconds)} in all.
 {"".join(f"- {note}" + chr(10) for note in notes)}
 {spread_section(rows, config)}
 

@@ -3,9 +3,9 @@
     python report/evaluate.py --model_name models/dpo
     python report/evaluate.py --model_name smollm2-135m --best_of 4     # the best of 4 answers by the reward model
 
-It samples answers, scores them with the checks (gold) and the reward model (proxy), takes the KL to the base from one
-forward pass of each model over the same tokens, and reads held-out text. Writes report/runs/NAME.json, answers
-included, and measures nothing that an equal measurement there already says.
+It samples answers, scores them with the checks (gold) and the reward model (proxy), takes the KL to the base from the
+sampler's log-probs and one forward pass of the base over the same tokens, and reads held-out text. Writes
+report/runs/NAME.json, answers included, and measures nothing that an equal measurement there already says.
 
 Intervals hold 95 %. They are Student's, over the prompts' mean scores: the answers to one prompt are not independent,
 the prompts are. Left out: the spread over training seeds, which report/compare.py adds where there are several runs.
@@ -148,8 +148,22 @@ def best_of_kl(n):
     return math.log(n) - (n - 1) / n
 
 
-def summarise(answers, unseen):
+def keep_best(answers, n):
+    """Of each n answers that follow each other, all to one prompt, the one that the reward model scores highest."""
+    groups = [answers[i : i + n] for i in range(0, len(answers), n)]
+    return [{**max(group, key=lambda answer: answer["proxy"]), "kl": None} for group in groups]
+
+
+def best_of_measured(result, n):
+    """The measurement of best-of-n from that of the model itself, whose answers a prompt are a multiple of n."""
+    answers = keep_best(result["answers"], n)
+    return result | {"answers": answers, "measured": summarise(answers, result["unseen_types"], n)}
+
+
+def summarise(answers, unseen, best_of=1):
     """The figures of a list of answers; `unseen`: the check types that occur in no training prompt.
+
+    best_of: the answers are each the best of so many, whose KL has a bound alone.
 
     An answer is {"id", "text", "gold", "proxy" or None, "kl" or None (nats), "tokens", "stopped", "checks"}, the last a
     list of [name, passed]. Gold, proxy and KL are per answer, with intervals; kl_per_token is in nats.
@@ -162,13 +176,16 @@ def summarise(answers, unseen):
     have_proxy = all(a["proxy"] is not None for a in answers)
     have_kl = all(a["kl"] is not None for a in answers)
     texts = [a["text"] for a in answers]
+    kl = clustered(answers, lambda a: a["kl"]) if have_kl else None
+    if best_of > 1:
+        kl = {"mean": best_of_kl(best_of), "se": None, "half": None, "n": 0}
     return {
         "answers": len(answers),
         "gold": clustered(answers, lambda a: a["gold"]),
         "unseen": clustered(asked, lambda c: c["good"]) if asked else None,
         "checks": {name: clustered(by_check[name], lambda c: c["good"]) for name in sorted(by_check)},
         "proxy": clustered(answers, lambda a: a["proxy"]) if have_proxy else None,
-        "kl": clustered(answers, lambda a: a["kl"]) if have_kl else None,
+        "kl": kl,
         "kl_per_token": sum(a["kl"] for a in answers) / sum(a["tokens"] for a in answers) if have_kl else None,
         "ended": statistics.fmean(a["stopped"] for a in answers),
         "tokens": statistics.fmean(a["tokens"] for a in answers),
@@ -291,7 +308,7 @@ def evaluate(config):
     completions = generation.completions
     seconds["sampling"] = before + time.time() - clock
 
-    # 2. the reward model's scores; of best_of answers the highest is kept
+    # 2. the reward model's scores
     clock = time.time()
     scores = [None] * len(completions)
     if reward_model:
@@ -299,29 +316,27 @@ def evaluate(config):
         del reward_model
     else:
         say(f"reward_model = {config.reward_model!r} is not there: its score is left out")
-    kept = range(len(completions))
-    if config.best_of > 1:
-        kept = [max(kept[i : i + config.best_of], key=scores.__getitem__) for i in kept[:: config.best_of]]
-    questions, completions = [questions[i] for i in kept], [completions[i] for i in kept]
     seconds["reward_model"] = time.time() - clock
 
-    # 3. held-out text, then the KL: k1 of each answer, both log-probs from the same kind of forward pass
+    # 3. held-out text, then the KL: k1 of each answer
     clock = time.time()
     text = evaluate_lm(model, blocks, BLOCKS_AT_ONCE)
+    del model
     seconds["text"] = time.time() - clock
     clock = time.time()
     if config.best_of > 1:
-        kls = [None] * len(kept)
+        kls = [None] * len(completions)
     elif who["hashes"]["model"] == who["hashes"]["base"]:
-        kls = [0.0] * len(kept)
+        kls = [0.0] * len(completions)
     else:
-        kls = answer_kls(model, config.base, dtype, questions, completions, tokenizer.pad_token_id, config.temperature)
+        rows = (questions, completions, tokenizer.pad_token_id, config.temperature)
+        kls = answer_kls(generation.logprobs, config.base, dtype, *rows)
     seconds["kl"] = time.time() - clock
 
     # 4. the checks, and all of it in numbers
     answers = []
-    for k, i in enumerate(kept):
-        row, ids = prompts[i // per_prompt], generation.completions[i]
+    for i, ids in enumerate(completions):
+        row = prompts[i // per_prompt]
         said = answer_text(tokenizer, ids)
         good = [x and not is_degenerate(said) for x in passed(said, row["checks"])]
         answers.append(
@@ -331,15 +346,15 @@ def evaluate(config):
                 "text": said,
                 "gold": score(said, row["checks"]),
                 "proxy": scores[i],
-                "kl": kls[k],
+                "kl": kls[i],
                 "tokens": len(ids),
                 "stopped": generation.finish_reasons[i] == "stop",
                 "checks": [[check["name"], x] for check, x in zip(row["checks"], good)],
             }
         )
-    measured = summarise(answers, unseen)
     if config.best_of > 1:
-        measured["kl"] = {"mean": best_of_kl(config.best_of), "se": None, "half": None, "n": 0}
+        answers = keep_best(answers, config.best_of)
+    measured = summarise(answers, unseen, config.best_of)
     seconds["total"] = before + time.time() - started
     result = {
         "model_name": config.model_name,
@@ -370,12 +385,13 @@ def heldout_prompts(config):
     return heldout[: config.limit], unseen
 
 
-def answer_kls(model, base, dtype, questions, completions, pad_id, temperature):
-    """k1 of each answer in nats, log pi(answer) - log base(answer): an estimate of the KL without bias."""
-    device = model.get_input_embeddings().weight.device
-    rows = (questions, completions, pad_id, temperature)
-    logprobs = completion_logprobs(model, *rows)
-    ref_logprobs = completion_logprobs(load_model(base, dtype=dtype, device=device, merge_adapter=True), *rows)
+def answer_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
+    """k1 of each answer in nats, log pi(answer) - log base(answer): an estimate of the KL without bias.
+
+    logprobs: those of the sampler, a list for each answer.
+    """
+    reference = load_model(base, dtype=dtype, device=pick_device(), merge_adapter=True)
+    ref_logprobs = completion_logprobs(reference, questions, completions, pad_id, temperature)
     pairs = zip(logprobs, ref_logprobs)
     return [kl_estimate(torch.tensor(p), torch.tensor(q), "k1").double().sum().item() for p, q in pairs]
 

@@ -9,7 +9,8 @@ import torch
 
 from configs.config import ROOT, UserError
 from models.loader import load_model, load_tokenizer
-from report.evaluate import Config, answer_kls, evaluate, heldout_prompts, measurement_path
+from report.evaluate import Config, answer_kls, best_of_measured, evaluate, heldout_prompts, measurement_path
+from rlhf.packing import completion_logprobs
 
 QUICK = {"base": "tiny-llama", "reward_model": None, "limit": 6, "max_new_tokens": 6, "text": "tests/train/text.jsonl",
          "text_tokens": 128, "text_length": 32, "precision": "fp32"}  # fmt: skip
@@ -65,7 +66,8 @@ def test_measures_again_what_changed(adapter, tmp_path):
 def test_kl_of_answers_against_a_sum_in_float64(adapter):
     questions, completions = [[5, 6, 7], [8, 9]], [[10, 11, 12, 13], [14, 2]]
     model = load_model(str(adapter), merge_adapter=True)
-    found = answer_kls(model, "tiny-llama", torch.float32, questions, completions, 2, temperature=0.7)
+    sampled = completion_logprobs(model, questions, completions, 2, temperature=0.7)
+    found = answer_kls(sampled, "tiny-llama", torch.float32, questions, completions, 2, temperature=0.7)
     exact = [load_model(name, dtype=torch.float64, merge_adapter=True) for name in (str(adapter), "tiny-llama")]
     for question, completion, kl in zip(questions, completions, found):
         ids = torch.tensor([question + completion])
@@ -75,6 +77,23 @@ def test_kl_of_answers_against_a_sum_in_float64(adapter):
             sums.append(logprobs.gather(-1, ids[0, 1:, None])[-len(completion) :].sum().item())
         assert kl == pytest.approx(sums[0] - sums[1], abs=1e-4)
         assert abs(kl) > 1e-3
+
+
+def test_best_of_keeps_of_each_group_the_answer_with_the_highest_score():
+    def answer(prompt, gold, proxy):
+        words = f"answer {gold} {proxy}"
+        same = {"text": words, "kl": 0.0, "tokens": 3, "stopped": True, "checks": [["lowercase", gold == 1.0]]}
+        return {"id": prompt, "gold": gold, "proxy": proxy, **same}
+
+    of_a = [answer("a", gold, proxy) for gold, proxy in ((0.0, 0.1), (1.0, 0.3), (1.0, -1.0), (0.0, 2.0))]
+    of_b = [answer("b", gold, proxy) for gold, proxy in ((0.0, -3.0), (1.0, -2.0), (0.0, 0.0), (1.0, 0.5))]
+    answers = of_a + of_b
+    result = {"answers": answers, "unseen_types": [], "measured": {}, "model_name": "x"}
+    found = best_of_measured(result, 2)
+    assert [(a["id"], a["proxy"]) for a in found["answers"]] == [("a", 0.3), ("a", 2.0), ("b", -2.0), ("b", 0.5)]
+    assert found["measured"]["gold"]["mean"] == 0.75  # (1 + 0 + 1 + 1) / 4
+    assert found["measured"]["kl"]["mean"] == pytest.approx(0.193147)  # log 2 - 1/2
+    assert result["answers"] is answers and found["model_name"] == "x"
 
 
 def test_best_of_needs_a_reward_model():
