@@ -82,7 +82,8 @@ def make_blocks(documents, kind, tokenizer, max_length, name):
         for i, document in enumerate(documents):
             for prompt, completion in _turns(document):
                 where = f"{name}, document {i + 1}"
-                sample, was_cut = completion_sample(tokenizer, prompt, completion, max_length, where)
+                ended = document.get("ended", True)
+                sample, was_cut = completion_sample(tokenizer, prompt, completion, max_length, where, ended)
                 cut += was_cut
                 dropped += sample is None
                 samples += [sample] if sample else []
@@ -111,14 +112,18 @@ def text_sample(tokenizer, text):
     return Sample(np.array(ids), np.ones(len(ids), dtype=bool), sizes)
 
 
-def completion_sample(tokenizer, prompt, completion, max_length, where):
-    """(sample, prompt was cut) of a prompt and its completion; (None, False) if the completion alone is too long."""
+def completion_sample(tokenizer, prompt, completion, max_length, where, ended=True):
+    """(sample, prompt was cut) of a prompt and its completion; (None, False) if the completion alone is too long.
+
+    ended: False for an answer that a length limit cut: it has no stop token, which would teach to break off there.
+    """
     try:
         p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if not p or len(c) < 2:
         raise UserError(f"{where}: the {'completion' if p else 'prompt'} is empty: nothing of it would be learnt")
+    c = c if ended else c[:-1]
     if len(c) >= max_length:
         return None, False
     kept = p[-(max_length - len(c)) :]

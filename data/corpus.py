@@ -10,7 +10,7 @@ A document is a dict of one of three kinds, the same for all documents of a corp
     prompt     {"prompt": ..., "completion": ...}         the completion is learnt
 
 Prompt and completion are both strings or both lists of messages. Rows with `prompt`, `chosen` and `rejected`, as in
-preferences.jsonl, become prompt documents with the chosen answer.
+preferences.jsonl, become prompt documents with the chosen answer; `"ended": False` is added to one that was cut.
 """
 
 from __future__ import annotations
@@ -195,17 +195,31 @@ def as_document(row: dict, where: str) -> dict:
         return {"messages": messages}
     for answer in ("completion", "chosen"):
         if "prompt" in row and answer in row:
+            ended = {} if answer_ended(row, answer, where) else {"ended": False}
             kinds = {type(row["prompt"]), type(row[answer])}
             if kinds == {str}:
                 prompt, completion = row["prompt"], _string(row[answer], answer, where)
-                return {"prompt": _string(prompt, "prompt", where, may_be_empty=True), "completion": completion}
+                return {
+                    "prompt": _string(prompt, "prompt", where, may_be_empty=True),
+                    "completion": completion,
+                    **ended,
+                }
             if kinds == {list}:
                 prompt, completion = (_messages(row[key], key, where) for key in ("prompt", answer))
-                return {"prompt": prompt, "completion": completion}
+                return {"prompt": prompt, "completion": completion, **ended}
             raise UserError(f"{where}: `prompt` and `{answer}` must both be strings or both be lists of messages")
     if "text" in row:
         return {"text": _string(row["text"], "text", where)}
     raise UserError(f"{where} has the keys {', '.join(row) or '(none)'}; it takes {ALLOWED_KEYS}")
+
+
+def answer_ended(row: dict, answer: str, where: str) -> bool:
+    """Whether the answer under this key ended by itself, by `chosen_finish` and the like: "stop", or "length" for one
+    that was cut at the longest length. Without such a key it did."""
+    finish = row.get(f"{answer}_finish", "stop")
+    if finish not in ("stop", "length"):
+        raise UserError(f"{where}: `{answer}_finish` is {finish!r}, it takes stop or length")
+    return finish == "stop"
 
 
 def _string(value, key, where, may_be_empty=False):

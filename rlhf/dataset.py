@@ -7,6 +7,7 @@ import math
 
 from configs.config import UserError
 from configs.run import in_root, json_error, say, sha256_file, shown
+from data.corpus import answer_ended
 from models.loader import completion_ids, prompt_ids
 
 
@@ -85,9 +86,10 @@ def _keys(row):
     return ", ".join(k for k in row if k != "where")
 
 
-def encode(tokenizer, prompt, completion, max_length, where, truncation="left"):
+def encode(tokenizer, prompt, completion, max_length, where, truncation="left", ended=True):
     """(prompt ids, completion ids) within max_length tokens, or None if the row is to be dropped.
 
+    ended: False for an answer that a length limit cut while it was sampled: it has no stop token.
     A completion is never cut to nothing: where both do not fit, the prompt is cut from the left ("left") or the row is
     dropped ("drop"); a completion that alone is longer than max_length - 1 drops the row in both cases.
     """
@@ -99,6 +101,7 @@ def encode(tokenizer, prompt, completion, max_length, where, truncation="left"):
         raise UserError(f"{where}: the prompt is empty")
     if len(c) < 2:
         raise UserError(f"{where}: a completion is empty: nothing of this row would be learned")
+    c = c if ended else c[:-1]
     if len(p) + len(c) > max_length:
         if truncation == "drop" or len(c) >= max_length:
             return None
@@ -108,14 +111,17 @@ def encode(tokenizer, prompt, completion, max_length, where, truncation="left"):
 
 def load_pairs(source, tokenizer, max_length, truncation="left"):
     """Pairwise preferences as dicts {prompt, chosen, rejected: token ids, margin, text, where}, how many rows were
-    dropped or cut, and the data's hash. The prompt's ids are the same for both answers."""
+    dropped or cut, and the data's hash. The prompt's ids are the same for both answers. An answer whose finish
+    (`chosen_finish`, `rejected_finish`) is "length" has no stop token, as when it was sampled."""
     rows, digest = read_rows(source)
     pairs, counts = [], {"dropped": 0, "cut": 0}
     for row in rows:
         prompt, chosen, rejected = split_prompt(row)
         where = row["where"]
-        a = encode(tokenizer, prompt, chosen, max_length, where, truncation)
-        b = encode(tokenizer, prompt, rejected, max_length, where, truncation)
+        a, b = (
+            encode(tokenizer, prompt, row_answer, max_length, where, truncation, answer_ended(row, key, where))
+            for key, row_answer in (("chosen", chosen), ("rejected", rejected))
+        )
         if a is None or b is None:
             counts["dropped"] += 1
             continue

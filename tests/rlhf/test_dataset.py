@@ -5,6 +5,8 @@ import json
 import pytest
 
 from configs.config import UserError
+from data.blocks import make_blocks
+from data.corpus import load_corpus
 from models.loader import load_tokenizer, prompt_ids
 from rlhf.dataset import load_groups, load_pairs
 
@@ -72,3 +74,21 @@ def test_groups_train_on_the_stored_ids_not_on_their_text(tmp_path):
            "logprobs": [[-1.0, -2.0, -3.0], [-4.0, -5.0]], "temperature": 1.0}  # fmt: skip
     [group], _ = load_groups(write(tmp_path, row), tokenizer, 64)
     assert group["completions"] == ids and group["logprobs"] == row["logprobs"]
+
+
+def test_an_answer_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning(tmp_path):
+    tokenizer = load_tokenizer("tiny-llama")
+    stop = tokenizer.eos_token_id
+    row = {"prompt": "p", "chosen": "abc", "rejected": "de"}
+    finishes = [{}, {"chosen_finish": "stop", "rejected_finish": "length"}, {"chosen_finish": "length"}]
+    path = write(tmp_path, *({**row, **finish} for finish in finishes))
+    pairs, _, _ = load_pairs(path, tokenizer, 64)
+    assert [(p["chosen"][-1] == stop, p["rejected"][-1] == stop) for p in pairs] == [
+        (True, True), (True, False), (False, True),
+    ]  # fmt: skip
+    assert [tokenizer.decode([i for i in p["chosen"] if i != stop]) for p in pairs] == ["abc"] * 3
+    corpus = load_corpus(path, 0.01)
+    blocks = make_blocks(corpus.train + corpus.heldout, corpus.kind, tokenizer, 96, "rows")
+    assert blocks.counted([0]) == 4 + 4 + 3  # a token a letter, and the stop tokens of the first two
+    with pytest.raises(UserError, match="line 1: `rejected_finish` is 'cut', it takes stop or length"):
+        load_pairs(write(tmp_path, {**row, "rejected_finish": "cut"}), tokenizer, 64)
