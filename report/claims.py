@@ -20,8 +20,9 @@ import models.logprobs
 from data.blocks import make_blocks
 from models.generation import generate
 from models.loader import PRECISIONS, autocast, completion_ids, frozen_dtype, load_model, load_tokenizer, prompt_ids
-from report.runs import DROPOUT, TRAINERS, apart, differ, interrupt, layers_computed, metrics, run, said
+from report.runs import DROPOUT, TRAINERS, apart, differ, interrupt, largest, layers_computed, metrics, run, said
 from rlhf import grpo_train, ppo_train, train_reward_model
+from rlhf.dataset import load_groups
 from rlhf.packing import answer_logprobs, answer_scores, pack
 from rlhf.reward_model import RewardModel
 from rlhf.rollouts import PromptStream, Sampler
@@ -50,8 +51,7 @@ PAD = 2  # also the id of the end of a turn
 
 @dataclass(frozen=True)
 class Lab:
-    """Where claims are measured: a folder that `runs.prepare` has filled, and the device of what runs in this process.
-    """
+    """Where claims are measured: a folder that `runs.prepare` has filled; the device of what runs in this process."""
 
     folder: Path
     device: torch.device
@@ -276,7 +276,8 @@ def agreement(a, b):
 
 
 def sampler_is_trainer(lab, name, numbers):
-    """Log-probs that the sampler of PPO and GRPO recorded, against those that training computes for its ratio."""
+    """Log-probs that the sampler of PPO and GRPO recorded, against those that training computes for its ratio; those of
+    offline GRPO by way of its file of groups."""
     found, accelerator = {}, Accelerator(cpu=lab.device.type == "cpu")
     for lora_r, what in ((4, "LoRA"), (0, "all weights")):
         model, tokenizer, config = trained_policy(lab, name, numbers, lora_r)
@@ -288,6 +289,13 @@ def sampler_is_trainer(lab, name, numbers):
                 packed = rollout.pack(range(len(rollout.prompts)), tokenizer.pad_token_id, lab.device)
                 again = answer_logprobs(model, packed, config.temperature)
             found[f"{what}, temperature {config.temperature}"] = deviation([packed.align(rollout.logprobs)], [again])
+    if numbers == "float32":  # in which the groups were sampled
+        model = lab.model(name, numbers)
+        groups = load_groups(lab.folder / name / "groups.jsonl", tokenizer, max_length=64)[0]
+        rows = [(g["prompt"], c) for g in groups for c in g["completions"]]
+        packed = pack(*zip(*rows), tokenizer.pad_token_id, lab.device)
+        stored = packed.align([x for g in groups for x in g["logprobs"]])
+        found["GRPO offline"] = deviation([stored], [answer_logprobs(model, packed)])
     return found
 
 
@@ -473,11 +481,14 @@ def accumulation_is_full_batch(lab, name, numbers):
 
 
 def two_processes_are_one(lab, name, numbers):
-    """Whole runs on two processes that talk over gloo, against one process with a step's batch in one piece."""
+    """Whole runs on two processes that talk over gloo, with unequal shares of a step's tokens and its gradient clipped,
+    against one process with the batch in one piece."""
     found = {}
     for trainer in ("DDP",) if numbers == "float64" else ("DDP", "reward", "DPO", "PPO", "GRPO", "GRPO offline"):
         one = run(lab.folder, trainer, name, "whole", exact=numbers, **TRAINERS[trainer].whole)
         two = run(lab.folder, trainer, name, "two processes", processes=2, exact=numbers)
+        norms = [line["grad_norm"] for line in metrics(one) if "grad_norm" in line]
+        assert max(norms) > TRAINERS[trainer].options["max_grad_norm"], f"{trainer}: no step was clipped"
         found[trainer] = apart(two, one, lab.folder / name, numbers)
     return found
 
@@ -507,11 +518,11 @@ def first_step_is_neutral(lab, name, numbers):
     for model in (name, DROPOUT) if name == "tiny-gpt2" else (name,):
         dropout = ", dropout" if model == DROPOUT else ""
         first = metrics(run(lab.folder, "DPO", model, "fresh reference", precompute_reference=False))[0]
-        found[f"DPO{dropout}"] = max(abs(first["loss"] - torch.tensor(2.0).log().item()), abs(first["margin"]))
+        found[f"DPO{dropout}"] = largest([abs(first["loss"] - torch.tensor(2.0).log().item()), abs(first["margin"])])
         for trainer in ("PPO", "GRPO"):
             updates = {"inner_epochs": 2, "minibatches": 2, "micro_batch_size": 2, "lr": 1e-30}
             lines = metrics(run(lab.folder, trainer, model, "still", **updates))
-            found[f"{trainer}{dropout}"] = max(abs(x[key]) for x in lines for key in ("approx_kl", "clip_fraction"))
+            found[f"{trainer}{dropout}"] = largest(abs(x[key]) for x in lines for key in ("approx_kl", "clip_fraction"))
     return found
 
 

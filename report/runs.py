@@ -12,8 +12,10 @@ import faulthandler
 import functools
 import importlib
 import json
+import math
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -37,9 +39,9 @@ MODELS = ("tiny-gpt2", "tiny-llama")  # learned positions, rotary positions
 DROPOUT = "tiny-gpt2-dropout"
 SECONDS = 120  # after which a run counts as hung
 
-JUDGE = '''def judge(prompt, completion):
+JUDGE = """def judge(prompt, completion):
     return sum(map(ord, completion)) % 7 / 7
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -152,16 +154,21 @@ def run(folder, trainer, model, name="left alone", processes=1, exact=None, **ch
 
 
 def interrupt(folder, trainer, model, name, **changes):
-    """Start a run and end it by SIGKILL as soon as its first checkpoint is there: whether it was killed before its end.
+    """Start a run and end it by SIGKILL once its first checkpoint is there. Returns whether that was before its end: a
+    busy machine may see the checkpoint late, so this is tried a few times.
     """
     out = _folder(folder, trainer, model, name, None)
-    (process,) = start(folder, trainer, model, out, **changes)
-    until = time.monotonic() + SECONDS
-    while process.is_alive() and time.monotonic() < until and not list(out.glob("checkpoints/step-*")):
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL and not (out / "manifest.json").exists()
+    for _ in range(5):
+        (process,) = start(folder, trainer, model, out, **changes)
+        until = time.monotonic() + SECONDS
+        while process.is_alive() and time.monotonic() < until and not list(out.glob("checkpoints/step-*")):
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL and not (out / "manifest.json").exists():
+            return True
+        shutil.rmtree(out, ignore_errors=True)
+    return False
 
 
 def _folder(folder, trainer, model, name, exact):
@@ -208,7 +215,8 @@ def _word(value):
 def server():
     """Where the processes of runs are forked from; it sees no GPU. The first call starts it, which takes 10 seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["report.runs"])
+    late = ["datasets", "peft", "matplotlib.pyplot", "torch.optim.adamw"]  # what scripts import only when they need it
+    context.set_forkserver_preload(["report.claims", *late])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     multiprocessing.forkserver.ensure_running()
@@ -290,7 +298,13 @@ def apart(found, expected, start, numbers):
     lines = list(zip(metrics(found), metrics(expected), strict=True))
     keys = ("grad_norm",) if numbers == "float64" else ("loss", "grad_norm")
     logged = [abs(x[k] - y[k]) / max(abs(y[k]), 1.0) for x, y in lines for k in keys if k in y]
-    return max(distance, *logged)
+    return largest([distance, *logged])
+
+
+def largest(deviations):
+    """The largest of some deviations; inf if one is NaN, which `max` may pass over."""
+    deviations = [float(x) for x in deviations]
+    return math.inf if any(map(math.isnan, deviations)) else max(deviations)
 
 
 def _norm(tensors):
@@ -303,5 +317,5 @@ def differ(found, expected):
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
     lines = list(zip(metrics(found), metrics(expected), strict=True))
     assert all(x.keys() == y.keys() for x, y in lines)
-    logged = max(abs(x[key] - y[key]) for x, y in lines for key in y)
-    return max(logged, *((a[name] - value).abs().max().item() for name, value in b.items()))
+    logged = [abs(x[key] - y[key]) for x, y in lines for key in y]
+    return largest([*logged, *((a[name] - value).abs().max() for name, value in b.items())])

@@ -181,14 +181,15 @@ def classifier(tiny_name="tiny-llama"):
 @pytest.mark.statement("score-at-end")
 def test_the_score_is_read_at_the_last_real_token(name):
     reward_model = classifier(name)
-    row = [5, 2, 7, 9, 2]  # eos (= pad, 2) inside and at the end
-    alone = reward_model.score(torch.tensor([row]), torch.ones(1, 5, dtype=torch.long))
-    for left in (True, False):
-        ids = torch.tensor([[2] * 3 + row if left else row + [2] * 3])
-        mask = torch.tensor([[0] * 3 + [1] * 5 if left else [1] * 5 + [0] * 3])
-        close(reward_model.score(ids, mask), alone, atol=1e-6, rtol=0)
-    hidden = unwrapped(reward_model.model).base_model(torch.tensor([row])).last_hidden_state
-    close(reward_model.head(hidden[0, -1]), alone)
+    # eos (= pad, 2) inside, and at the end or, as where the length cut it, not: padding would look like the eos itself
+    for row in ([5, 2, 7, 9, 2], [5, 2, 7, 9, 4]):
+        alone = reward_model.score(torch.tensor([row]), torch.ones(1, 5, dtype=torch.long))
+        for left in (True, False):
+            ids = torch.tensor([[2] * 3 + row if left else row + [2] * 3])
+            mask = torch.tensor([[0] * 3 + [1] * 5 if left else [1] * 5 + [0] * 3])
+            close(reward_model.score(ids, mask), alone, atol=1e-6, rtol=0)
+        hidden = unwrapped(reward_model.model).base_model(torch.tensor([row])).last_hidden_state
+        close(reward_model.head(hidden[0, -1]), alone)
 
 
 @pytest.mark.statement("score-at-end")
@@ -205,9 +206,7 @@ def test_packed_scores_equal_separate_ones():
 @pytest.mark.statement("values-fixed")
 def test_the_value_of_a_token_does_not_depend_on_that_token(tiny):
     model, head = tiny(dtype=torch.float32), torch.nn.Linear(32, 1)
-    values = [
-        answer_logprobs(model, pack([[5, 6]], [[1, x, 3]], 2, "cpu"), value_head=head)[1][0] for x in (8, 9)
-    ]
+    values = [answer_logprobs(model, pack([[5, 6]], [[1, x, 3]], 2, "cpu"), value_head=head)[1][0] for x in (8, 9)]
     assert torch.equal(values[0][:2], values[1][:2])  # states before token 0 and before token 1
     assert values[0][2] != values[1][2]
 
