@@ -3,6 +3,7 @@
 `old` occurs once in its file. A breakage that no longer fits says that the code has changed: break it anew, or drop it.
 """
 
+import ast
 from dataclasses import dataclass
 
 
@@ -18,6 +19,15 @@ class Breakage:
     def __str__(self):
         return f"{self.statement}: {self.what}"
 
+    def fits(self, root):
+        """Whether the text to replace occurs exactly once in the code in `root`, and what comes out is Python."""
+        text = (root / self.file).read_text(encoding="utf-8")
+        try:
+            ast.parse(text.replace(self.old, self.new))
+        except SyntaxError:
+            return False
+        return text.count(self.old) == 1
+
 
 COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("common", "steps", "ddp", "amp"))
 BLOCKS = "tests/train/test_blocks.py::test_"
@@ -25,6 +35,7 @@ LOSSES, MODELS, DATASET = (f"tests/rlhf/test_{name}.py::test_" for name in ("los
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
 GENERATION, LOADER, LOGPROBS = (f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "logprobs"))
 CHECKPOINT = "tests/configs/test_checkpoint.py::test_"
+NOTHING_MASKED = "tests/report/test_verify.py::test_nothing_masked_reaches_losses_advantages_statistics_or_metrics"
 
 ACCUMULATION = f"{STEPS}steps_do_not_depend_on_accumulation"
 MICRO_BATCHES = f"{TRAINERS}steps_do_not_depend_on_the_split_into_micro_batches"
@@ -197,6 +208,35 @@ BREAKAGES = [
         "mask-before-exp", "means multiply by the mask", "rlhf/utils.py",
         "    x = torch.where(mask.bool(), x, 0.0)\n    if dim is None:", "    x = x * mask\n    if dim is None:",
         (f"{LOSSES}masked_mean_ignores_what_is_masked",),
+    ),
+    Breakage(
+        "mask-before-exp", "whitening multiplies by the mask", "rlhf/utils.py",
+        "    x = torch.where(mask, x, 0.0)\n    sums", "    x = x * mask\n    sums",
+        (NOTHING_MASKED,),
+    ),
+    Breakage(
+        "mask-before-exp", "the KL that is logged multiplies by the mask", "rlhf/utils.py",
+        'kl = torch.where(mask.bool(), kl_estimate(logprobs, ref_logprobs, "k3"), 0.0)',
+        'kl = kl_estimate(logprobs, ref_logprobs, "k3") * mask',
+        (NOTHING_MASKED,),
+    ),
+    Breakage(
+        "mask-before-exp", "PPO's rewards multiply by the mask", "rlhf/ppo_train.py",
+        'torch.where(counted, -kl_coef * kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)',
+        '-kl_coef * kl_estimate(logprobs, ref_logprobs, "k1") * mask',
+        (NOTHING_MASKED,),
+    ),
+    Breakage(
+        "mask-before-exp", "GAE multiplies by the mask", "rlhf/ppo_train.py",
+        "rewards, values = torch.where(counted, rewards, 0.0), torch.where(counted, values, 0.0)",
+        "rewards, values = rewards * mask, values * mask",
+        (NOTHING_MASKED,),
+    ),
+    Breakage(
+        "mask-before-exp", "the value loss multiplies by the mask", "rlhf/ppo_train.py",
+        "(torch.where(counted, x, 0.0) for x in (values, old_values, returns))",
+        "(x * mask for x in (values, old_values, returns))",
+        (NOTHING_MASKED,),
     ),
     Breakage(
         "float32-softmax", "log-softmax in the dtype of the weights", "models/logprobs.py",
@@ -483,7 +523,7 @@ BREAKAGES = [
     Breakage(
         "whitening", "PPO whitens the tokens of each process", "rlhf/ppo_train.py",
         ", reduce=lambda x: sum_over_ranks(accelerator, x))", ")",
-        (f"{SCRIPTS}ppo_two_processes_take_the_steps_of_one",),
+        (f"{UNEVEN}[ppo]", f"{SCRIPTS}ppo_two_processes_take_the_steps_of_one"),
     ),
     Breakage(
         "whitening", "padding counts", "rlhf/utils.py",
@@ -635,8 +675,8 @@ BREAKAGES = [
     ),
     Breakage(
         "tied-merged", "the head is saved untied", "train/common.py",
-        "    model.save_pretrained(temporary)\n",
-        "    model.config.tie_word_embeddings = False\n    model.save_pretrained(temporary)\n",
+        "        model.save_pretrained(temporary)\n",
+        "        model.config.tie_word_embeddings = False\n        model.save_pretrained(temporary)\n",
         (f"{COMMON}tied_embeddings_survive_saving_and_loading",),
     ),
     Breakage(

@@ -10,7 +10,6 @@ imported none of this project's modules, with the copy first on the import path.
 """
 
 import argparse
-import ast
 import json
 import os
 import shutil
@@ -149,9 +148,7 @@ def break_code(folder, breakage):
     """Apply a breakage to the copy; returns the file's text before."""
     path = folder / breakage.file
     original = path.read_text(encoding="utf-8")
-    broken = original.replace(breakage.old, breakage.new)
-    ast.parse(broken, breakage.file)
-    path.write_text(broken, encoding="utf-8")
+    path.write_text(original.replace(breakage.old, breakage.new), encoding="utf-8")
     return original
 
 
@@ -166,15 +163,15 @@ def main():
     if not (ROOT / MODEL / "config.json").is_file():
         parser.error(f"{MODEL} is not there. This makes it: python models/fetch.py")
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    stale = [b for b in chosen if (ROOT / b.file).read_text(encoding="utf-8").count(b.old) != 1]
-    for breakage in stale:
-        print(f"stale: {breakage}: its text does not occur exactly once in {breakage.file}", flush=True)
     began = time.time()
     import_libraries()
     with tempfile.TemporaryDirectory(prefix="mutants-") as home:
         folders = [Path(home).resolve() / str(i) for i in range(options.jobs)]
         for folder in folders:
             copy_tree(folder)
+        stale = [b for b in chosen if not b.fits(folders[0])]
+        for breakage in stale:
+            print(f"stale: {breakage}: the code of {breakage.file} has changed", flush=True)
         unbroken = sorted({test for breakage in chosen for test in breakage.tests})
         print(f"{len(unbroken)} tests on the unbroken code", flush=True)
         files = sorted({test.split("::")[0] for test in unbroken})

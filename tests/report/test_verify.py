@@ -134,6 +134,14 @@ def test_a_claim_fails_when_the_code_is_broken_in_the_way_it_fears(lab, monkeypa
     assert {case for case, x in row.cases.items() if cases in case and x > row.tolerance}, row.cases
 
 
+@pytest.mark.statement("mask-before-exp")
+@pytest.mark.parametrize("numbers", ["float64", "float32"])
+def test_nothing_masked_reaches_losses_advantages_statistics_or_metrics(numbers):
+    found = claims.poisoned_is_clean(claims.Lab(None, torch.device("cpu")), "", numbers)
+    assert len(found) == 5 * len(claims.LOSSES)  # inf, -inf, NaN, 1e3, -1e3
+    assert [case for case, off in found.items() if off != 0] == []  # bit by bit, and finite
+
+
 def fake_runs(monkeypatch, odd=lambda trainer, name: False, weight=0.0, **logged):
     """Runs that were never made: all have the same weights and log, but for those of which `odd` is true."""
 

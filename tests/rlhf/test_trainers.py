@@ -232,7 +232,7 @@ def test_gradients_are_reduced_once_a_step(two_processes, name):
 
 
 @FOUR
-@pytest.mark.statement("token-mean-ranks")
+@pytest.mark.statement("token-mean-ranks", "whitening")
 def test_two_uneven_processes_take_the_steps_of_one_with_clipping_on(two_processes, train, sgd, name):
     trained = sgd(name)
     _, lines = train(name, **UNEVEN[name])
@@ -409,9 +409,7 @@ def test_rollouts_train_on_the_sampled_ids(train, module, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 @pytest.mark.statement("sampler-logprobs")
-def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperature(
-    train, module, monkeypatch, name
-):
+def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperature(train, module, monkeypatch, name):
     """Nothing is cut off by top-k or top-p, and log-probs are taken at the temperature of the sampling."""
     drawn, read = [], []
     original = rollouts.generate
