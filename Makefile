@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo verify test mutants lint clean
+.PHONY: demo verify bench test mutants lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
@@ -15,6 +15,11 @@ test: $(VENV)/installed-dev
 
 verify: $(VENV)/installed
 	$(BIN)/python report/verify.py
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python models/fetch.py
+	$(BIN)/python benchmarks/run.py all
+	$(BIN)/python benchmarks/scaling.py
 
 mutants: $(VENV)/installed-dev
 	$(BIN)/python models/fetch.py

@@ -1,0 +1,99 @@
+"""DPO, with all weights or with LoRA on all linear layers: ours is rlhf/dpo_train.py, the peer TRL's DPOTrainer.
+
+The reference is computed in each step on both sides, which is TRL's default: computed before, it would be the same work
+at another time, and nobody's steps would show it. With all weights ours keeps the reference in the precision of the
+passes and TRL, as it does by default, in that of the policy. With LoRA both freeze the base in that precision.
+TRL gets the token ids.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import measure, peers
+from benchmarks.flops import Cost, Part, row
+from benchmarks.texts import write_pairs
+from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device
+
+SIZE = {"model_name": "smollm2-135m", "pairs": 8, "prompt": 28, "answer": 60, "steps": 3, "lr": 1e-5, "lora_r": 0}
+SMOKE = {"model_name": "tiny-llama", "pairs": 4, "prompt": 20, "answer": 40, "steps": 2, "lr": 1e-3, "lora_r": 0}
+LORA = {"lora_r": 16, "lr": 1e-4}
+
+
+def settings(size, folder):
+    """The configuration of our script; its pairs are written into the folder."""
+    from rlhf.dpo_train import Config
+
+    pairs = folder / "pairs.jsonl"
+    steps = size.steps + measure.WARM_UP
+    write_pairs(pairs, size.model_name, steps * size.pairs, size.prompt, size.answer)
+    return Config(
+        model_name=size.model_name,
+        data=str(pairs),
+        heldout_fraction=0.0,
+        precompute_reference=False,
+        lr=size.lr,
+        batch_size=size.pairs,
+        micro_batch_size=size.pairs,
+        lora_r=size.lora_r,
+        out=str(folder / "run"),
+        **peers.LR_CONSTANT,
+        **peers.NO_CHECKPOINTS,
+    )
+
+
+def pairs_of_steps(config):
+    """The pairs of each step as token ids: those that our script takes, in its order."""
+    from rlhf.dataset import count_steps, load_pairs, pair_length
+    from rlhf.rollouts import step_indices
+
+    pairs, _, _ = load_pairs(config.data, load_tokenizer(config.model_name), config.max_length)
+    steps = count_steps(config, len(pairs))
+    chosen = [step_indices(len(pairs), config.batch_size, step, config.seed) for step in range(1, steps + 1)]
+    return [sorted((pairs[i] for i in indices), key=pair_length) for indices in chosen]
+
+
+def work(size, steps):
+    """Tokens and FLOP of each step: the prompt once a pair; policy forward and backward, reference forward."""
+    policy, reference = Cost.of(size.model_name, size.lora_r), Cost.of(size.model_name)
+    found = []
+    for pairs in steps:
+        part = sum((row(len(p["prompt"]), [len(p["chosen"]), len(p["rejected"])]) for p in pairs), Part())
+        found.append({"tokens": part.tokens, "flops": policy.training(part) + reference.forward(part)})
+    return found
+
+
+def ours(size, folder):
+    from rlhf.dpo_train import main
+
+    config = settings(size, folder)
+    with measure.Clock() as clock:
+        main(config)
+    done = work(size, pairs_of_steps(config))
+    return clock.measured(done, *measure.logged(folder / "run", "loss", "grad_norm"))
+
+
+def peer(size, folder):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+    config = settings(size, folder)
+    steps = pairs_of_steps(config)
+    rows = [{f"{key}_ids": p[key] for key in ("prompt", "chosen", "rejected")} for pairs in steps for p in pairs]
+    lora = LoraConfig(
+        r=size.lora_r, lora_alpha=2 * size.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+    ) if size.lora_r else None  # fmt: skip
+    dtype = frozen_dtype(measure.precision()) if size.lora_r else torch.float32
+    trainer = Tokenised(
+        load_model(size.model_name, dtype=dtype, device=pick_device()),
+        args=peers.arguments(DPOConfig, folder, size.steps, size.pairs, size.lr, beta=config.beta),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(size.model_name),
+        peft_config=lora,
+    )
+    return peers.train(trainer, measure.Clock(), work(size, steps))

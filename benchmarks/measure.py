@@ -1,0 +1,183 @@
+"""How a benchmark measures: each side of each round in a process of its own, with the clock on the optimizer's steps.
+
+torch calls the clock after every step of any optimizer, so ours and the peer are timed by the same lines, in the code
+that their users run. The first step is the warm-up: loading, the first allocations and what a library compiles end
+there. A step's time runs from the end of the step before to its own end; loading and saving lie outside of it. Memory
+is the most that the process has held until the last step, loading included (VmHWM; on a GPU what torch allocated).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from configs.config import ROOT, UserError
+from configs.run import peak_memory_gb, quiet_libraries
+from models.loader import PRECISIONS, pick_device, pick_precision
+
+CHILD = "from benchmarks import measure; measure.run_side()"
+SHAPES = (1024, 2048, 4096)  # of the square matrix products whose speed is the limit
+WARM_UP = 1  # steps that are not timed
+
+
+class Clock:
+    """When each step ended, and the peak memory then. As a context it listens to all optimizers of the process."""
+
+    def __init__(self):
+        self.moments, self.peak, self.hook = [], None, None
+
+    def __enter__(self):
+        self.hook = register_optimizer_step_post_hook(lambda *_: self.tick())
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def tick(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.moments.append(time.perf_counter())
+        self.peak = peak_memory_gb()
+
+    def measured(self, work, losses=(), grad_norms=(), **more):
+        """What a side reports. losses and grad_norms: one a step, the warm-up among them.
+
+        work: {"tokens", "flops"} of one step, or a list with one a step.
+        """
+        seconds = [b - a for a, b in zip(self.moments, self.moments[1:])]
+        work = work if isinstance(work, list) else [work] * (len(seconds) + WARM_UP)
+        if len(self.moments) < 2 or not {len(work), len(losses or work)} == {len(self.moments)}:
+            raise AssertionError(f"{len(self.moments)} steps, {len(work)} pieces of work, {len(losses)} losses")
+        return {
+            "seconds": seconds,
+            "losses": [float(x) for x in losses[WARM_UP:]],
+            "grad_norms": [float(x) for x in grad_norms[WARM_UP:]],
+            "peak_memory_gb": self.peak,
+            "tokens": statistics.mean(w["tokens"] for w in work[WARM_UP:]),
+            "flops": statistics.mean(w["flops"] for w in work[WARM_UP:]),
+            "threads": torch.get_num_threads(),
+            **more,
+        }
+
+
+def run_side():
+    """The measured process: reads the task from standard input, writes what its side found into a file."""
+    task = json.load(sys.stdin)
+    quiet_libraries()
+    side = getattr(importlib.import_module(f"benchmarks.{task['module']}"), task["side"])
+    found = side(SimpleNamespace(**task["size"]), Path(task["folder"]))
+    Path(task["result"]).write_text(json.dumps(found))
+
+
+def measure_side(module, side, size, folder, environment=None):
+    """What `side` of benchmarks/`module`.py reports, run in a new process with its files in `folder`."""
+    return start_side(module, side, size, folder, environment)()
+
+
+def start_side(module, side, size, folder, environment=None):
+    """Start the process of a side; the function that comes back waits for it and returns what it reports.
+
+    Raises UserError with the end of what the process said if it failed.
+    """
+    folder.mkdir(parents=True)
+    result, log = folder / "result.json", folder / "log.txt"
+    task = {"module": module, "side": side, "size": size, "folder": str(folder), "result": str(result)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD], cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    process.stdin.write(json.dumps(task))
+    process.stdin.close()
+
+    def wait():
+        try:
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if status or not result.is_file():
+            said = log.read_text(errors="replace")[-2000:]
+            raise UserError(f"{module}, {side}: the measured process ended with status {status}. It said last:\n{said}")
+        return json.loads(result.read_text())
+
+    return wait
+
+
+def logged(folder, *keys):
+    """Lists of what our run in `folder` logged at each step, one list a key."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if all(key in line for key in keys)]
+    return [[line[key] for line in lines] for key in keys]
+
+
+def precision():
+    """The precision that `precision: auto` takes on this machine."""
+    return pick_precision("auto", pick_device())
+
+
+def peak(size, folder):
+    """A side of its own: the fastest square matrix product in the machine's precision, FLOP/s.
+
+    Of each shape the median of ten products, after two; of these the largest.
+    """
+    device, dtype = pick_device(), PRECISIONS[precision()]
+    speeds = {}
+    for n in size.shapes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        seconds = []
+        for i in range(12):
+            started = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += [time.perf_counter() - started] if i > 1 else []
+        speeds[n] = 2 * n**3 / statistics.median(seconds)
+    return {"flops_per_second": max(speeds.values()), "shapes": speeds}
+
+
+def spread(values):
+    """{"median", "min", "max"} of some numbers."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def side_figures(rounds, matmul_peak):
+    """One side's figures over its rounds, each what `Clock.measured` gave."""
+    seconds = [s for found in rounds for s in found["seconds"]]
+    first = rounds[0]
+    typical = statistics.median(seconds)
+    return {
+        "seconds_per_step": spread(seconds),
+        "tokens_per_second": first["tokens"] / typical,
+        "peak_memory_gb": statistics.median(found["peak_memory_gb"] for found in rounds),
+        "share_of_peak": first["flops"] / typical / matmul_peak,
+        "losses": first["losses"],
+        "grad_norms": first["grad_norms"],
+    }
+
+
+def ratios(ours, peer):
+    """(speed_ratio, memory_ratio, speed ratio of each round): peer over ours in time, ours over peer in memory.
+
+    Each round's two sides ran one after the other: they are compared with each other, and the median is taken of that.
+    """
+    seconds = [statistics.median(p["seconds"]) / statistics.median(o["seconds"]) for o, p in zip(ours, peer)]
+    memory = [o["peak_memory_gb"] / p["peak_memory_gb"] for o, p in zip(ours, peer)]
+    return statistics.median(seconds), statistics.median(memory), seconds
+
+
+def difference(a, b):
+    """The largest distance between two lists of losses, step by step."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))

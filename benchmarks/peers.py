@@ -1,0 +1,54 @@
+"""What the peers' trainers are given, the same for all of them, each choice equal to ours or in TRL's favour.
+
+TRL's own default is gradient checkpointing, which costs about a fifth more time and less memory: off, as in our
+scripts. Mixed precision is what `precision: auto` takes. The optimizer is AdamW in torch's fused form with our betas;
+the learning rate is constant on both sides. Nothing is saved or reported, rows come in our order.
+"""
+
+from __future__ import annotations
+
+from benchmarks import measure
+from models.loader import pick_device
+from train.common import make_optimizer
+
+LR_CONSTANT = {"warmup_steps": 0, "min_lr_ratio": 1.0}  # of our scripts
+NO_CHECKPOINTS = {"save_every": 0, "save_minutes": 0}
+BETAS = make_optimizer.__defaults__[-1]
+
+
+def arguments(Config, folder, steps, batch_size, lr, accumulation=1, weight_decay=0.0, **more):
+    """A TRL configuration that takes `steps` timed steps and the warm-up."""
+    kind, cpu = measure.precision(), pick_device().type == "cpu"
+    return Config(
+        output_dir=str(folder / "trl"),
+        max_steps=steps + measure.WARM_UP,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=weight_decay,
+        max_grad_norm=1.0,
+        bf16=kind == "bf16",
+        fp16=kind == "fp16",
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+        **more,
+    )
+
+
+def train(trainer, clock, work):
+    """Train, and report what the clock and the trainer's log say."""
+    with clock:
+        trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return clock.measured(work, [line["loss"] for line in lines], [line["grad_norm"] for line in lines])

@@ -1,0 +1,85 @@
+"""PPO with LoRA, against the machine's limit: ours is rlhf/ppo_train.py; TRL has no PPO any more.
+
+Policy, values, reference and reward model share one backbone, as by default. The answers have the full length; one
+optimizer step a rollout. The reward model is an untrained one: what it says does not change the work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import measure, peers
+from benchmarks.flops import Cost, Part, row, sampled
+from benchmarks.grpo import without_stop
+from models.loader import load_tokenizer, pick_device, prompt_ids, resolve_model
+
+SIZE = {
+    "model_name": "smollm2-135m", "prompts": 4, "samples": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-4,
+    "lora_r": 16,
+}  # fmt: skip
+SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "samples": 2, "new": 12, "micro_batch": 4, "lora_r": 4}
+
+
+def settings(size, folder):
+    """The configuration of our script."""
+    from rlhf.ppo_train import Config
+
+    return Config(
+        model_name=size.model_name,
+        reward_model=str(folder / "reward"),
+        steps=size.steps + measure.WARM_UP,
+        prompts_per_step=size.prompts,
+        samples_per_prompt=size.samples,
+        max_new_tokens=size.new,
+        micro_batch_size=size.micro_batch,
+        inner_epochs=1,
+        minibatches=1,
+        lr=size.lr,
+        lora_r=size.lora_r,
+        out=str(folder / "run"),
+        **peers.LR_CONSTANT,
+        **peers.NO_CHECKPOINTS,
+    )
+
+
+def prepare(size, folder):
+    """Write a reward model whose weights are those that training would begin with; a process of its own."""
+    from rlhf.train_reward_model import Config, build
+
+    torch.manual_seed(0)
+    config = Config(model_name=size.model_name, lora_r=size.lora_r)
+    reward_model = build(config, pick_device(), measure.precision())
+    reward_model.save(size.reward_folder, load_tokenizer(size.model_name), resolve_model(size.model_name))
+    return {}
+
+
+def work(size, config):
+    """Tokens (new ones) and FLOP of each step: sampling, three forward passes, forward and backward of the policy."""
+    from benchmarks.texts import prompts_of_checks
+    from rlhf.rollouts import step_indices
+
+    base, adapted = Cost.of(size.model_name), Cost.of(size.model_name, size.lora_r)
+    tokenizer, rows = load_tokenizer(size.model_name), prompts_of_checks()
+    found = []
+    for step in range(1, config.steps + 1):
+        chosen = step_indices(len(rows), size.prompts, step, config.seed)
+        lengths = [len(prompt_ids(tokenizer, rows[i]["prompt"])) for i in chosen]
+        drawn = sum((sampled(n, size.new, size.samples) for n in lengths), Part())
+        learnt = sum((row(n, [size.new] * size.samples) for n in lengths), Part())
+        scored = sum((row(n, [size.new] * size.samples, head=False) for n in lengths), Part())
+        passes = adapted.forward(scored) + adapted.forward(learnt) + base.forward(learnt)
+        flops = base.forward(drawn) + passes + adapted.training(learnt)
+        found.append({"tokens": size.prompts * size.samples * size.new, "flops": flops})
+    return found
+
+
+def ours(size, folder):
+    from rlhf import rollouts
+    from rlhf.ppo_train import main
+
+    (folder / "reward").symlink_to(size.reward_folder)
+    config = settings(size, folder)
+    rollouts.generate = without_stop(rollouts.generate)
+    with measure.Clock() as clock:
+        main(config)
+    return clock.measured(work(size, config), *measure.logged(folder / "run", "loss", "grad_norm"))

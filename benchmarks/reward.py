@@ -1,0 +1,92 @@
+"""Reward model with LoRA: ours is rlhf/train_reward_model.py, the peer TRL's RewardTrainer.
+
+Both begin with the same head and adapter, and have the same centering term. TRL gets the token ids.
+transformers looks for the end of a row by its pad token, so TRL pads with a token that no text holds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import dpo, measure, peers
+from benchmarks.flops import Cost, Part, row
+from benchmarks.texts import write_pairs
+from models.loader import load_tokenizer, pick_device
+
+SIZE = dpo.SIZE | {"lora_r": 16, "lr": 2e-4}
+SMOKE = dpo.SMOKE | {"lora_r": 4, "lr": 1e-3}
+
+
+def settings(size, folder):
+    """The configuration of our script; its pairs are written into the folder."""
+    from rlhf.train_reward_model import Config
+
+    pairs = folder / "pairs.jsonl"
+    # it wants some prompts held out, for its accuracy: enough of them that those of the steps are left
+    write_pairs(pairs, size.model_name, 2 * (size.steps + measure.WARM_UP) * size.pairs, size.prompt, size.answer)
+    return Config(
+        model_name=size.model_name,
+        data=str(pairs),
+        max_steps=size.steps + measure.WARM_UP,
+        lr=size.lr,
+        batch_size=size.pairs,
+        micro_batch_size=size.pairs,
+        lora_r=size.lora_r,
+        out=str(folder / "run"),
+        **peers.LR_CONSTANT,
+        **peers.NO_CHECKPOINTS,
+    )
+
+
+def pairs_of_steps(config):
+    """The pairs of each step as token ids: those that our script takes, in its order."""
+    from rlhf.dataset import count_steps, load_pairs, pair_length, split_by_prompt
+    from rlhf.rollouts import step_indices
+
+    pairs, _, _ = load_pairs(config.data, load_tokenizer(config.model_name), config.max_length)
+    train, _ = split_by_prompt(pairs, config.heldout_fraction, config.seed)
+    steps = range(1, count_steps(config, len(train)) + 1)
+    chosen = [step_indices(len(train), config.batch_size, step, config.seed) for step in steps]
+    return [sorted((train[i] for i in indices), key=pair_length) for indices in chosen]
+
+
+def work(size, steps):
+    """Tokens and FLOP of each step: the prompt once a pair; the head is one number at the end, which costs nothing."""
+    cost = Cost.of(size.model_name, size.lora_r)
+    found = []
+    for pairs in steps:
+        lengths = ((len(p["prompt"]), [len(p["chosen"]), len(p["rejected"])]) for p in pairs)
+        part = sum((row(prompt, answers, head=False) for prompt, answers in lengths), Part())
+        found.append({"tokens": part.tokens, "flops": cost.training(part)})
+    return found
+
+
+def ours(size, folder):
+    from rlhf.train_reward_model import main
+
+    config = settings(size, folder)
+    with measure.Clock() as clock:
+        main(config)
+    done = work(size, pairs_of_steps(config))
+    return clock.measured(done, *measure.logged(folder / "run", "loss", "grad_norm"))
+
+
+def peer(size, folder):
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    from rlhf.train_reward_model import build
+
+    config = settings(size, folder)
+    steps = pairs_of_steps(config)
+    rows = [{f"{key}_ids": p["prompt"] + p[key] for key in ("chosen", "rejected")} for pairs in steps for p in pairs]
+    torch.manual_seed(config.seed)
+    model = build(config, pick_device(), measure.precision()).model
+    tokenizer = load_tokenizer(size.model_name)
+    tokenizer.pad_token = tokenizer.unk_token
+    arguments = peers.arguments(
+        RewardConfig, folder, size.steps, size.pairs, size.lr,
+        center_rewards_coefficient=config.center_coef, max_length=None,
+    )  # fmt: skip
+    trainer = RewardTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return peers.train(trainer, measure.Clock(), work(size, steps))

@@ -1,0 +1,222 @@
+"""The benchmarks on tiny models: both sides do the same work, and the figures are what the arithmetic says."""
+
+import importlib
+import json
+import runpy
+import sys
+from types import SimpleNamespace
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from benchmarks import grpo, lm, measure, page, run, scaling
+from benchmarks.flops import Cost, Part, row, sampled
+from configs.config import ROOT, UserError, load_config
+
+
+def report(seconds, losses=(2.0, 1.5), memory=1.0, **more):
+    """What a measured process says of its side."""
+    return {
+        "seconds": seconds, "losses": list(losses), "grad_norms": [], "peak_memory_gb": memory, "tokens": 100,
+        "flops": 6e9, "threads": 1, **more,
+    }  # fmt: skip
+
+
+def settings(*words):
+    return load_config(run.Config, list(words))
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Sides are called here: a process of its own takes seconds to import its libraries."""
+    from rlhf import rollouts
+
+    monkeypatch.setattr(rollouts, "generate", rollouts.generate)  # put back afterwards
+    original = rollouts.generate
+
+    def call(module, side, size, folder, environment=None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        rollouts.generate = original
+        folder.mkdir(parents=True)
+        found = getattr(importlib.import_module(f"benchmarks.{module}"), side)(SimpleNamespace(**size), folder)
+        return json.loads(json.dumps(found))
+
+    monkeypatch.setattr(measure, "measure_side", call)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("job", ["lm", "dpo", "dpo_lora", "reward", "grpo", "generate"])
+def test_both_sides_do_the_same_work(job, in_this_process, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    run.main(settings("--job", job, "--rounds", "1", "--smoke", "true", "--json", str(file)))
+    found = json.loads(file.read_text())
+    ours, peer = found["ours"], found["peer"]
+    assert found["job"] == job and found["rounds"] == 1 and found["losses_agree"] is True
+    assert found["loss_difference"] < 1e-3 and len(ours["losses"]) == len(peer["losses"]) >= 2
+    assert ours["losses"] != ours["losses"][:1] * len(
+        ours["losses"]
+    )  # something is learnt, or sampled, from step to step
+    assert ours["grad_norms"] == pytest.approx(peer["grad_norms"], rel=1e-2)
+    for side in (ours, peer):
+        assert side["seconds_per_step"]["median"] > 0 and side["peak_memory_gb"] > 0
+        assert side["tokens_per_second"] == pytest.approx(found["tokens_per_step"] / side["seconds_per_step"]["median"])
+    assert found["speed_ratio"] > 0 and found["memory_ratio"] > 0
+    said = capsys.readouterr().out
+    assert "the losses agree" in said and "times the speed" in said
+
+
+def test_ppo_is_measured_against_the_limit(in_this_process, tmp_path):
+    file = tmp_path / "found.json"
+    run.main(settings("--job", "ppo", "--rounds", "1", "--smoke", "true", "--json", str(file)))
+    found = json.loads(file.read_text())
+    assert found["peer"] is None and found["speed_ratio"] is None
+    assert found["ours"]["share_of_peak"] > 0 and len(found["ours"]["losses"]) == 2
+
+
+def test_a_side_runs_in_a_process_of_its_own(tmp_path):
+    found = measure.measure_side("lm", "ours", {**lm.SMOKE, "steps": 1}, tmp_path / "side", {"OMP_NUM_THREADS": "1"})
+    assert len(found["seconds"]) == len(found["losses"]) == 1 and found["threads"] == 1
+    assert 0.1 < found["peak_memory_gb"] < 5
+    with pytest.raises(UserError, match=r"(?s)measure, peak: .* status 1.*AttributeError"):
+        measure.measure_side("measure", "peak", {}, tmp_path / "broken")
+
+
+def test_ratios_are_taken_within_a_round():
+    ours = [report([1.0, 2.0, 9.0], memory=1.0), report([4.0], memory=2.0), report([1.0], memory=1.0)]
+    peer = [report([6.0, 6.0], memory=4.0), report([4.0], memory=4.0), report([10.0], memory=1.0)]
+    speed, memory, of_rounds = measure.ratios(ours, peer)
+    assert of_rounds == [3.0, 1.0, 10.0] and speed == 3.0  # 6 / 2, 4 / 4, 10 / 1
+    assert memory == 0.5  # of 1 / 4, 2 / 4, 1 / 1
+    side = measure.side_figures(ours, matmul_peak=12e9)
+    assert side["seconds_per_step"] == {"median": 2.0, "min": 1.0, "max": 9.0}  # of 1, 1, 2, 4, 9
+    assert side["tokens_per_second"] == 50.0 and side["peak_memory_gb"] == 1.0
+    assert side["share_of_peak"] == 0.25  # 6e9 / 2 / 12e9
+    assert measure.difference([2.0, 1.5], [2.001, 1.4]) == pytest.approx(0.1)
+
+
+def test_the_clock_leaves_out_the_warm_up_and_counts_every_step():
+    clock = measure.Clock()
+    clock.moments, clock.peak = [10.0, 12.0, 15.0], 1.0
+    found = clock.measured({"tokens": 8, "flops": 1}, [3.0, 2.0, 1.0], [0.3, 0.2, 0.1])
+    assert found["seconds"] == [2.0, 3.0] and found["losses"] == [2.0, 1.0] and found["grad_norms"] == [0.2, 0.1]
+    with pytest.raises(AssertionError, match="3 steps, 3 pieces of work, 2 losses"):
+        clock.measured({"tokens": 8, "flops": 1}, [3.0, 2.0])
+
+
+def test_flops_are_those_of_the_arithmetic():
+    assert row(2, [3, 1]) == Part(6, 3 + (6 + 6) + (2 + 1), 4)  # prompt; each answer sees it, and itself causally
+    assert sampled(2, 3, 2) == Part(2 + 2 * 2, 3 + 2 * (4 + 3), 6)  # the last token is not read again
+    cost = Cost(body=10, head=5, attention=4)
+    part = Part(tokens=3, pairs=6, head=2)
+    assert cost.forward(part) == 2 * 10 * 3 + 4 * 6 + 2 * 5 * 2
+    assert cost.training(part) == 3 * cost.forward(part)
+    adapted = Cost(body=10, head=5, attention=4, lora=7)
+    assert adapted.forward(part) == cost.forward(part) + 2 * 7 * 3
+    assert adapted.training(part) == 4 * (10 * 3 + 5 * 2) + 6 * 7 * 3 + 3 * 4 * 6
+    found = Cost.of("tiny-llama", lora_r=1)  # 2 layers, 32 wide, 4 heads of 8, 2 of them for keys and values, 259 ids
+    assert found.body == 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)
+    assert found.head == 259 * 32 and found.attention == 4 * 2 * 4 * 8
+    assert found.lora == 2 * (64 + 2 * 48 + 64 + 3 * 96)
+
+
+def test_losses_that_differ_are_said_and_end_in_status_1(monkeypatch, tmp_path, capsys):
+    def sides(module, side, size, folder):
+        if side == "peak":
+            return {"flops_per_second": 1e10, "shapes": {}}
+        return report([1.0], losses=(2.0, 1.5 if side == "ours" else 1.52))
+
+    monkeypatch.setattr(measure, "measure_side", sides)
+    with pytest.raises(SystemExit) as end:
+        run.main(settings("--job", "lm", "--rounds", "1", "--json", str(tmp_path / "found.json")))
+    said = capsys.readouterr().out
+    assert end.value.code == 1 and "THE LOSSES DISAGREE in lm" in said and "DISAGREE: at most 2.0e-02 apart" in said
+    assert json.loads((tmp_path / "found.json").read_text())["losses_agree"] is False
+
+
+def test_generate_compares_what_both_sides_said_alike():
+    ours = {"greedy": {"ids": [[1, 2, 3, 4], [1, 9, 3, 4]], "logprobs": [[-1.0] * 4, [-3.0] * 4]}}
+    peer = {"greedy": {"ids": [[1, 2, 3, 5], [1, 2, 3, 4]], "logprobs": [[-1.0] * 4, [-4.0] * 4]}}
+    importlib.import_module("benchmarks.generate").settle(ours, peer)
+    assert ours == {"losses": [2.0, 1.0, 1.0], "same_tokens": 0.5}  # 3 + 1 of 8; the second row counts once
+    assert peer == {"losses": [2.5, 1.0, 1.0], "same_tokens": 0.5}
+
+
+def test_the_sampler_of_a_benchmark_never_stops_and_may_say_given_answers():
+    asked = []
+
+    def generate(model, prompts, stop_ids=()):
+        asked.append(stop_ids)
+        return measure_generation([[1, 2], [3, 4]])
+
+    def measure_generation(completions):
+        from models.generation import Generation
+
+        return Generation(completions, [], [])
+
+    assert grpo.without_stop(generate)(None, [], stop_ids=[7]).completions == [[1, 2], [3, 4]]
+    sample = grpo.without_stop(generate, [[[5, 6], [7, 8]], [[9, 9], [9, 9]]])
+    assert sample(None, []).completions == [[5, 6], [7, 8]] and sample(None, []).completions == [[9, 9], [9, 9]]
+    assert asked == [(), (), ()]
+    with pytest.raises(AssertionError):
+        grpo.without_stop(generate, [[[5], [7, 8]]])(None, [])
+
+
+def test_scaling_runs_every_point(in_this_process, monkeypatch, capsys):
+    found = scaling.main(load_config(scaling.Config, ["--smoke", "true", "--ddp", "false"]))
+    sweeps = found["scaling"]["sweeps"]
+    assert [[point["value"] for point in sweep["points"]] for sweep in sweeps] == [[32, 64], [1, 2], [2, 4]]
+    assert sweeps[1]["points"][1]["tokens"] == 2 * sweeps[1]["points"][0]["tokens"]
+    assert scaling.slower([{"seconds": [1.0, 3.0]}, {"seconds": [2.0, 1.0]}]) == [2.0, 3.0]
+
+
+def test_the_page_shows_every_part(monkeypatch, tmp_path):
+    (tmp_path / "report" / "figures").mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / page.NOTES).write_text("## What was tried\n")
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    for name in ("generate", "ppo"):
+        size = run.sizes(name, settings("--job", name))
+        rounds = {"ours": [report([1.0, 1.2])], "peer": [report([3.0, 3.6], losses=(2.0, 1.501), memory=2.0)]}
+        if name == "ppo":
+            del rounds["peer"]
+        page.update(jobs={name: run.figures(name, size, rounds, 1e11)})
+    points = [{"value": n, "seconds": 1.0, "tokens": n, "flops": 1e9, "peak_memory_gb": 1.0} for n in (1, 2)]
+    page.update(scaling={"sweeps": [{"title": "LM", "key": "rows", "peak": 1e10, "points": points}] * 3})
+    page.update(ddp={k: {"seconds": s} for k, s in (("apart", 2.0), ("ddp", 2.5), ("threads", 3.0))}
+                | {"batch_size": 2, "length": 512})  # fmt: skip
+    text = (tmp_path / page.PAGE).read_text()
+    assert (
+        "| generation, batch 32, 64 + 64 tokens | ours | 1.10 (1.00 to 1.20) | 91 | 1.00 | 5.5% | **3.00 x** |" in text
+    )
+    assert "| PPO, LoRA r=16, 4 x 8 x 64 tokens | ours |" in text and "## What was tried" in text
+    assert "| two processes, DDP | 2.500 | +25.0% |" in text and "| LM | 2 | 500.00 | 2 | 1.00 | 10.0% |" in text
+    for name in ("benchmarks", "benchmarks_scaling"):
+        assert (tmp_path / f"report/figures/{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["sft"],
+            "job = 'sft' on the command line: must be one of lm, dpo, dpo_lora, reward, grpo, ppo, generate, all",
+        ),
+        ([], "which job? python benchmarks/run.py JOB, one of lm, dpo,"),
+        (["lm", "--rounds", "0"], "rounds = 0 is out of range: must be at least 1"),
+        (["lm", "--round", "2"], "unknown key 'round' on the command line. Did you mean 'rounds'?"),
+        (["lm"], "the peer, TRL, is not installed: pip install -r requirements-dev.txt"),
+        (["all"], "the peer, TRL, is not installed: pip install -r requirements-dev.txt"),
+        (["all", "--json", "x.json"], "json = 'x.json' has no effect with all"),
+        (["lm", "--smoke", "true", "--page", "true"], "smoke = True would write"),
+        (["all", "--smoke", "true"], "smoke = True would write figures of a tiny model into report/benchmarks.md"),
+    ],
+)
+def test_mistakes_are_one_message_and_status_2(words, message, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "trl" else real(name, *more))
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / "run.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(f"error: {message}") and said.count("\n") == 1
