@@ -39,6 +39,7 @@ def generate_kept(
     at_once = max(1, batch_size // samples_per_prompt)
     batches = [order[i : i + at_once] for i in range(0, len(order), at_once)]
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     hold(path)
     done, size = _read(path, header)
