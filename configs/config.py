@@ -121,6 +121,10 @@ def cli(main, Config):
     on_refusal.clear()
     try:
         config = load_config(Config)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # launchers that may start all processes again
+            from configs.meeting import meet_anew
+
+            meet_anew()
         main(config)
     except UserError as error:
         while on_refusal:

@@ -1,45 +1,77 @@
 """Run a script's main in processes that are killed on the way, the same command again each time, until one finishes.
 
-Each process is a fork of a server that has imported the libraries once. It dies by SIGKILL at its n-th event; events
-are the optimizer's steps and everything that makes a file last: fsync, rename, replace. So it dies within steps, while
-a checkpoint is written, and while the final weights are.
+Each process is a fork of a server that has imported the libraries once. It dies by SIGKILL at its n-th event. Events
+are the optimizer's steps and everything that makes a file last: fsync, rename, replace, and the middle of a
+checkpoint's tensors. So it dies within steps, while a checkpoint is written, and while the final weights are. What it
+was doing is kept in a file that outlives it.
 """
 
 import contextlib
 import importlib
 import json
+import mmap
 import multiprocessing
 import os
 import random
 import resource
+import runpy
 import signal
+import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import safetensors.torch
 import torch
+from chaos import PHASES  # steps: all that comes after the start-up, but for saving
 from safetensors.torch import load_file
 
-SCRIPTS = [f"train.{name}" for name in ("train_lm", "train_lm_ddp", "train_lm_amp_ckpt", "train_lm_lora")]
+TRAIN = ("train_lm", "train_lm_ddp", "train_lm_amp_ckpt", "train_lm_lora", "train_lm_wandb")
+SCRIPTS = [f"train.{name}" for name in TRAIN]
 SCRIPTS += [f"rlhf.{name}" for name in ("train_reward_model", "dpo_train", "ppo_train", "grpo_train")]
-SCRIPTS += ["data.generate_preferences", "report.evaluate"]
+SCRIPTS += ["data.generate_preferences", "data.generate_preferences_multi", "report.evaluate"]
+SCRIPTS += ["report.compare", "report.demo"]
 LIBRARIES = ["datasets", "torch.optim.adamw", "transformers.models.llama.modeling_llama", "interrupted", "numpy"]
 
 
-def start(script, words, out, die_at=0, largest_file=None, environment=None):
+def start(script, words, out, die_at=0, die_by=signal.SIGKILL, largest_file=None, environment=None):
     """A process that runs `python SCRIPT WORDS --out OUT`; what it prints is added to the file OUT.said.
 
-    die_at: the event at which it kills itself. largest_file: bytes; what would be longer cannot be written, as on a
-    full disk. environment: variables to set, such as RANK.
+    die_at: the event at which it sends itself the signal die_by. largest_file: bytes; what would be longer cannot be
+    written, as on a full disk. environment: variables to set, such as RANK.
     """
+    words = [*map(str, words), "--out", str(out)]
+    return _start(_child, out, script, words, out, die_at, die_by, largest_file, environment or {})
+
+
+def start_demo(stages, out):
+    """A process, and a process group, that runs these stages as `python report/demo.py` does; it prints to OUT.said.
+
+    A stage is a fork here, too, in place of a new Python.
+    """
+    return _start(_demo, out, stages, out)
+
+
+def _start(function, out, *arguments):
     Path(out).parent.mkdir(exist_ok=True)
     Path(f"{out}.said").touch()
+    Path(f"{out}.phase").write_bytes(b"\0")
+    return _fork(function, *arguments)
+
+
+def _fork(function, *arguments):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, *LIBRARIES])
-    words = [*map(str, words), "--out", str(out)]
-    process = context.Process(target=_child, args=(script, words, out, die_at, largest_file, environment or {}))
+    process = context.Process(target=function, args=arguments)
     process.start()
     return process
+
+
+def start_server():
+    """Have the server import the libraries now, not when the first process is started and its time is taken."""
+    _fork(int).join()
 
 
 def run(script, words, out, **options):
@@ -47,6 +79,11 @@ def run(script, words, out, **options):
     process = start(script, words, out, **options)
     process.join(240)
     return process.exitcode
+
+
+def phase(out):
+    """What the last process that writes to `out` is doing, or was doing when it died: one of PHASES."""
+    return PHASES[Path(f"{out}.phase").read_bytes()[0]]
 
 
 def said(out):
@@ -77,37 +114,141 @@ def run_killed(script, words, out, whole, kills=4, seed=0):
     return died
 
 
-def _child(script, words, out, die_at, largest_file, environment):
+def _child(script, words, out, die_at, die_by, largest_file, environment):
     from configs.config import cli
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    replace = os.replace
     with open(f"{out}.said", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         module = importlib.import_module(script)
         sys.argv = [script.replace(".", "/") + ".py", *words]
         optimizers, events = [], [0]
-        _count(events, die_at, optimizers)
+        _count(events, die_at, die_by, optimizers)
+        _watch(f"{out}.phase")
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         cli(module.main if "main" in vars(module) else module.train, module.Config)
         f.flush()
         if environment.get("RANK", "0") == "0":
             states = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save({"optimizers": states, "random": torch.get_rng_state(), "events": events[0]}, f"{out}.end")
+            end = {"optimizers": states, "random": torch.get_rng_state(), "events": events[0]}
+            torch.save(end, f"{out}.end.tmp")
+            replace(f"{out}.end.tmp", f"{out}.end")
 
 
-def _count(events, die_at, optimizers):
+def _demo(stages, out):
+    from configs.config import UserError
+    from report import demo
+
+    os.setsid()  # so that the stage can be killed with it
+    torch.set_num_threads(1)
+    demo.subprocess = SimpleNamespace(Popen=Fork, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    with open(f"{out}.said", "a", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        Fork.phase = _watch(f"{out}.phase")
+        try:
+            demo.run_all(stages, "the same again")
+        except UserError as error:
+            print(f"error: {error}")
+            sys.exit(2)
+
+
+class Fork:
+    """`subprocess.Popen([python, script, *words])` as far as the demo uses it; the libraries are imported already."""
+
+    def __init__(self, command, cwd, stdout, **_):
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(read)
+            Fork.phase[0] = 0
+            os.dup2(write, 1), os.dup2(write, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            os.chdir(cwd)
+            _, script, *words = command
+            sys.argv, sys.path[0] = [script, *words], str(Path(script).parent.absolute())
+            status = 1
+            try:
+                runpy.run_path(script, run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        os.close(write)
+        self.stdout = os.fdopen(read)
+
+    def wait(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _watch(path):
+    """Keep in the file `path` in which of PHASES this process is, or what it forks; the file's one byte, to change."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from configs.checkpoint import Checkpoints
+    from configs.run import Run
+    from models import kept
+
+    with open(path, "r+b") as f:
+        now = mmap.mmap(f.fileno(), 1)  # what is written here stays when the process dies
+    now[0] = 0
+
+    def begins(function):
+        def call(*args, **kwargs):
+            now[0] = 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def saves(function):
+        def call(*args, **kwargs):
+            before = now[0]
+            now[0] = 2 if before else 0  # a file of the start-up, else
+            try:
+                return function(*args, **kwargs)
+            finally:
+                now[0] = before
+
+        return call
+
+    Run.begin_steps, kept.generate = begins(Run.begin_steps), begins(kept.generate)
+    for owner in (PreTrainedModel, PeftModel, PreTrainedTokenizerBase):
+        owner.save_pretrained = saves(owner.save_pretrained)
+    Checkpoints.save, Run.finish = saves(Checkpoints.save), saves(Run.finish)
+    for name in ("fsync", "rename", "replace"):
+        setattr(os, name, saves(getattr(os, name)))
+    return now
+
+
+def _count(events, die_at, die_by, optimizers):
     def counted(function):
         def call(*args, **kwargs):
             events[0] += 1
             if events[0] == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), die_by)
             return function(*args, **kwargs)
 
         return call
 
     for name in ("fsync", "rename", "replace"):
         setattr(os, name, counted(getattr(os, name)))
+    from configs import checkpoint
+
+    save_file = checkpoint.save_file
+
+    def torn(tensors, path):
+        events[0] += 1
+        if events[0] == die_at:
+            whole = safetensors.torch.save(tensors)
+            path.write_bytes(whole[: len(whole) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_file(tensors, path)
+
+    checkpoint.save_file = torn
     adamw, made = torch.optim.AdamW, torch.optim.AdamW.__init__
     adamw.step = counted(adamw.step)
 
@@ -119,22 +260,52 @@ def _count(events, die_at, optimizers):
 
 
 def differences(a, b):
-    """What two finished runs differ in: weights, optimizer and random state bit by bit, metrics but for their times."""
+    """What two finished runs differ in: weights, optimizer and random state bit by bit, metrics but for their times.
+
+    a, b: what `--out` named, a folder or a file.
+    """
     a, b = Path(a), Path(b)
-    found = []
-    for path in sorted(a.rglob("*.safetensors")):
-        mine, theirs = load_file(path), load_file(b / path.relative_to(a))
-        found += [f"{path.name}: {k}" for k in mine.keys() | theirs.keys() if not _same(mine.get(k), theirs.get(k))]
+    if a.is_file():
+        both = [(a, b), (manifest_of(a), manifest_of(b))]
+        return [one for mine, theirs in both if mine.is_file() for one in file_differences(mine, theirs)]
+    found = tree_differences(a, b)
+    if not Path(f"{b}.end").is_file():  # killed when all was written, and then found to be finished
+        return found
     ends = [torch.load(f"{x}.end") for x in (a, b)]
-    found += [key for key in ("optimizers", "random") if not _same(ends[0][key], ends[1][key])]
-    found += [] if lines(a) == lines(b) else ["metrics.jsonl"]
-    found += [] if _bytes(a / "samples.jsonl") == _bytes(b / "samples.jsonl") else ["samples.jsonl"]
-    results = [json.loads((x / "manifest.json").read_text())["result"] for x in (a, b)]
-    return found + ([] if results[0] == results[1] else ["result"])
+    return found + [key for key in ("optimizers", "random") if not _same(ends[0][key], ends[1][key])]
 
 
-def _bytes(path):
-    return path.read_bytes() if path.is_file() else None
+def tree_differences(a, b):
+    """What two folders differ in: names, and what `file_differences` compares; W&B's own files are left out."""
+    names = [{p.relative_to(x) for p in x.rglob("*") if p.is_file() and "wandb" not in p.parts} for x in (a, b)]
+    found = [f"{name}: in one of them only" for name in sorted(names[0] ^ names[1])]
+    return found + [one for name in sorted(names[0] & names[1]) for one in file_differences(a / name, b / name)]
+
+
+def file_differences(a, b):
+    """What two files differ in, but for times and where they lie; what is neither data nor weights is not compared."""
+    if a.suffix == ".safetensors":
+        mine, theirs = load_file(a), load_file(b)
+        return [f"{a.name}: {k}" for k in mine.keys() | theirs.keys() if not _same(mine.get(k), theirs.get(k))]
+    if a.name == "metrics.jsonl":
+        same = lines(a.parent) == lines(b.parent)
+    elif a.name == "manifest.json":
+        same = record(a)["result"] == record(b)["result"]
+    elif a.suffix == ".json":
+        same = record(a) == record(b)
+    else:
+        same = a.suffix != ".jsonl" or a.read_bytes() == b.read_bytes()
+    return [] if same else [a.name]
+
+
+def manifest_of(path):
+    return path.with_suffix(".manifest.json")
+
+
+def record(path):
+    """What a manifest or a measurement says but for its times and where it was made."""
+    found = json.loads(Path(path).read_text())
+    return {k: v for k, v in found.items() if k not in ("seconds", "peak_memory_gb", "config", "git_commit")}
 
 
 def lines(folder):

@@ -1,19 +1,11 @@
 """Preference generation and evaluation that are killed and started again by the same command: the very same files."""
 
-import json
-from pathlib import Path
-
 import pytest
-from interrupted import run, run_killed, run_whole, said
+from interrupted import differences, run, run_killed, run_whole, said
 
 SAMPLING = ["--model_name", "tiny-llama", "--max_new_tokens", 6, "--limit", 12, "--precision", "fp32"]
 PAIRS = [*SAMPLING, "--batch_size", 8, "--samples_per_prompt", 4]
-
-
-def record(path):
-    """What a manifest or a measurement says but for its times and where it was made."""
-    found = json.loads(Path(path).read_text())
-    return {k: v for k, v in found.items() if k not in ("seconds", "peak_memory_gb", "config", "git_commit")}
+GROUPS = [*SAMPLING, "--batch_size", 16, "--samples_per_prompt", 8]
 
 
 @pytest.mark.statement("resume")
@@ -24,10 +16,18 @@ def test_pairs_are_the_same_after_kills(tmp_path):
     while run("data.generate_preferences", PAIRS, out, die_at=events) != 0:
         events += 1
     assert events > 3
-    assert out.read_bytes() == whole.read_bytes()
-    assert record(out.with_suffix(".manifest.json")) == record(whole.with_suffix(".manifest.json"))
+    assert differences(whole, out) == []
     assert "continuing after batch" in said(out)
-    assert sorted(p.suffix for p in out.parent.iterdir()) == [".end", ".json", ".jsonl", ".said"]
+    assert sorted(p.suffix for p in out.parent.iterdir()) == [".end", ".json", ".jsonl", ".phase", ".said"]
+
+
+@pytest.mark.statement("resume")
+def test_groups_are_the_same_after_kills(tmp_path):
+    out, whole = tmp_path / "killed" / "groups.jsonl", tmp_path / "whole" / "groups.jsonl"
+    run_whole("data.generate_preferences_multi", GROUPS, whole)
+    run_killed("data.generate_preferences_multi", GROUPS, out, whole)
+    assert differences(whole, out) == []
+    assert "continuing after batch" in said(out)
 
 
 @pytest.mark.statement("resume")
@@ -37,5 +37,5 @@ def test_a_measurement_is_the_same_after_kills(tmp_path):
     out, whole = tmp_path / "killed" / "tiny.json", tmp_path / "whole" / "tiny.json"
     run_whole("report.evaluate", words, whole)
     run_killed("report.evaluate", words, out, whole, kills=2)
-    assert record(out) == record(whole)
+    assert differences(whole, out) == []
     assert "continuing after batch" in said(out)
