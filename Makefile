@@ -25,6 +25,9 @@ mutants: $(VENV)/installed-dev
 	$(BIN)/python models/fetch.py
 	$(BIN)/python tests/mutants/run.py
 
+chaos: $(VENV)/installed
+	$(BIN)/python tests/chaos.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 

@@ -192,11 +192,15 @@ def main(options):
     if options.json:
         record = {"seed": options.seed, "kills": options.kills, "jobs": options.jobs, "seconds": round(seconds, 1)}
         options.json.write_text(json.dumps({**record, "stages": found}, indent=1) + "\n")
+    print(f"\n{verdict(found, seconds)}")
+    return any(one["differences"] for one in found)
+
+
+def verdict(found, seconds):
     differ = [one["stage"] for one in found if one["differences"]]
-    kills, runs = (sum(one[key] for one in found) for key in ("kills", "runs"))
-    verdict = f"DIFFERENT after kills: {', '.join(differ)}" if differ else "all ended as if they never had been killed"
-    print(f"\n{len(found)} stages, {runs} runs, {kills} kills, {duration(seconds)}: {verdict}")
-    return bool(differ)
+    runs, kills = (sum(one[key] for one in found) for key in ("runs", "kills"))
+    words = f"DIFFERENT after kills: {', '.join(differ)}" if differ else "all ended as if they never had been killed"
+    return f"{len(found)} stages, {runs} runs, {kills} kills, {duration(seconds)}: {words}"
 
 
 if __name__ == "__main__":

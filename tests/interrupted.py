@@ -46,12 +46,13 @@ def start(script, words, out, die_at=0, die_by=signal.SIGKILL, largest_file=None
     return _start(_child, out, script, words, out, die_at, die_by, largest_file, environment or {})
 
 
-def start_demo(stages, out):
+def start_demo(stages, out, die_in=None, die_at=0):
     """A process, and a process group, that runs these stages as `python report/demo.py` does; it prints to OUT.said.
 
-    A stage is a fork here, too, in place of a new Python.
+    A stage is a fork here, too, in place of a new Python. die_in, die_at: the script and the event in it at which the
+    demo and the stage are killed together.
     """
-    return _start(_demo, out, stages, out)
+    return _start(_demo, out, stages, out, die_in, die_at)
 
 
 def _start(function, out, *arguments):
@@ -124,7 +125,7 @@ def _child(script, words, out, die_at, die_by, largest_file, environment):
         module = importlib.import_module(script)
         sys.argv = [script.replace(".", "/") + ".py", *words]
         optimizers, events = [], [0]
-        _count(events, die_at, die_by, optimizers)
+        _count(events, die_at, lambda: os.kill(os.getpid(), die_by), optimizers)
         _watch(f"{out}.phase")
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
@@ -137,7 +138,7 @@ def _child(script, words, out, die_at, die_by, largest_file, environment):
             replace(f"{out}.end.tmp", f"{out}.end")
 
 
-def _demo(stages, out):
+def _demo(stages, out, die_in, die_at):
     from configs.config import UserError
     from report import demo
 
@@ -145,7 +146,7 @@ def _demo(stages, out):
     torch.set_num_threads(1)
     demo.subprocess = SimpleNamespace(Popen=Fork, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
     with open(f"{out}.said", "a", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        Fork.phase = _watch(f"{out}.phase")
+        Fork.phase, Fork.die_in, Fork.die_at = _watch(f"{out}.phase"), die_in, die_at
         try:
             demo.run_all(stages, "the same again")
         except UserError as error:
@@ -167,6 +168,8 @@ class Fork:
             os.chdir(cwd)
             _, script, *words = command
             sys.argv, sys.path[0] = [script, *words], str(Path(script).parent.absolute())
+            if script == Fork.die_in:
+                _count([0], Fork.die_at, lambda: os.killpg(0, signal.SIGKILL), [])
             status = 1
             try:
                 runpy.run_path(script, run_name="__main__")
@@ -224,12 +227,12 @@ def _watch(path):
     return now
 
 
-def _count(events, die_at, die_by, optimizers):
+def _count(events, die_at, die, optimizers):
     def counted(function):
         def call(*args, **kwargs):
             events[0] += 1
             if events[0] == die_at:
-                os.kill(os.getpid(), die_by)
+                die()
             return function(*args, **kwargs)
 
         return call
@@ -245,7 +248,7 @@ def _count(events, die_at, die_by, optimizers):
         if events[0] == die_at:
             whole = safetensors.torch.save(tensors)
             path.write_bytes(whole[: len(whole) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         save_file(tensors, path)
 
     checkpoint.save_file = torn

@@ -1,10 +1,12 @@
 """The order of the demo, what it does with work that is done, and with a stage that fails; on stages of a few lines."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+from interrupted import said, start_demo, tree_differences
 
 from configs.config import ROOT, UserError
 from report import demo
@@ -99,3 +101,26 @@ def test_stages_use_this_python(fake, capfd):
     run_all([fake("a", "import sys; print('python is', sys.executable)")], "again")
     assert f"python is {sys.executable}" in capfd.readouterr().out
     assert Path(sys.executable).exists()
+
+
+def test_killed_in_the_middle_of_a_stage_it_goes_on_there_and_ends_with_the_same_files(tmp_path):
+    def todo(folder):
+        pairs, lm = tmp_path / folder / "pairs.jsonl", tmp_path / folder / "lm"
+        sampling = ("--config", "configs/smoke/preferences.yaml", "--limit", "12", "--out", str(pairs))
+        steps = ("--config", "configs/smoke/train_base.yaml", "--save_every", "1", "--out", str(lm))
+        return [
+            Stage("preferences", "pairs", ("data/generate_preferences.py", *sampling), str(pairs)),
+            Stage("lm", "training", ("train/train_lm.py", *steps), str(lm / "manifest.json")),
+        ]
+
+    whole = start_demo(todo("whole"), tmp_path / "demo1")
+    killed = start_demo(todo("killed"), tmp_path / "demo2", "train/train_lm.py", die_at=40)
+    whole.join(120), killed.join(120)
+    assert (whole.exitcode, killed.exitcode) == (0, -signal.SIGKILL)
+    again = start_demo(todo("killed"), tmp_path / "demo2")
+    again.join(120)
+    words = said(tmp_path / "demo2")
+    assert again.exitcode == 0, words
+    assert tree_differences(tmp_path / "whole", tmp_path / "killed") == []
+    assert words.count("is there already, made by this very configuration") == 1
+    assert words.count("continuing from step") == 1
