@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo verify bench test mutants lint clean
+.PHONY: demo verify bench test mutants chaos lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
