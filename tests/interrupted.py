@@ -36,14 +36,15 @@ SCRIPTS += ["report.compare", "report.demo"]
 LIBRARIES = ["datasets", "torch.optim.adamw", "transformers.models.llama.modeling_llama", "interrupted", "numpy"]
 
 
-def start(script, words, out, die_at=0, die_by=signal.SIGKILL, largest_file=None, environment=None):
+def start(script, words, out, die_at=0, die_by=signal.SIGKILL, largest_file=None, spoil_from=None, environment=None):
     """A process that runs `python SCRIPT WORDS --out OUT`; what it prints is added to the file OUT.said.
 
     die_at: the event at which it sends itself the signal die_by. largest_file: bytes; what would be longer cannot be
-    written, as on a full disk. environment: variables to set, such as RANK.
+    written, as on a full disk. spoil_from: from this optimizer step on, counted from 1, gradients are NaN.
+    environment: variables to set, such as RANK.
     """
     words = [*map(str, words), "--out", str(out)]
-    return _start(_child, out, script, words, out, die_at, die_by, largest_file, environment or {})
+    return _start(_child, out, script, words, out, die_at, die_by, largest_file, spoil_from, environment or {})
 
 
 def start_demo(stages, out, die_in=None, die_at=0):
@@ -115,7 +116,7 @@ def run_killed(script, words, out, whole, kills=4, seed=0):
     return died
 
 
-def _child(script, words, out, die_at, die_by, largest_file, environment):
+def _child(script, words, out, die_at, die_by, largest_file, spoil_from, environment):
     from configs.config import cli
 
     os.environ.update(environment)
@@ -127,6 +128,8 @@ def _child(script, words, out, die_at, die_by, largest_file, environment):
         optimizers, events = [], [0]
         _count(events, die_at, lambda: os.kill(os.getpid(), die_by), optimizers)
         _watch(f"{out}.phase")
+        if spoil_from:
+            _spoil_gradients(spoil_from)
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         cli(module.main if "main" in vars(module) else module.train, module.Config)
@@ -260,6 +263,19 @@ def _count(events, die_at, die, optimizers):
         optimizers.append(self)
 
     adamw.__init__ = remember
+
+
+def _spoil_gradients(first):
+    clip, steps = torch.nn.utils.clip_grad_norm_, [0]
+
+    def spoilt(parameters, *args):
+        steps[0] += 1
+        parameters = list(parameters)
+        if steps[0] >= first:
+            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = float("nan")
+        return clip(parameters, *args)
+
+    torch.nn.utils.clip_grad_norm_ = spoilt
 
 
 def differences(a, b):
