@@ -81,7 +81,7 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def words(pairs, request):
+def words(pairs, reward, groups):
     """(trainer's name, out, options by name) -> its command line. PPO and GRPO take one optimizer step a rollout."""
 
     def words(name, out, **options):
@@ -89,11 +89,11 @@ def words(pairs, request):
         if name in ("reward", "dpo"):
             fixed |= {"data": pairs}
         if name == "ppo":
-            fixed |= {"reward_model": request.getfixturevalue("reward"), "inner_epochs": 1, "minibatches": 1}
+            fixed |= {"reward_model": reward, "inner_epochs": 1, "minibatches": 1}
         if name == "grpo":
             fixed |= {"judge": "thirds:judge"}
         if name == "offline":
-            fixed |= {"groups": request.getfixturevalue("groups")}
+            fixed |= {"groups": groups}
         return [str(word) for key, value in {**fixed, **options}.items() for word in (f"--{key}", value)]
 
     return words

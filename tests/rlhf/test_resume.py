@@ -1,7 +1,10 @@
 """RLHF training that is killed and started again by the same command ends as if it never had been."""
 
+import signal
+
 import pytest
-from interrupted import differences, run_killed, run_whole, said
+import torch
+from interrupted import differences, run, run_killed, run_whole, said
 
 # between the lines that are logged too, so that what is measured since the last one must be carried over
 PAIRS = ["--epochs", 2, "--batch_size", 3, "--micro_batch_size", 2, "--log_every", 3, "--save_every", 2]
@@ -32,7 +35,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metric
     script, words = words(case)
     out, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
     run_whole(script, words, whole)
-    died = run_killed(script, words, out, whole)
+    half = torch.load(f"{whole}.end")["events"] // 2  # first in the middle: later ones may leave no steps to take
+    assert run(script, words, out, die_at=half) == -signal.SIGKILL
+    died = [half, *run_killed(script, words, out, whole)]
     assert differences(whole, out) == [], (died, said(out))
     assert "continuing from step" in said(out)
     assert not (out / "checkpoints").exists()
