@@ -168,8 +168,8 @@ def measure_aggregations(bed, policies, group_size):
 
     One step holds a group of each prompt; no KL. tabular, transformer: `compare`, with the loss in units of tokens.
     hard: how much the hard prompt counts, divided by how much the graded one does. short: the same for answers of one
-    token and the longest. advantages: `effective_advantages` of the tabular policy. And the answers' exact advantages,
-    lengths, and each prompt's standard deviation of the rewards.
+    token and the longest, slopes: both by themselves. advantages: `effective_advantages` of the tabular policy. And the
+    answers' exact advantages, lengths, and each prompt's standard deviation of the rewards.
     """
     rows = []
     table = policies["tabular"][1].detach()
@@ -194,6 +194,7 @@ def measure_aggregations(bed, policies, group_size):
         prompt = product.sum(1) / square.sum(1)
         short, long = (product[:, at].sum() / square[:, at].sum() for at in (bed.lengths == 1, bed.mask[:, -1] == 1))
         row |= {"hard": (prompt[1] / prompt[0]).item(), "short": (short / long).item(), "advantages": w.tolist()}
+        row["slopes"] = short.item(), long.item()
         rows.append(row)
     spread = dict(zip(("graded", "hard"), (p * exact.square()).sum(1).sqrt().tolist()))
     return rows, {"exact": exact.tolist(), "lengths": bed.lengths.tolist(), "spread": spread}

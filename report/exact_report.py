@@ -135,7 +135,9 @@ So do answers of one token behave.
 
 ![error of the KL's gradient](figures/exact_estimators.png)
 
-The largest errors as the policy leaves the reference (left): k1 in the reward
+The figure: on policy k1 in the reward alone is exact; in the loss ratio · k3 and k2 are off by what they leave out, and
+k3 by more the farther the policy goes; on samples of an earlier policy none is exact, and far from it ratio · k3 errs
+least. The largest errors as the policy leaves the reference (left): k1 in the reward
 {number(worst(0, "k1 in the reward"))}, ratio · k3 in the loss {worst(0, "ratio · k3 in the loss"):.2f}, k3 in the loss
 {worst(0, "k3 in the loss"):.2f}. As it leaves the policy that sampled (right): {worst(1, "k1 in the reward"):.2f},
 {worst(1, "ratio · k3 in the loss"):.2f} and {worst(1, "k3 in the loss"):.1f}.
@@ -173,7 +175,8 @@ def gradients_text(found):
     plain, sequence, token, scaled = (
         at[key] for key in (("constant", False), ("sequence", False), ("token", False), ("constant", True))
     )
-    spread = found["answers"]["spread"]
+    spread, size = found["answers"]["spread"], found["config"].group_size
+    over, under = (slope * size / (size - 1) for slope in sequence["slopes"])
     curve = dict(zip(found["rates"], found["weights"][8, True]))
     lowest, middle = min(curve), min(curve, key=lambda rate: abs(rate - 0.5))
     return f"""## 2. Policy gradients
@@ -200,6 +203,11 @@ token to the longest. 1 is right in both.
   counts {curve[lowest] / curve[middle]:.2f} times as much as one solved half of the time (right panel).
 
 ![the advantage that each answer gets](figures/exact_gradients.png)
+
+The figure: divided by a constant, each answer's advantage is on the line that it should be on (left); by per-sequence
+means, those of one token lie {over:.2f} times as far from 0 as the line, and those of the longest
+{under:.2f} times (middle); over the deviation, prompts that are almost never or almost always solved weigh
+most (right).
 
 ### PPO: values, λ and what the loss is divided by
 
@@ -242,6 +250,8 @@ def fixed_points_text(found):
     reached = list_of(name for name, r in rows.items() if abs(r["to_best"]) < ZERO)
     matched = [r for r in rows.values() if r["to_closed"] is not None]
     plain, corrected, default = (rows[k] for k in ("GRPO, constant, no std", "GRPO, KL × (G-1)/G", "GRPO"))
+    nearer = sum(r["to_best"] < start["to_best"] for r in rows.values())
+    farthest = max(rows, key=lambda name: rows[name]["to_best"])
     clipped, free = rows["offline GRPO"], rows["offline, constant, no std, no clip"]
     text = f"""## 3. Where each method ends
 
@@ -274,7 +284,12 @@ column is the loss in objective over β.
         text += f"""- A two-layer transformer, trained by Adam for {found["config"].transformer_steps} steps on the same
     expected losses. KL to the closed form, to rounding: {ends}.
 """
-    return text + "\n![KL to the optimum against steps, and where each method ends](figures/exact_fixed_points.png)\n"
+    return f"""{text}
+![KL to the optimum against steps, and where each method ends](figures/exact_fixed_points.png)
+
+The figure: {reached} fall towards π* until rounding stops them, and the others come to rest at a distance (left), the
+largest that of {farthest}; {nearer} of {len(rows)} end nearer to π* than the reference, where all begin (right).
+"""
 
 
 def markdown(found):
