@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,21 +103,26 @@ def copy_code(folder):
 
 def in_copy(options):
     """Run all this in a copy of the code, so that neither its files nor those of this tree change meanwhile."""
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        copy_code(Path(folder))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        code = Path(folder) / "code"
+        copy_code(code)
+        (Path(folder) / "runs").mkdir()
         words = [*options.stages, "--in_copy", "--kills", options.kills, "--seed", options.seed, "--jobs", options.jobs]
         words += ["--json", options.json.absolute()] if options.json else []
-        environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder}/tests", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": f"{code}:{code}/tests", "OMP_NUM_THREADS": "1"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
         environment |= {
             "PYTHONWARNINGS": "ignore:resource_tracker"
         }  # it misses the semaphores of those that are killed
-        command = [sys.executable, f"{folder}/tests/chaos.py", *map(str, words)]
-        process = subprocess.Popen(command, cwd=folder, env=environment)
+        command = [sys.executable, code / "tests" / "chaos.py", *map(str, words)]
+        process = subprocess.Popen(command, cwd=code, env=environment, start_new_session=True)
         try:
             return process.wait()
-        except KeyboardInterrupt:  # it got it too
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            print("\ninterrupted", file=sys.stderr)
             return 130
 
 
