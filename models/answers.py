@@ -52,15 +52,18 @@ def as_answers(tokenizer, generation, samples_per_prompt):
 
 
 def progress_line(every=5.0):
-    """A `progress` for `generate`: prints answers done, seconds passed and left, at most every `every` seconds."""
+    """A `progress` for `generate`: prints answers done, seconds passed and left, at most every `every` seconds.
+
+    kept: how many of the answers done were there before, and took none of the time.
+    """
     started = last = time.time()
 
-    def show(done, of):
+    def show(done, of, kept=0):
         nonlocal last
         now = time.time()
         if now - last >= every:
             last = now
-            left = (now - started) / done * (of - done)
+            left = (now - started) / (done - kept) * (of - done)
             say(f"answers {done:>6,}/{of:,} | {duration(now - started)} | eta {duration(left)}")
 
     return show

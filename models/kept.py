@@ -22,7 +22,7 @@ def generate_kept(
     path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show
 ):
     """(what `generate` returns, seconds spent on it before an interruption); the arguments are those of `generate`,
-    where `show` is `progress`.
+    where `show` is a `progress` that is also told how many of the answers were there already.
 
     path: keeps the answers, a line a batch, until `forget(path)`. identity: what else decides the answers, the weights
     above all, as JSON can hold it; answers of another identity are thrown away.
@@ -47,7 +47,7 @@ def generate_kept(
     if done:
         say(f"continuing after batch {len(done)} of {len(batches)} ({shown(path)}, {clock(path.stat().st_mtime)})")
     found = Generation([[]] * rows, [[]] * rows, ["length"] * rows)
-    answered = 0
+    answered, there, kept = 0, len(done), sum(len(batch["completions"]) for batch in done)
     with open(path, "r+", encoding="utf-8") as file:
         file.truncate(size)
         file.seek(size)
@@ -68,8 +68,8 @@ def generate_kept(
                 found.logprobs[row] = done[number]["logprobs"][k]
                 found.finish_reasons[row] = done[number]["finish_reasons"][k]
             answered += len(index)
-            if show:
-                show(answered, rows)
+            if show and number >= there:
+                show(answered, rows, kept)
     return found, before
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from configs.config import UserError
 from configs.run import release
-from models import kept
+from models import answers, kept
+from models.answers import progress_line
 from models.generation import generate
 from models.kept import forget, generate_kept
 
@@ -18,7 +19,7 @@ def sample(tiny, tmp_path, monkeypatch):
     """A function (fail_at=batch, **changes) -> (generation, batches sampled now); the file is tmp_path/x.partial."""
     model, path = tiny(), tmp_path / "x.partial"
 
-    def call(fail_at=None, identity="weights", seed=3, batch_size=4, prompts=PROMPTS):
+    def call(fail_at=None, identity="weights", seed=3, batch_size=4, prompts=PROMPTS, show=None):
         sampled = []
 
         def counted(*given, **more):
@@ -29,7 +30,7 @@ def sample(tiny, tmp_path, monkeypatch):
 
         monkeypatch.setattr(kept, "generate", counted)
         try:
-            found, _ = generate_kept(path, identity, model, prompts, 6, 1.3, 2, [2], seed, batch_size, None)
+            found, _ = generate_kept(path, identity, model, prompts, 6, 1.3, 2, [2], seed, batch_size, show)
             return found, len(sampled)
         finally:
             release(path)
@@ -78,3 +79,19 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_sampled(sample
     with pytest.raises(UserError, match="prompt 4 has 600 tokens"):
         call(prompts=[*PROMPTS[:4], [5] * 600])
     assert not path.exists()
+
+
+def test_time_left_does_not_count_answers_that_were_there(sample, monkeypatch, capsys):
+    call, path, _ = sample
+    with pytest.raises(KeyboardInterrupt):
+        call(fail_at=1)
+    seconds = iter(range(0, 1000, 12))
+    monkeypatch.setattr(answers.time, "time", lambda: next(seconds))
+    show = progress_line()
+    monkeypatch.undo()
+    calls = []
+    call(show=lambda *given: calls.append(given))
+    assert calls == [(8, 10, 4), (10, 10, 4)]  # not the batch of four that was there
+    monkeypatch.setattr(answers.time, "time", lambda: next(seconds))
+    show(*calls[0])
+    assert "answers      8/10 | 12s | eta 6s" in capsys.readouterr().out  # 4 answers in 12 s, 2 to go
