@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from configs.config import ROOT
+from models.tiny import build_tiny
 
 DDP = ["train.train_lm_ddp", ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", 2, "--save_every", 1]]
 GRPO = ["rlhf.grpo_train", ["--config", "configs/smoke/grpo.yaml", "--steps", 3, "--save_every", 1, "--max_grad_norm",
@@ -68,6 +69,12 @@ def assert_equal(one, other):
     assert [list(row) for row in mine] == [list(row) for row in theirs]
     for a, b in zip(mine, theirs):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model():
+    """Made by one process, before several want it."""
+    build_tiny("tiny-llama")
 
 
 @pytest.fixture(scope="module")
