@@ -18,6 +18,7 @@ close = torch.testing.assert_close
 
 # DPO
 
+
 @pytest.mark.parametrize(
     "loss_type, smoothing, expected",
     [("sigmoid", 0.0, 0.437488), ("sigmoid", 0.1, 0.497488), ("hinge", 0.0, 0.4), ("ipo", 0.0, 1.0)],
@@ -54,6 +55,7 @@ def test_dpo_option_without_effect_is_an_error():
 
 
 # reward model
+
 
 @pytest.mark.statement("bradley-terry")
 def test_reward_loss_worked_values():
@@ -174,6 +176,7 @@ def test_whitening_over_two_ranks_is_that_of_all_tokens_together():
 
 # masked statistics
 
+
 @pytest.mark.statement("mask-before-exp")
 def test_masked_mean_ignores_what_is_masked():
     x = T([[1.0, math.nan], [math.inf, 3.0]])
@@ -195,6 +198,7 @@ def test_masked_whiten():
 
 
 # GRPO
+
 
 @pytest.mark.statement("group-advantages")
 def test_group_advantages_worked_values():
@@ -293,6 +297,7 @@ def test_mask_before_exp(poison):
 
 
 # KL
+
 
 @pytest.mark.statement("kl-gradients")
 def test_kl_estimators_in_expectation_over_an_enumerable_policy():

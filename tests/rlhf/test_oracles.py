@@ -73,6 +73,7 @@ def grpo_trainer(tmp_path_factory):
 
 def trl_batch():
     """Prompts padded on the left, answers on the right, as TRL's GRPO wants them."""
+
     def padded(rows, left):
         width = max(map(len, rows))
         gaps = [[0] * (width - len(r)) for r in rows]
@@ -303,6 +304,7 @@ def test_ppo_is_its_definition_in_plain_numbers():
     expected_surrogate = expected_squared = 0.0
     clipped = 0
     for row, (start, end) in enumerate(spans):
+
         def reward(t, row=row, end=end):
             here = -kl_coef * (old[row, t] - ref[row, t]).item()
             return here + (scores[row].item() if t == end - 1 else 0.0)
