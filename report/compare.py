@@ -552,6 +552,17 @@ the preferences, groups and reward model that it needs. Memory: the training pro
 
 {cost_sentence(rows)}
 
+## What each method does in expectation
+
+On a policy small enough to enumerate, every expectation is a finite sum; [EXACT.md](EXACT.md) has the tables and more
+figures: [the gradient of each KL estimator](figures/exact_estimators.png), which is that of the whole answers' KL only
+with k1 in the reward, and [what an aggregation gives each answer](figures/exact_gradients.png): per-sequence means favour
+answers of one token, and the standard deviation favours prompts that are almost never or almost always solved.
+
+![KL to the optimum against steps, and where each method ends](figures/exact_fixed_points.png)
+
+DPO and PPO fall to the optimum of the KL-regularised objective; IPO, GRPO and offline GRPO come to rest at a distance.
+
 ## Sample answers
 
 The first sample of each method to prompts evenly spaced in the held-out set. A line break is shown as /.
