@@ -556,8 +556,8 @@ the preferences, groups and reward model that it needs. Memory: the training pro
 
 On a policy small enough to enumerate, every expectation is a finite sum; [EXACT.md](EXACT.md) has the tables and more
 figures: [the gradient of each KL estimator](figures/exact_estimators.png), which is that of the whole answers' KL only
-with k1 in the reward, and [what an aggregation gives each answer](figures/exact_gradients.png): per-sequence means favour
-answers of one token, and the standard deviation favours prompts that are almost never or almost always solved.
+with k1 in the reward, and [what an aggregation gives each answer](figures/exact_gradients.png): per-sequence means
+favour answers of one token, and the standard deviation prompts that are almost never or almost always solved.
 
 ![KL to the optimum against steps, and where each method ends](figures/exact_fixed_points.png)
 
