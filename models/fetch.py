@@ -362,11 +362,13 @@ def _entries(archive):
 def _make_model(source, archive, target):
     """Turn the GGUF in `archive` into a folder that `from_pretrained` reads without `gguf`."""
     unpacked = target.with_name("gguf")
+    from models.tiny import save_whole
+
     _unpack(source, archive, unpacked)
     print(f"{source.members}: de-quantising (once, about half a minute)", flush=True)
     with _quiet_transformers():
         model = _read_gguf_model(unpacked, source.members)
-        model.save_pretrained(target)
+        save_whole(model, target)
         _read_gguf_tokenizer(unpacked / source.members, model.config.max_position_embeddings).save_pretrained(target)
 
 

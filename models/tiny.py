@@ -57,6 +57,16 @@ def tiny_config(name, vocab_size, eos_token_id, **changes):
     return LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **{**shape, **heads, **ids, **changes})
 
 
+def save_whole(model, folder):
+    """`save_pretrained` by whichever process this is.
+
+    Once processes are connected, transformers (5.23) writes on rank 0 alone and says nothing; here whoever needs a
+    model first makes it for all.
+    """
+    model.should_save_on_this_rank = lambda is_main_process: True
+    model.save_pretrained(folder)
+
+
 def build_tiny(name):
     """The folder of a tiny model, made if it is not there. Atomic: a second process sees all of it or nothing."""
     from transformers import AutoModelForCausalLM
@@ -70,7 +80,7 @@ def build_tiny(name):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     temporary = Path(f"{folder}.{os.getpid()}.tmp")
-    model.save_pretrained(temporary)
+    save_whole(model, temporary)
     tokenizer.save_pretrained(temporary)
     try:
         os.replace(temporary, folder)

@@ -3,8 +3,11 @@
 import re
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from configs.config import ROOT
+from models import tiny
 from models.loader import completion_ids, load_tokenizer, prompt_ids
 from models.tiny import byte_tokenizer
 
@@ -59,3 +62,16 @@ def test_an_answer_ends_with_the_stop_token_in_every_template(name):
     for answer in ("Hello", [{"role": "assistant", "content": "Hello"}]):
         ids = completion_ids(tokenizer, answer)
         assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "Hello"
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_a_model_made_by_another_process_than_the_first_is_whole(name, tmp_path, monkeypatch):
+    """transformers 5.23 saves on rank 0 alone; whichever process needs a model first makes it for all of them."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(tiny, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 1)
+    folder = tiny.build_tiny(name)
+    monkeypatch.undo()
+    assert (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 10_000
