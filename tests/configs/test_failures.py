@@ -26,13 +26,10 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_goes_on(number, status, whole, tmp_path):
     out = tmp_path / "run"
-    process = start("train.train_lm", [*WORDS[:-1], 0], out)
-    wait_for(out, "step     0/6")
-    os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == status, said(out)
+    middle = torch.load(f"{whole}.end")["events"] // 2
+    assert run("train.train_lm", WORDS, out, die_at=middle, die_by=number) == status, said(out)
     assert f"{number.name}: stopped after step" in said(out) and "To go on: python train/train_lm.py" in said(out)
-    run_whole("train.train_lm", [*WORDS[:-1], 0], out)
+    run_whole("train.train_lm", WORDS, out)
     assert differences(whole, out) == [] and "continuing from step" in said(out)
 
 
