@@ -9,6 +9,7 @@ after a failure or an interruption the same command goes on from there. Nothing 
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -19,20 +20,23 @@ from dataclasses import dataclass
 from configs.config import ROOT, UserError, cli, option
 from configs.run import duration, in_root, say
 
-# Seconds that each stage takes on two cores of an AMD EPYC with bf16. The pace of this machine rescales them.
+# Seconds that each stage took on one core of an AMD EPYC with AVX2, in fp32. The pace of this machine rescales them.
 MEASURED = {
-    "fetch": 29,
-    "preferences": 173,
-    "groups": 82,
-    "lm": 83,
-    "sft": 78,
-    "reward": 186,
-    "dpo": 156,
-    "ppo": 209,
-    "grpo_offline": 106,
-    "grpo": 275,
-    "compare": 690,
+    "fetch": 30,
+    "preferences": 549,
+    "groups": 208,
+    "lm": 142,
+    "sft": 184,
+    "reward": 396,
+    "dpo": 656,
+    "ppo": 768,
+    "grpo_offline": 238,
+    "grpo": 564,
+    "compare": 900,
 }
+THERE = 86e9  # FLOP/s of that core in a matrix product
+# The stages are not all matrix products: two cores with 390e9 FLOP/s in bf16 took 0.43 of those seconds
+GROWTH = math.log(0.43) / math.log(THERE / 390e9)
 SMOKE_PACE = 0.1  # of the stages on a tiny model, until the first of them has been timed
 DONE_SECONDS = 6  # a stage that finds its work done only starts Python and reads a manifest
 ALREADY = ("this very ", ": already in ")  # what the scripts print then: "holds this very run", for one
@@ -82,6 +86,22 @@ def stages(smoke=False):
         stage("grpo", "GRPO online", "rlhf/grpo_train.py", "grpo", f"{models}/grpo/manifest.json"),
         stage("compare", "measure and compare", "report/compare.py", "compare", ""),
     ]  # fmt: skip
+
+
+def first_pace():
+    """The pace to expect of this machine before a stage has been timed: from its speed in matrix products."""
+    import torch  # late, as the stages have processes of their own
+
+    from models.loader import frozen_dtype, pick_device, pick_precision
+
+    device = pick_device()
+    x = torch.randn(1024, 1024, device=device).to(frozen_dtype(pick_precision("auto", device)))
+    seconds = []
+    for _ in range(4):
+        clock = time.perf_counter()
+        (x @ x).sum().item()  # waits for a GPU
+        seconds.append(time.perf_counter() - clock)
+    return (THERE / (2 * len(x) ** 3 / min(seconds))) ** GROWTH
 
 
 def seconds_left(todo, pace):
@@ -139,7 +159,7 @@ def run_all(todo, again, pace=1.0):
 
 def main(config):
     again = "python report/demo.py --smoke true" if config.smoke else "make demo (or python report/demo.py)"
-    run_all(stages(config.smoke), again, SMOKE_PACE if config.smoke else 1.0)
+    run_all(stages(config.smoke), again, SMOKE_PACE if config.smoke else first_pace())
     report = "report/runs/smoke/REPORT.md" if config.smoke else "report/REPORT.md"
     say(f"the comparison above, with figures and sample answers: {report}")
 
