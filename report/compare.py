@@ -528,7 +528,8 @@ Student's, over the means of the {base.gold["n"]} held-out prompts. Gain on base
 Unseen checks: types that occur in no training prompt. KL: k1, the mean of log pi(answer) - log base(answer); of
 best-of-n the upper bound log n - (n - 1) / n. Ended: answers that stopped by themselves within
 {setting["max_new_tokens"]} tokens. Text: loss on held-out {setting["text"]}. Training: the run alone; before it: making
-the preferences, groups and reward model that it needs. Memory: the training process at its peak.
+the preferences, groups and reward model that it needs. Memory: the training process at its peak. Distinct-2 falls with
+the number of answers: it compares methods of which as many were measured.
 
 ## Score against KL, and gold against proxy
 
