@@ -43,14 +43,15 @@ def settings(size, folder):
 
 
 def pairs_of_steps(config):
-    """The pairs of each step as token ids: those that our script takes, in its order."""
-    from rlhf.dataset import count_steps, load_pairs, pair_length
+    """The pairs of each step as token ids: those that our script, this or the reward model's, takes in its order."""
+    from rlhf.dataset import count_steps, load_pairs, pair_length, split_by_prompt
     from rlhf.rollouts import step_indices
 
     pairs, _, _ = load_pairs(config.data, load_tokenizer(config.model_name), config.max_length)
-    steps = count_steps(config, len(pairs))
-    chosen = [step_indices(len(pairs), config.batch_size, step, config.seed) for step in range(1, steps + 1)]
-    return [sorted((pairs[i] for i in indices), key=pair_length) for indices in chosen]
+    train, _ = split_by_prompt(pairs, config.heldout_fraction, config.seed)
+    steps = range(1, count_steps(config, len(train)) + 1)
+    chosen = [step_indices(len(train), config.batch_size, step, config.seed) for step in steps]
+    return [sorted((train[i] for i in indices), key=pair_length) for indices in chosen]
 
 
 def work(size, steps):

@@ -60,9 +60,8 @@ class Cost:
         config = model_config(model_name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        embeddings = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-        layers = [m for m in model.base_model.modules() if m not in embeddings and hasattr(m, "weight")]
-        weights = [m.weight for m in layers if m.weight.dim() == 2]
+        embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        weights = [p for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in embedded]
         head = model.get_output_embeddings().weight.numel()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         attention = 4 * config.num_hidden_layers * config.num_attention_heads * size

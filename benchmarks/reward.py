@@ -38,18 +38,6 @@ def settings(size, folder):
     )
 
 
-def pairs_of_steps(config):
-    """The pairs of each step as token ids: those that our script takes, in its order."""
-    from rlhf.dataset import count_steps, load_pairs, pair_length, split_by_prompt
-    from rlhf.rollouts import step_indices
-
-    pairs, _, _ = load_pairs(config.data, load_tokenizer(config.model_name), config.max_length)
-    train, _ = split_by_prompt(pairs, config.heldout_fraction, config.seed)
-    steps = range(1, count_steps(config, len(train)) + 1)
-    chosen = [step_indices(len(train), config.batch_size, step, config.seed) for step in steps]
-    return [sorted((train[i] for i in indices), key=pair_length) for indices in chosen]
-
-
 def work(size, steps):
     """Tokens and FLOP of each step: the prompt once a pair; the head is one number at the end, which costs nothing."""
     cost = Cost.of(size.model_name, size.lora_r)
@@ -67,7 +55,7 @@ def ours(size, folder):
     config = settings(size, folder)
     with measure.Clock() as clock:
         main(config)
-    done = work(size, pairs_of_steps(config))
+    done = work(size, dpo.pairs_of_steps(config))
     return clock.measured(done, *measure.logged(folder / "run", "loss", "grad_norm"))
 
 
@@ -78,7 +66,7 @@ def peer(size, folder):
     from rlhf.train_reward_model import build
 
     config = settings(size, folder)
-    steps = pairs_of_steps(config)
+    steps = dpo.pairs_of_steps(config)
     rows = [{f"{key}_ids": p["prompt"] + p[key] for key in ("chosen", "rejected")} for pairs in steps for p in pairs]
     torch.manual_seed(config.seed)
     model = build(config, pick_device(), measure.precision()).model

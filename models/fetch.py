@@ -361,9 +361,9 @@ def _entries(archive):
 
 def _make_model(source, archive, target):
     """Turn the GGUF in `archive` into a folder that `from_pretrained` reads without `gguf`."""
-    unpacked = target.with_name("gguf")
     from models.tiny import save_whole
 
+    unpacked = target.with_name("gguf")
     _unpack(source, archive, unpacked)
     print(f"{source.members}: de-quantising (once, about half a minute)", flush=True)
     with _quiet_transformers():

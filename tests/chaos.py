@@ -112,9 +112,8 @@ def in_copy(options):
         words += ["--json", options.json.absolute()] if options.json else []
         environment = {**os.environ, "PYTHONPATH": f"{code}:{code}/tests", "OMP_NUM_THREADS": "1"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-        environment |= {
-            "PYTHONWARNINGS": "ignore:resource_tracker"
-        }  # it misses the semaphores of those that are killed
+        # the tracker misses the semaphores of those that are killed
+        environment |= {"PYTHONWARNINGS": "ignore:resource_tracker"}
         command = [sys.executable, code / "tests" / "chaos.py", *map(str, words)]
         process = subprocess.Popen(command, cwd=code, env=environment, start_new_session=True)
         try:
