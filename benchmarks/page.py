@@ -56,7 +56,7 @@ def write(found):
     if jobs:
         compared = {name: job for name, job in jobs.items() if job["peer"]}
         bars_figure(compared or jobs, ROOT / "report/figures/benchmarks.png")
-        text += ["![seconds a step and peak memory, ours and the peer](figures/benchmarks.png)", ""]
+        text += ["![times the peer's speed, and of the peer's memory](figures/benchmarks.png)", ""]
         text += [*jobs_table(jobs), "", *about(jobs), HOW]
     text += ["## The losses of both sides", "", *losses_table(jobs), ""] if jobs else []
     if "scaling" in found:
@@ -102,9 +102,9 @@ def about(jobs):
     lines = {}
     for name, job in jobs.items():
         where = job["machine"]
-        on = ", ".join([where["cpu"], f"{job['threads']} threads", *where["gpu"]])
+        on = ", ".join([where["cpu"], f"threads: {job['threads']}", *where["gpu"]])
         libraries = ", ".join(f"{key} {value}" for key, value in job["versions"].items() if value)
-        key = f"on {on}, in {job['precision']}, {job['rounds']} rounds; commit `{job['git_commit']}`; {libraries}"
+        key = f"on {on}, in {job['precision']}, rounds: {job['rounds']}; commit `{job['git_commit']}`; {libraries}"
         lines.setdefault(key, []).append((name, job["matmul_peak_flops_per_second"] / 1e9))
     found = []
     for key, measured in lines.items():

@@ -39,7 +39,7 @@ from configs.run import (
 from data.corpus import load_corpus
 from models.fetch import EMBEDDED_MODELS
 from report.evaluate import Config as EvaluateConfig
-from report.evaluate import Measure, best_of_measured, evaluate, interval, plus_minus, prompt_means, summarise
+from report.evaluate import Measure, best_of_measured, distinct, evaluate, interval, plus_minus, prompt_means, summarise
 from report.plots import checks_figure, curves_figure, scores_figure
 
 REWARD = "python rlhf/train_reward_model.py"
@@ -202,7 +202,19 @@ def make_rows(config, methods, results):
         elif method.key == "best_of":
             row.seconds_before = seconds_before({config.reward_model: ""})
         rows.append(row)
+    equal_variety(rows)
     return rows
+
+
+def equal_variety(rows):
+    """Take each method's distinct-2 from as many answers, the first n to each prompt: it falls as texts get more."""
+    n = min(len(row.answers()) // row.gold["n"] for row in rows)
+    for row in rows:
+        texts = {}
+        for answer in row.answers():
+            texts.setdefault(answer["id"], []).append(answer["text"])
+        first = [text for group in texts.values() for text in group[:n]]
+        row.measured = row.measured | {"distinct_2": distinct(first, 2)}
 
 
 def seconds_before(inputs, seen=None):
@@ -528,8 +540,8 @@ Student's, over the means of the {base.gold["n"]} held-out prompts. Gain on base
 Unseen checks: types that occur in no training prompt. KL: k1, the mean of log pi(answer) - log base(answer); of
 best-of-n the upper bound log n - (n - 1) / n. Ended: answers that stopped by themselves within
 {setting["max_new_tokens"]} tokens. Text: loss on held-out {setting["text"]}. Training: the run alone; before it: making
-the preferences, groups and reward model that it needs. Memory: the training process at its peak. Distinct-2 falls with
-the number of answers: it compares methods of which as many were measured.
+the preferences, groups and reward model that it needs. Memory: the training process at its peak. Distinct-2:
+different word pairs over all, in the first answers to each prompt, as many of each method.
 
 ## Score against KL, and gold against proxy
 

@@ -14,6 +14,7 @@ from report.compare import (
     checks_sentence,
     cost_sentence,
     curves_sentence,
+    equal_variety,
     find_runs,
     gain,
     headline,
@@ -56,6 +57,21 @@ def test_every_row_of_the_table_has_every_column():
     assert {len(line) for line in lines} == {len(compare.COLUMNS)}
     assert [line[0] for line in lines[1:4]] == ["base", "SFT on chosen", "best of 4"]
     assert lines[1][2] == "" and "+-" in lines[2][2]
+
+
+def test_variety_is_compared_over_as_many_answers():
+    """Distinct-2 of more answers is lower: the base, of which twice as many were measured, would look poorer."""
+    base, other = synthetic_rows()[:2]
+    base.runs = [synthetic.measurement("base", 0.15, 0.0, 0.0, 3.8, samples=4)]
+    base.measured = base.runs[0]["measured"]
+    for row in (base, other):
+        for i, answer in enumerate(row.answers()):
+            answer["text"] = f"word{i % 4} word{i % 4 + 1}" if row is base else f"other{i % 2} other{i % 2 + 1}"
+    equal_variety([base, other])
+    pairs = 54 * 2  # one in each text
+    assert base.measured["distinct_2"] == 2 / pairs  # of the first two answers; of all four: 4 / 216
+    assert other.measured["distinct_2"] == 2 / pairs
+    assert base.runs[0]["measured"]["distinct_2"] != base.measured["distinct_2"]  # the measurement stays
 
 
 def test_headline_names_the_best_and_who_overlaps():
