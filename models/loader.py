@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from configs.config import UserError
 from configs.run import in_root, read_json, shown
 from models.fetch import EMBEDDED_MODELS, fetch_model
+from models.lean import make_lean
 from models.tiny import TINY_MODELS, build_tiny
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,7 +170,7 @@ def _with_adapter(model, folder, trainable):
 
 
 def read_weights(auto_class, path, name, new=(), **options):
-    """A model of transformers with its weights, which are read from safetensors alone.
+    """A model of transformers with its weights, which are read from safetensors alone, and the layers of lean.py.
 
     new: names of weights that may be missing: those that training is to make. Raises UserError as `load_model` does.
     """
@@ -191,7 +192,7 @@ def read_weights(auto_class, path, name, new=(), **options):
     for key, weight in model.named_parameters():
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
             raise UserError(f"the weights in {where} are damaged: {key} holds numbers that are not finite")
-    return model
+    return make_lean(model)
 
 
 def _pickles(folder):

@@ -5,6 +5,8 @@ time. So the transformer's body runs once, and its head runs over a few rows at 
 the backward pass needs of a row's logits is one vector of the hidden size, known as soon as the logits are:
 
     d log p(target) / d hidden = (onehot(target) - p) @ W / temperature
+
+A language model's loss is the sum over its tokens: there each row's share of the weight's gradient is known then, too.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-# Logits held at once, in bytes of float32. On a CPU: what fits into its last cache, and what the C library keeps for
-# the next piece instead of giving it back to the system (32 MB and more it maps anew each time).
+from models.lean import product_dtype
+
+# Logits held at once, in bytes of float32; on a CPU: what fits into its last cache
 PIECE = {"cpu": 26 << 20, "cuda": 512 << 20}
 ROWS_WITH_WEIGHT = 512  # at least, where the head's weight trains: its gradient is written once a piece
 
@@ -31,10 +34,18 @@ def positions(attention_mask):
 
 
 def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
-    """The transformer body's output (B, T, H), after its final norm: what the head reads."""
+    """The transformer body's output (B, T, H), after its final norm: what the head reads.
+
+    attention_mask: (B, T), 1 on real tokens; or (B, 1, T, T), True where a token (third axis) sees another (fourth),
+    which needs position_ids.
+    """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)
     body = unwrapped(model).base_model
+    if attention_mask is not None and attention_mask.dim() == 4:  # in the form that each layer would make of it
+        dtype = product_dtype(body.get_input_embeddings().weight)
+        nothing = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+        attention_mask = nothing.masked_fill_(~attention_mask, -torch.inf)
     return body(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
@@ -47,10 +58,15 @@ def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):
     `entropy` also the entropy of each distribution in nats, (N,) without gradient. Runs in the autocast dtype.
     """
     assert head.bias is None, head
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = product_dtype(hidden)
     logprobs, entropies = HeadLogprobs.apply(hidden, head.weight, targets, temperature, entropy, dtype)
     return (logprobs, entropies) if entropy else logprobs
+
+
+def head_nll(head, hidden, targets):
+    """The sum over all rows of -log softmax(head(hidden))[targets] in nats: a scalar; the arguments as above."""
+    assert head.bias is None, head
+    return HeadNLL.apply(hidden, head.weight, targets, product_dtype(hidden))
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -59,20 +75,19 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, dtype):
         ctx.temperature, ctx.dtype = temperature, dtype
-        exact = torch.promote_types(dtype, torch.float32)  # float64 stays
-        logprobs, entropies = (torch.empty(len(hidden), dtype=exact, device=hidden.device) for _ in range(2))
+        logits = Logits(hidden, weight, dtype)
+        logprobs, entropies = (torch.empty(len(hidden), dtype=logits.exact, device=hidden.device) for _ in range(2))
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
         slope = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if hidden_grad else None
-        w = weight.to(dtype)
-        for at in pieces(hidden, weight):
-            log_p = tempered(hidden[at].to(dtype), w, temperature, exact)
+        for at in logits.pieces:
+            log_p = logits.log_softmax(at, temperature)
             logprobs[at] = log_p.gather(-1, targets[at, None])[:, 0]
             if entropy:
                 p = log_p.exp()
                 entropies[at] = -torch.linalg.vecdot(p, log_p)
             if hidden_grad and not weight_grad:
                 minus_p = (p if entropy else log_p.exp_()).neg_()
-                slope[at] = residual(minus_p, targets[at], temperature).to(dtype) @ w
+                slope[at] = residual(minus_p, targets[at], temperature).to(dtype) @ logits.weight
         if weight_grad:
             ctx.save_for_backward(hidden, weight, targets)
         elif hidden_grad:
@@ -87,15 +102,45 @@ class HeadLogprobs(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return gradient[:, None].to(slope.dtype) * slope, None, None, None, None, None
         hidden, weight, targets = ctx.saved_tensors  # the weight's gradient needs p itself: computed again
-        w, grad_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        for at in pieces(hidden, weight, ROWS_WITH_WEIGHT):
-            h = hidden[at].to(ctx.dtype)
-            minus_p = tempered(h, w, ctx.temperature, gradient.dtype).exp_().neg_()
-            d = (residual(minus_p, targets[at], ctx.temperature) * gradient[at, None]).to(ctx.dtype)
-            grad_hidden[at] = (d @ w).to(hidden.dtype)
-            grad_weight += d.T @ h
+        logits = Logits(hidden, weight, ctx.dtype, ROWS_WITH_WEIGHT)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for at in logits.pieces:
+            minus_p = logits.log_softmax(at, ctx.temperature).exp_().neg_()
+            d = residual(minus_p, targets[at], ctx.temperature).mul_(gradient[at, None]).to(ctx.dtype)
+            grad_hidden[at] = (d @ logits.weight).to(hidden.dtype)
+            add_product(grad_weight, d, hidden[at])
         return grad_hidden, grad_weight, None, None, None, None
+
+
+class HeadNLL(torch.autograd.Function):
+    """`head_nll`: every row has the same gradient, so those of hidden and weight are there after the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logits = Logits(hidden, weight, dtype, ROWS_WITH_WEIGHT if weight_grad else 1)
+        nll = torch.empty(len(hidden), dtype=logits.exact, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if hidden_grad else None
+        grad_weight = torch.zeros_like(weight) if weight_grad else None
+        for at in logits.pieces:
+            x = logits.products(at)
+            largest, chosen = x.amax(-1, keepdim=True), x.gather(-1, targets[at, None])
+            p = x.sub_(largest).exp_()
+            total = p.sum(-1, keepdim=True)
+            nll[at] = (total.log() + largest - chosen)[:, 0]
+            if hidden_grad or weight_grad:
+                d = residual(p.div_(-total), targets[at], 1.0).neg_().to(dtype)
+                if hidden_grad:
+                    grad_hidden[at] = (d @ logits.weight).to(hidden.dtype)
+                if weight_grad:
+                    add_product(grad_weight, d, hidden[at])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return nll.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return *(None if x is None else x.mul_(gradient) for x in ctx.saved_tensors), None, None
 
 
 def pieces(hidden, weight, least=1):
@@ -104,12 +149,36 @@ def pieces(hidden, weight, least=1):
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
-def tempered(hidden, weight, temperature, dtype):
-    """log softmax of the logits over the temperature, (n, V) in `dtype`."""
-    logits = (hidden @ weight.T).to(dtype)
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logits.log_softmax(-1)
+class Logits:
+    """The head's products piece by piece, all in the same memory: what comes back lasts until the next piece.
+
+    least: rows of a piece at least.
+    """
+
+    def __init__(self, hidden, weight, dtype, least=1):
+        self.hidden, self.weight = hidden, weight.to(dtype)
+        self.exact = torch.promote_types(dtype, torch.float32)  # float64 stays
+        self.pieces = pieces(hidden, weight, least)
+        rows = max((len(hidden[at]) for at in self.pieces), default=0)
+        shape, device = (rows, len(weight)), hidden.device
+        self.made = torch.empty(shape, dtype=dtype, device=device)
+        self.logits = self.made if dtype == self.exact else torch.empty(shape, dtype=self.exact, device=device)
+        self.log_p = None
+
+    def products(self, at):
+        """Logits (n, V) of the piece `at`."""
+        hidden = self.hidden[at].to(self.made.dtype)
+        made = torch.mm(hidden, self.weight.T, out=self.made[: len(hidden)])
+        return made if self.made is self.logits else self.logits[: len(hidden)].copy_(made)
+
+    def log_softmax(self, at, temperature):
+        """log softmax of the piece's logits over the temperature, (n, V)."""
+        logits = self.products(at)
+        if temperature != 1.0:
+            logits.div_(temperature)
+        if self.log_p is None:
+            self.log_p = torch.empty_like(self.logits)
+        return torch.log_softmax(logits, -1, out=self.log_p[: len(logits)])
 
 
 def residual(minus_p, targets, temperature):
@@ -119,3 +188,11 @@ def residual(minus_p, targets, temperature):
     """
     minus_p[torch.arange(len(targets), device=targets.device), targets] += 1
     return minus_p.div_(temperature) if temperature != 1.0 else minus_p
+
+
+def add_product(total, d, hidden):
+    """total += d.T @ hidden, in place where the types allow it."""
+    if d.dtype == total.dtype:
+        total.addmm_(d.T, hidden.to(d.dtype))
+    else:
+        total += d.T @ hidden.to(d.dtype)

@@ -151,6 +151,7 @@ def main(config):
         used = {i for indices in of_step for i in indices}
         needed = [train[i] for i in used] + heldout
         kept["reference"] = cache_reference(reference_logps, needed, config.micro_batch_size, kept.get("reference"))
+        reference = None  # its memory is free for the steps
 
     def pair_losses(batch, grad=True):
         chosen, rejected = logps(batch, grad)

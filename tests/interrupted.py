@@ -137,8 +137,8 @@ def _child(script, words, out, die_at, die_by, largest_file, spoil_from, environ
         if environment.get("RANK", "0") == "0":
             states = [optimizer.state_dict() for optimizer in optimizers]
             end = {"optimizers": states, "random": torch.get_rng_state(), "events": events[0]}
-            torch.save(end, f"{out}.end.tmp")
-            replace(f"{out}.end.tmp", f"{out}.end")
+            torch.save(end, f"{out}.end.new")
+            replace(f"{out}.end.new", f"{out}.end")
 
 
 def _demo(stages, out, die_in, die_at):

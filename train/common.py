@@ -26,7 +26,7 @@ from models.loader import (
     prompt_ids,
     resolve_model,
 )
-from models.logprobs import head_logprobs, hidden_states, unwrapped
+from models.logprobs import head_nll, hidden_states, unwrapped
 from models.scratch import build_scratch, train_tokenizer
 
 
@@ -173,7 +173,7 @@ def lm_loss(model, batch):
     input_ids, at = batch["input_ids"], batch["mask"]  # (B, T), (B, T-1)
     hidden = hidden_states(model, input_ids, position_ids=batch["position_ids"])[:, :-1]  # (B, T-1, H)
     head = unwrapped(model).get_output_embeddings()
-    return -head_logprobs(head, hidden[at], input_ids[:, 1:][at]).sum(), at.sum()
+    return head_nll(head, hidden[at], input_ids[:, 1:][at]), at.sum()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import logprobs
-from models.logprobs import head_logprobs, hidden_states
+from models.logprobs import head_logprobs, head_nll, hidden_states
 
 close = torch.testing.assert_close
 
@@ -40,3 +40,41 @@ def test_the_head_in_pieces_gives_the_values_and_gradients_of_the_definition(tra
         values.square().sum().backward()
         found.append((values.detach(), h.grad, head.weight.grad if trained else torch.zeros(1)))
     close(found[0], found[1], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("read", [True, False])
+def test_the_sum_in_pieces_has_the_value_and_gradients_of_the_definition(read, trained, monkeypatch):
+    monkeypatch.setitem(logprobs.PIECE, "cpu", 4 * 40 * 300)  # 300 rows a piece, 512 where the weight trains
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 40, bias=False).double().requires_grad_(trained)
+    hidden, targets = torch.randn(1100, 8).double(), torch.randint(40, (1100,))
+
+    def definition(head, hidden, targets):
+        return torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+
+    found = []
+    for function in (head_nll, definition):
+        h = hidden.clone().requires_grad_(read)
+        head.weight.grad = None
+        value = function(head, h, targets)
+        if read or trained:
+            (value / 7).backward()
+        nothing = torch.zeros(1)
+        slopes = h.grad if read else nothing, head.weight.grad if trained else nothing
+        found.append((value.detach(), *slopes))
+    close(found[0], found[1], atol=1e-12, rtol=1e-12)
+
+
+def test_probabilities_near_1_and_0_keep_their_gradient():
+    head = torch.nn.Linear(2, 3, bias=False)
+    head.weight.data = torch.tensor([[12.0, 0.0], [0.0, 1.0], [-300.0, 0.0]])
+    hidden = torch.tensor([[1.0, 0.0], [-1.0, 2.0]], requires_grad=True)
+    targets = torch.tensor([0, 0])  # of which the first is almost sure, the second has log-prob -312 and more
+    value = head_nll(head, hidden, targets)
+    value.backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact @ head.weight.double().T, targets, reduction="sum")
+    expected.backward()
+    close(value.double(), expected, atol=0, rtol=1e-6)
+    close(hidden.grad.double(), exact.grad, atol=0, rtol=1e-5)

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers.models.llama.modeling_llama import LlamaMLP
 
+from models.lean import GatedMLP
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer, tiny_config
 from rlhf import rollouts
@@ -98,13 +98,13 @@ def test_steps_do_not_depend_on_the_split_into_micro_batches(train, sgd, name):
 @pytest.mark.statement("checkpointing")
 def test_gradient_checkpointing_recomputes_and_changes_nothing(train, sgd, monkeypatch, name, lora_r):
     trained, calls = sgd(name), []
-    forward = LlamaMLP.forward
+    forward = GatedMLP.forward
 
     def counted(self, x):
         calls.append(torch.is_grad_enabled())
         return forward(self, x)
 
-    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    monkeypatch.setattr(GatedMLP, "forward", counted)
     shape = {"steps": 1} if name in ("ppo", "grpo") else {"max_steps": 1}
     shape |= {"kl_coef": 0} if name == "grpo" else {}  # without a pass of the reference
     passes, found = {}, {}
