@@ -77,4 +77,4 @@ def test_probabilities_near_1_and_0_keep_their_gradient():
     expected = torch.nn.functional.cross_entropy(exact @ head.weight.double().T, targets, reduction="sum")
     expected.backward()
     close(value.double(), expected, atol=0, rtol=1e-6)
-    close(hidden.grad.double(), exact.grad, atol=0, rtol=1e-5)
+    close(hidden.grad.double(), exact.grad, atol=2e-6, rtol=1e-5)  # 1 - p has an error of 6e-8, times weights of 12
