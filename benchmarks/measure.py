@@ -92,7 +92,8 @@ def start_side(module, side, size, folder, environment=None):
     folder.mkdir(parents=True)
     result, log = folder / "result.json", folder / "log.txt"
     task = {"module": module, "side": side, "size": size, "folder": str(folder), "result": str(result)}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+    both = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1"}
+    environment = {**os.environ, **both, **(environment or {})}
     with open(log, "w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD], cwd=ROOT, env=environment, text=True,

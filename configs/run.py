@@ -9,7 +9,6 @@ Under torchrun or accelerate every rank makes a Run; only rank 0 prints and writ
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -111,17 +110,6 @@ def quiet_libraries():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def return_freed_memory():
-    """Have the C library give each large tensor's memory back to the system as soon as the tensor is gone.
-
-    By itself glibc soon keeps pieces of up to 32 MB for later, between which holes stay that nothing fits into: in a
-    training step a fifth of the memory. Other C libraries (macOS, musl) have no such setting.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        m_mmap_threshold = -3  # malloc.h
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
 
 
 def sha256_file(path):
@@ -314,7 +302,6 @@ class Run:
         self._tokens = 0
         self._carried = (0.0, 0)  # seconds and tokens between the last logged line and the checkpoint
         self.is_main = rank() == 0
-        return_freed_memory()
         on_main(self._claim_folder)
 
     def _claim_folder(self):
