@@ -15,11 +15,13 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
 
 import models.logprobs
 from data.blocks import make_blocks
 from models.generation import generate
 from models.loader import PRECISIONS, autocast, completion_ids, frozen_dtype, load_model, load_tokenizer, prompt_ids
+from models.logprobs import hidden_states
 from report.runs import DROPOUT, TRAINERS, apart, differ, interrupt, largest, layers_computed, metrics, run, said
 from rlhf import grpo_train, ppo_train, train_reward_model
 from rlhf.dataset import load_groups
@@ -168,6 +170,19 @@ def new_folder(lab, *names):
     folder = lab.folder.joinpath(*names)
     folder.mkdir(parents=True)
     return folder
+
+
+def lean_is_plain(lab, name, numbers):
+    """The layers of models/lean.py against those of transformers: what the head reads, and all gradients."""
+    dtype = torch.float64 if numbers == "float64" else torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(lab.folder / name, dtype=dtype).to(lab.device).eval()
+    ids, found = torch.tensor([PROMPTS[2] + ANSWERS[3], ANSWERS[3] + PROMPTS[2]], device=lab.device), []
+    for model in (lab.model(name, numbers), plain):
+        with lab.autocast(numbers):
+            hidden = hidden_states(model, ids)
+        found.append(([hidden], gradients(model, [hidden])))
+    (values, slopes), (expected, expected_slopes) = found
+    return {"values and gradients": max(deviation(values, expected), deviation(slopes, expected_slopes))}
 
 
 def packed_is_separate(lab, name, numbers):

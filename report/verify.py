@@ -100,6 +100,8 @@ RUNS_WHY = (
 WHOLE = {"whole_runs": True}
 CLAIMS = (
     Claim("packed rows = each row alone", claims.packed_is_separate, ROUNDING, ROUNDING_WHY),
+    Claim("layers that keep less = those of transformers", claims.lean_is_plain, SHORT,
+        f"{ROUNDING_WHY} Not in float64, where transformers takes norms in float32."),
     Claim("loss in chunks = loss in one piece", claims.chunked_is_plain, ROUNDING, ROUNDING_WHY),
     Claim("padded batch = single rows, in the forward pass", claims.padded_is_single, ROUNDING, ROUNDING_WHY),
     Claim("padded batch = single rows, in generation", claims.padded_generation_is_single, SHORT, SHORT_WHY),

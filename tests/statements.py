@@ -18,6 +18,8 @@ STATEMENTS = {
     "clipping": "Gradients are clipped after unscaling, in every trainer; the norm that is logged is the one before.",
     "mask-before-exp": "What a mask hides (1e3, inf, NaN) changes no bit of loss, gradient or metric.",
     "float32-softmax": "Log-softmax is computed in float32 for weights of half precision.",
+    "lean-layers": "Layers and the loss that keep less for the backward pass give the values and gradients of those of "
+    "transformers and of the definition.",
     # tokens, masks, templates
     "eos-is-target": "With pad equal to eos, the eos that ends an answer still counts: masks go by length.",
     "stop-token": "The stop token is in the loss with every template: a model fitted to four answers stops by itself.",

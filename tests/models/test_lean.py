@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.lean import GatedMLP, RMSNorm, make_lean
 from models.tiny import tiny_config
@@ -66,6 +67,7 @@ def apart(mine, slopes):
 
 @pytest.mark.parametrize("change", [lambda model: model, with_adapter], ids=["full", "lora"])
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.statement("lean-layers")
 def test_lean_layers_compute_what_those_of_transformers_do(name, change):
     plain, lean = both(name, change)
     assert [n for n, _ in plain.named_parameters()] == [n for n, _ in lean.named_parameters()]
@@ -76,6 +78,7 @@ def test_lean_layers_compute_what_those_of_transformers_do(name, change):
 
 
 @pytest.mark.parametrize("change", [lambda model: model, with_adapter], ids=["full", "lora"])
+@pytest.mark.statement("lean-layers")
 def test_under_autocast_they_give_the_same_numbers_in_half_precision(change):
     plain, lean = both("llama", change)
     (expected, slopes, _), (found, mine, _) = passes(plain, True), passes(lean, True)
@@ -86,12 +89,14 @@ def test_under_autocast_they_give_the_same_numbers_in_half_precision(change):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.statement("lean-layers")
 def test_they_keep_less(name, autocast):
     plain, lean = both(name)
     most = 0.85 if name == "gpt2" else 0.75  # its norms are torch's own
     assert passes(lean, autocast)[2] < most * passes(plain, autocast)[2]
 
 
+@pytest.mark.statement("lean-layers")
 def test_their_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
@@ -105,8 +110,18 @@ def test_their_gradients_are_those_of_finite_differences():
     close(mlp(x), adapted(x))
 
 
+@pytest.mark.statement("lean-layers")
 def test_what_it_does_not_know_stays():
     torch.manual_seed(0)
     config = tiny_config("tiny-llama", 64, 2, hidden_act="gelu")
     kinds = {type(layer).__name__ for layer in make_lean(AutoModelForCausalLM.from_config(config)).modules()}
     assert "LlamaMLP" in kinds and "GatedMLP" not in kinds and "RMSNorm" in kinds
+
+
+@pytest.mark.statement("lean-layers")
+def test_weights_of_half_precision_have_their_norms_in_float32():
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(64, eps=1e-5).bfloat16()
+    norm.weight.data = torch.rand(64).bfloat16()
+    x = 3 * torch.randn(200, 64).bfloat16()
+    close(RMSNorm(norm.weight, 1e-5)(x), norm(x), atol=0, rtol=0)

@@ -23,6 +23,7 @@ def test_the_log_softmax_of_a_half_precision_model_is_computed_in_float32(tiny, 
 
 
 @pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.statement("lean-layers")
 def test_the_head_in_pieces_gives_the_values_and_gradients_of_the_definition(trained, monkeypatch):
     monkeypatch.setitem(logprobs.PIECE, "cpu", 4 * 40 * 300)  # 300 rows a piece
     torch.manual_seed(0)
@@ -44,6 +45,7 @@ def test_the_head_in_pieces_gives_the_values_and_gradients_of_the_definition(tra
 
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("read", [True, False])
+@pytest.mark.statement("lean-layers")
 def test_the_sum_in_pieces_has_the_value_and_gradients_of_the_definition(read, trained, monkeypatch):
     monkeypatch.setitem(logprobs.PIECE, "cpu", 4 * 40 * 300)  # 300 rows a piece, 512 where the weight trains
     torch.manual_seed(0)
@@ -66,6 +68,7 @@ def test_the_sum_in_pieces_has_the_value_and_gradients_of_the_definition(read, t
     close(found[0], found[1], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.statement("lean-layers")
 def test_probabilities_near_1_and_0_keep_their_gradient():
     head = torch.nn.Linear(2, 3, bias=False)
     head.weight.data = torch.tensor([[12.0, 0.0], [0.0, 1.0], [-300.0, 0.0]])

@@ -34,6 +34,7 @@ BLOCKS = "tests/train/test_blocks.py::test_"
 LOSSES, MODELS, DATASET = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models", "dataset"))
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
 GENERATION, LOADER, LOGPROBS = (f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "logprobs"))
+LEAN = "tests/models/test_lean.py::test_"
 CHECKPOINT = "tests/configs/test_checkpoint.py::test_"
 NOTHING_MASKED = "tests/report/test_verify.py::test_nothing_masked_reaches_losses_advantages_statistics_or_metrics"
 
@@ -240,8 +241,35 @@ BREAKAGES = [
     ),
     Breakage(
         "float32-softmax", "log-softmax in the dtype of the weights", "models/logprobs.py",
-        "logits.log_softmax(-1)", "logits.bfloat16().log_softmax(-1).to(logits.dtype)",
+        "torch.log_softmax(logits, -1, out=self.log_p[: len(logits)])",
+        "logits.bfloat16().log_softmax(-1).to(logits.dtype)",
         (f"{LOGPROBS}the_log_softmax_of_a_half_precision_model_is_computed_in_float32",),
+    ),
+    Breakage(
+        "lean-layers", "the gradient of a norm forgets that the length of its input is divided out", "models/lean.py",
+        "g.sub_(normed.mul_(along)).mul_(scale)", "g.mul_(scale)",
+        (f"{LEAN}their_gradients_are_those_of_finite_differences",),
+    ),
+    Breakage(
+        "lean-layers", "the last product's weight learns from the gate alone", "models/lean.py",
+        "(silu * up).flatten(0, -2)", "silu.flatten(0, -2)",
+        (f"{LEAN}lean_layers_compute_what_those_of_transformers_do",),
+    ),
+    Breakage(
+        "lean-layers", "the norm of a half precision model is taken in half precision", "models/lean.py",
+        "exact = x.to(torch.promote_types(x.dtype, torch.float32))", "exact = x",
+        (f"{LEAN}weights_of_half_precision_have_their_norms_in_float32",),
+    ),
+    Breakage(
+        "lean-layers", "the summed loss ignores what it is divided by", "models/logprobs.py",
+        "x.mul_(gradient) for x in", "x for x in",
+        (f"{LOGPROBS}the_sum_in_pieces_has_the_value_and_gradients_of_the_definition",),
+    ),
+    Breakage(
+        "lean-layers", "of the weight's gradient only the last piece is left", "models/logprobs.py",
+        "total.addmm_(d.T, hidden.to(d.dtype))", "total.copy_(d.T @ hidden.to(d.dtype))",
+        (f"{LOGPROBS}the_sum_in_pieces_has_the_value_and_gradients_of_the_definition",
+         f"{LOGPROBS}the_head_in_pieces_gives_the_values_and_gradients_of_the_definition"),
     ),
     # tokens, masks, templates
     Breakage(
