@@ -140,6 +140,7 @@ def bars_figure(jobs, path):
         found = jobs[name].get("speed_ratios")
         if found:
             axes[0].plot([min(found), max(found)], [y, y], color="black", lw=1.2)
+            axes[0].set_xlim(right=max(axes[0].get_xlim()[1], 1.05 * max(found)))
     figure.savefig(path)
 
 
