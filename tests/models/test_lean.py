@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.lean import GatedMLP, RMSNorm, make_lean
+from models.logprobs import hidden_states
 from models.tiny import tiny_config
 
 close = torch.testing.assert_close
@@ -51,8 +52,7 @@ def passes(model, autocast=False):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=autocast):
-        hidden = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
-        out = hidden(input_ids=IDS, use_cache=False).last_hidden_state
+        out = hidden_states(model, IDS)
     weight = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out.float() * weight).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
