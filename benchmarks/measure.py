@@ -92,8 +92,9 @@ def start_side(module, side, size, folder, environment=None):
     folder.mkdir(parents=True)
     result, log = folder / "result.json", folder / "log.txt"
     task = {"module": module, "side": side, "size": size, "folder": str(folder), "result": str(result)}
-    both = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1"}
-    environment = {**os.environ, **both, **(environment or {})}
+    both = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # large pages as in the Makefile, unless the caller has said otherwise
+    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, **both, **(environment or {})}
     with open(log, "w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD], cwd=ROOT, env=environment, text=True,

@@ -174,8 +174,7 @@ def new_folder(lab, *names):
 
 def lean_is_plain(lab, name, numbers):
     """The layers of models/lean.py against those of transformers: what the head reads, and all gradients."""
-    dtype = torch.float64 if numbers == "float64" else torch.float32
-    plain = AutoModelForCausalLM.from_pretrained(lab.folder / name, dtype=dtype).to(lab.device).eval()
+    plain = AutoModelForCausalLM.from_pretrained(lab.folder / name, dtype=torch.float32).to(lab.device).eval()
     ids, found = torch.tensor([PROMPTS[2] + ANSWERS[3], ANSWERS[3] + PROMPTS[2]], device=lab.device), []
     for model in (lab.model(name, numbers), plain):
         with lab.autocast(numbers):

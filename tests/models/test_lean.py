@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig, Qwen2Config, SmolLM3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from models.lean import GatedMLP, RMSNorm, make_lean
+from models.lean import MLPS, NORMS, GatedMLP, RMSNorm, make_lean
 from models.logprobs import hidden_states
 from models.tiny import tiny_config
 
@@ -21,6 +21,11 @@ CONFIGS = {
     "gpt2": lambda: tiny_config("tiny-gpt2", 64, 2),
     "mistral": lambda: MistralConfig(**SHAPE),
     "qwen2": lambda: Qwen2Config(**SHAPE),
+    "smollm3": lambda: SmolLM3Config(**SHAPE, pad_token_id=2),
+    "granite": lambda: GraniteConfig(**SHAPE),
+}
+KINDS = {  # of its norms and its MLPs, where these are replaced
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "smollm3": "SmolLM3", "granite": "Granite"
 }
 
 
@@ -108,6 +113,16 @@ def test_their_gradients_are_those_of_finite_differences():
         call = lambda x, *values: torch.func.functional_call(layer, dict(zip(weights, values)), (x,))  # noqa: B023, E731
         assert torch.autograd.gradcheck(call, (x, *weights.values()))
     close(mlp(x), adapted(x))
+
+
+@pytest.mark.statement("lean-layers")
+def test_every_layer_that_it_names_is_compared_and_replaced():
+    assert {f"{kind}RMSNorm" for kind in KINDS.values()} == set(NORMS)
+    assert {f"{kind}MLP" for kind in KINDS.values()} == set(MLPS)
+    for name, kind in KINDS.items():
+        plain, lean = ({type(layer).__name__ for layer in model.modules()} for model in both(name))
+        theirs = {f"{kind}RMSNorm", f"{kind}MLP"}
+        assert theirs <= plain and {"RMSNorm", "GatedMLP"} <= lean and not theirs & lean
 
 
 @pytest.mark.statement("lean-layers")
