@@ -2,8 +2,8 @@
 
 Written out in single operations, as transformers has them, an RMSNorm keeps three tensors of its input's size and a
 gated MLP five of its width until the backward pass. What each needs is its input: the rest is computed again on the way
-back, in passes over a tensor that cost little beside the matrix products. Of SmolLM2-135M on 2,048 tokens in float32 that
-leaves 1.71 GB of 2.75 GB.
+back, in passes over a tensor that cost little beside the matrix products. Of SmolLM2-135M on 2,048 tokens in float32
+that leaves 1.71 GB of 2.75 GB.
 
 `make_lean` puts these layers into a model in place of those whose equation it knows by name; weights, their names and
 what comes out stay. It leaves alone what it does not know.
