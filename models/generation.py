@@ -115,11 +115,11 @@ def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_toke
             row_ids, row_values = ids[b, : step + 1].tolist(), values[b, : step + 1].tolist()
             batch.results.append((int(rows[b]), row_ids, row_values, reason))
         if done:
-            keep = (~ended).nonzero()[:, 0]
-            if not len(keep):
+            moves = _moves(len(rows), done)
+            rows, ids, values, uniforms, token = (_moved(x, *moves) for x in (rows, ids, values, uniforms, token))
+            if not len(rows):
                 return
-            batch.keep(keep)
-            rows, ids, values, uniforms, token = rows[keep.cpu()], ids[keep], values[keep], uniforms[keep], token[keep]
+            batch.move(*moves)
         batch.step(token)
 
 
@@ -153,6 +153,22 @@ def tempered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
         before = probabilities.cumsum(-1) - probabilities  # mass of the tokens ranked above: the first is always kept
         logits = logits.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
     return logits.log_softmax(-1)
+
+
+def _moves(rows, done):
+    """How `rows` rows close up when those at `done` leave: (holes, movers, how many stay).
+
+    The last rows that stay move into the holes: what is copied is as much as leaves, not all that stays.
+    """
+    count, gone = rows - len(done), set(done)
+    return [b for b in done if b < count], [b for b in range(count, rows) if b not in gone], count
+
+
+def _moved(x, holes, movers, count):
+    """The first `count` rows of x, of which those at `holes` have become those at `movers`: in x's own memory."""
+    if holes:
+        x[holes] = x[movers]
+    return x[:count]
 
 
 class _Batch:
@@ -191,10 +207,10 @@ class _Batch:
         self._forward(token[:, None], self.seen[:, None, None], self.next_position[:, None])
         self.next_position = self.next_position + 1
 
-    def keep(self, index):
-        """Go on with these rows only."""
-        self.seen, self.next_position = self.seen[index], self.next_position[index]
-        self.cache.batch_select_indices(index)
+    def move(self, holes, movers, count):
+        """Go on with `count` rows; see `_moves`."""
+        self.seen, self.next_position = (_moved(x, holes, movers, count) for x in (self.seen, self.next_position))
+        self.cache.move(holes, movers, count)
 
     def _forward(self, ids, mask, position_ids):
         out = self.model(
@@ -250,6 +266,11 @@ class _PreallocatedCache(Cache):
         """The prompts are in; from now on each step brings one token a row."""
         for layer in self.layers:
             layer.decoding = True
+
+    def move(self, holes, movers, count):
+        """Rows of all layers close up; see `_moves`."""
+        for layer in self.layers:
+            layer.keys, layer.values = (_moved(x, holes, movers, count) for x in (layer.keys, layer.values))
 
 
 def _common_prefix(prompts):
