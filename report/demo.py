@@ -37,6 +37,7 @@ MEASURED = {
 THERE = 86e9  # FLOP/s of that core in a matrix product
 # The stages are not all matrix products: two cores with 390e9 FLOP/s in bf16 took 0.43 of those seconds
 GROWTH = math.log(0.43) / math.log(THERE / 390e9)
+FIRST = 300  # seconds of the table for which the first estimate counts: a stage or two say little of all the others
 SMOKE_PACE = 0.1  # of the stages on a tiny model, until the first of them has been timed
 DONE_SECONDS = 6  # a stage that finds its work done only starts Python and reads a manifest
 ALREADY = ("this very ", ": already in ")  # what the scripts print then: "holds this very run", for one
@@ -130,14 +131,13 @@ def run_stage(stage):
 def run_all(todo, again, pace=1.0):
     """Run the stages one after the other. `again`: the command that goes on after a failure.
 
-    pace: how long stages are expected to take as a share of MEASURED, until the first has been timed.
+    pace: how long stages are expected to take as a share of MEASURED, before any has been timed.
     Raises UserError when a stage fails: the stages after it would learn from what is not there.
     """
     started = time.time()
-    spent = expected = 0.0  # by the stages that had work to do: how fast this machine is
+    spent, expected = FIRST * pace, FIRST  # and then by the stages that had work to do: how fast this machine is
     for k, stage in enumerate(todo):
-        pace = spent / expected if expected else pace
-        minutes = max(1, round(seconds_left(todo[k:], pace) / 60))
+        minutes = max(1, round(seconds_left(todo[k:], spent / expected) / 60))
         elapsed = duration(time.time() - started)
         say(f"\nstage {k + 1} of {len(todo)}: {stage.title} | {elapsed} | about {minutes} min left")
         say(f"$ {shlex.join(['python', *stage.command])}")

@@ -1,11 +1,12 @@
 """The sampler against transformers' own generate, against forward passes, and against probabilities."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from models.generation import generate, tempered_logprobs
+from models.generation import _moved, _moves, generate, tempered_logprobs
 
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
@@ -34,6 +35,15 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(tiny, name):
     assert {"stop", "length"} == set(together.finish_reasons)  # rows left the batch at different steps
     for a, b in zip(together.logprobs, alone):
         assert a == pytest.approx(b.logprobs[0], abs=1e-6)
+
+
+def test_rows_that_stay_close_up_whichever_leave():
+    for pattern in itertools.product([False, True], repeat=6):
+        done = [b for b, leaves in enumerate(pattern) if leaves]
+        holes, movers, count = _moves(6, done)
+        left = _moved(torch.arange(6), holes, movers, count).tolist()
+        assert sorted(left) == [b for b in range(6) if b not in done]
+        assert len(movers) <= len(done)  # what is copied is no more than what leaves
 
 
 @BOTH

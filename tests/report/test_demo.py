@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,14 @@ def test_work_that_is_done_does_not_count_as_pace(fake, capfd):
     run_all([done, fake("b", "print('work')")], "again")
     said = capfd.readouterr().out
     assert "about 2 min left" in said[said.index("stage 2 of 2") :]  # still 100 s at the table's pace
+
+
+def test_one_stage_does_not_decide_the_estimate(fake, capfd, monkeypatch):
+    ticks = chain([0.0] * 3, repeat(50.0))  # the first stage takes ten times as long as the pace foresees
+    monkeypatch.setattr(demo.time, "time", lambda: next(ticks))
+    run_all([fake(name, "") for name in "abcdef"], "again", pace=0.05)
+    said = capfd.readouterr().out
+    assert "about 1 min left" in said[said.index("stage 2 of 6") :]  # 500 s at (15 + 50) / 400; not at 0.5: 4 min
 
 
 def test_the_estimate_leaves_out_what_is_there(fake, tmp_path):
