@@ -16,12 +16,10 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from configs.config import UserError
+from models.attention import use_products
 from models.logprobs import unwrapped
 
 
@@ -133,8 +131,7 @@ def _draw(logits, uniform, temperature, top_k, top_p):
         target = uniform.float() * cumulative[:, -1]
         token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
         # a uniform that rounds to 1 lands behind the last token: take the last one that has probability
-        last = (cumulative < cumulative[:, -1:]).sum(-1)
-        token = torch.minimum(token, last.clamp(max=logits.shape[-1] - 1))
+        token = torch.minimum(token, torch.searchsorted(cumulative, cumulative[:, -1:])[:, 0])
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
@@ -143,7 +140,7 @@ def tempered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
 
     top_k keeps the k most probable tokens; top_p the smallest set whose probability reaches p (Holtzman et al. 2020).
     """
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
     if top_k:
         threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -282,45 +279,17 @@ def _common_prefix(prompts):
     return next((i for i in range(longest) if first[i] != last[i]), longest)
 
 
-def _grouped_decode_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Attention of one new token to the cache, as two batched products over the key-value heads.
-
-    PyTorch's fused CPU kernel is made for many queries; for a single one, and with fewer key-value heads than query
-    heads, this is several times as fast. Prefill goes to the fused kernel.
-    query: (B, heads, 1, D). key, value: (B, kv_heads, L, D). Returns (B, 1, heads, D).
-    """
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    batch, heads, _, size = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, size)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float()  # (B, kv_heads, group, L)
-    scores *= size**-0.5 if scaling is None else scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    out = torch.matmul(scores.softmax(-1).to(value.dtype), value)  # (B, kv_heads, group, D)
-    return out.reshape(batch, 1, heads, size), None
-
-
-AttentionInterface.register("grouped_decode", _grouped_decode_attention)
-AttentionMaskInterface.register("grouped_decode", sdpa_mask)
-
-
 @contextlib.contextmanager
 def _decode_attention(model):
-    """Use `_grouped_decode_attention` on a CPU while answers are sampled."""
+    """Use models/attention.py while answers are sampled, whoever loaded the model."""
     inner = unwrapped(model)
     before = inner.config._attn_implementation
-    if model.get_input_embeddings().weight.device.type != "cpu" or before != "sdpa":
-        yield
-        return
-    inner.set_attn_implementation("grouped_decode")
+    use_products(inner)
     try:
         yield
     finally:
-        inner.set_attn_implementation(before)
+        if inner.config._attn_implementation != before:
+            inner.set_attn_implementation(before)
 
 
 def check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt):

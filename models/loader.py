@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 
 from configs.config import UserError
 from configs.run import in_root, read_json, shown
+from models.attention import use_products
 from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.lean import make_lean
 from models.tiny import TINY_MODELS, build_tiny
@@ -147,6 +148,8 @@ def _with_adapter(model, folder, trainable):
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
+    from models.lora import lean_adapters
+
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{shown(folder)} has no weights: {file.name} is missing. {_pickles(folder)}".strip())
@@ -154,7 +157,7 @@ def _with_adapter(model, folder, trainable):
         with safe_open(file, "pt") as stored, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing weights, which are refused below
             names = set(stored.keys())
-            model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            model = lean_adapters(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
     except SafetensorError as error:
         raise UserError(f"the weights in {shown(folder)} are damaged: {error}") from None
     except (ValueError, RuntimeError, TypeError) as error:
@@ -192,7 +195,7 @@ def read_weights(auto_class, path, name, new=(), **options):
     for key, weight in model.named_parameters():
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
             raise UserError(f"the weights in {where} are damaged: {key} holds numbers that are not finite")
-    return make_lean(model)
+    return use_products(make_lean(model))
 
 
 def _pickles(folder):

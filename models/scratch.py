@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from configs.config import UserError
+from models.attention import use_products
 from models.lean import make_lean
 from models.tiny import CHAT_TEMPLATE
 
@@ -65,4 +66,4 @@ def build_scratch(architecture, layers, width, heads, context, tokenizer, seed):
         config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **attention, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make_lean(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        return use_products(make_lean(AutoModelForCausalLM.from_config(config, dtype=torch.float32)))

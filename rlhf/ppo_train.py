@@ -26,6 +26,7 @@ from configs.checkpoint import Checkpoints, Saving
 from configs.config import UserError, cli, option, refuse_unused
 from configs.run import Run, quiet_libraries, read_json, say, shown
 from models.loader import autocast, pick_device, pick_precision, same_tokens
+from models.lora import lean_adapters
 from rlhf.packing import answer_logprobs, answer_scores
 from rlhf.reward_model import ADAPTER, RewardModel, find_reward_model, last_token
 from rlhf.rollouts import PromptStream, Sampler, check_room, gold_scores
@@ -291,6 +292,7 @@ def place_reward_model(model, config, folder, device):
     targets = settings["target_modules"]
     lora = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=targets, task_type="CAUSAL_LM")
     model.add_adapter("reward", lora)
+    lean_adapters(model)
     missing = set_peft_model_state_dict(model, weights, adapter_name="reward")
     assert not missing.unexpected_keys, missing.unexpected_keys
     model.set_adapter("default")

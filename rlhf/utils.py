@@ -16,6 +16,7 @@ from configs.config import UserError
 from configs.run import in_root, on_main, rank, say
 from models.loader import frozen_dtype, load_model, load_tokenizer, portable_name, resolve_model
 from models.logprobs import head_logprobs, hidden_states, unwrapped
+from models.lora import lean_adapters
 from train.common import save_model
 
 
@@ -214,7 +215,7 @@ def prepare_training(model, config, task_type, **lora_options):
             task_type=task_type,
             **lora_options,
         )
-        model = get_peft_model(model, adapter)
+        model = lean_adapters(get_peft_model(model, adapter))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora_r:  # no weight before the checkpointed blocks trains: without this, no gradient would enter them

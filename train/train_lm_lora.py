@@ -59,12 +59,14 @@ def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32)
     """
     from peft import LoraConfig, get_peft_model
 
+    from models.lora import lean_adapters
+
     settings = LoraConfig(
         r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     for weight in model.parameters():  # model.to() would round the frequencies of rotary positions too
         weight.data = weight.data.to(dtype)
-    model = get_peft_model(model, settings)
+    model = lean_adapters(get_peft_model(model, settings))
     model.peft_config["default"].base_model_name_or_path = portable_name(resolve_model(model_name))
     trained, total = model.get_nb_trainable_parameters()
     say(f"LoRA of rank {r}: {trained:,} of {total:,} parameters train ({trained / total:.2%}); the rest are {dtype}")

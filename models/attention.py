@@ -1,0 +1,98 @@
+"""Attention on a CPU as plain matrix products, in the two places where PyTorch's fused kernel is slow.
+
+- One new token a row, as in decoding: two batched products over the key-value heads are several times as fast.
+- bf16 and fp16: for rows of some hundred tokens the kernel's backward pass takes four times as long as the products.
+
+Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from models.lean import product_dtype
+
+NAME = "products"  # of this implementation in transformers' table of them
+BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may ask for and the products do not do
+
+
+def use_products(model):
+    """Let `model`, of transformers, attend by this file where it would call PyTorch's kernel; returns it."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+    return model
+
+
+def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """softmax(query key^T * scaling + mask) value, with what transformers hands to an attention function.
+
+    query: (B, heads, T, D). key, value: (B, kv_heads, L, D), each for heads / kv_heads query heads.
+    attention_mask: (B or 1, 1, T, L), bool (True is seen) or added to the scores; None is causal.
+    Returns ((B, T, heads, D), None).
+    """
+    dtype = product_dtype(query)
+    decoding = query.shape[2] == 1 and not torch.is_grad_enabled()
+    here = query.device.type == "cpu" and (decoding or dtype in (torch.bfloat16, torch.float16))
+    beyond = dropout or getattr(module, "is_causal", True) is False or any(kwargs.get(x) is not None for x in BEYOND)
+    if beyond or not here:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, heads, length, size = query.shape
+    kv_heads = key.shape[1]
+    scaling = size**-0.5 if scaling is None else scaling
+    grouped = (query.to(dtype) * scaling).reshape(batch, kv_heads, heads // kv_heads * length, size)
+    mask = _added(attention_mask, length, key.shape[2], dtype)
+    out = _Attention.apply(grouped, key.to(dtype), value.to(dtype), mask)
+    return out.view(batch, heads, length, size).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _added(mask, length, keys, dtype):
+    """A mask in the form that is added to the scores; None where every key is seen.
+
+    What is not seen gets a large negative number, not -inf: padding that sees nothing at all must not become NaN.
+    """
+    if mask is None:
+        if length == 1:
+            return None
+        mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)[None, None]
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
+    return mask.to(dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(query key^T + mask) value, which keeps these four: the probabilities are computed again.
+
+    query: (B, kv_heads, group * T, D), scaled. key, value: (B, kv_heads, L, D). mask: (B or 1, 1, T, L) or None.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        ctx.save_for_backward(query, key, value, mask)
+        return _probabilities(query, key, mask) @ value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, mask = ctx.saved_tensors
+        p = _probabilities(query, key, mask)
+        of_value = p.transpose(2, 3) @ gradient
+        of_scores = torch.ops.aten._softmax_backward_data(gradient @ value.transpose(2, 3), p, -1, p.dtype)
+        return of_scores @ key, of_scores.transpose(2, 3) @ query, of_value, None
+
+
+def _probabilities(query, key, mask):
+    """(B, kv_heads, group * T, L); the softmax itself computes in float32."""
+    scores = query @ key.transpose(2, 3)
+    if mask is not None:
+        scores.view(*scores.shape[:2], -1, *mask.shape[2:]).add_(mask[:, :, None])
+    return scores.softmax(-1)
