@@ -4,9 +4,13 @@
 - bf16 and fp16: for rows of some hundred tokens the kernel's backward pass takes four times as long as the products.
 
 Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU.
+
+Rows of different length may come end to end (`Rows`): then only attention sees padding, and no linear layer computes it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -20,6 +24,60 @@ NAME = "products"  # of this implementation in transformers' table of them
 BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may ask for and the products do not do
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where N tokens that lie end to end stand in R padded rows of T. Goes to the model as `rows=`, see `attends_here`.
+
+    padded: (R * T,) the token of each place, any one where the place is padding. places: (N,) the place of each token.
+    """
+
+    padded: torch.Tensor
+    places: torch.Tensor
+    shape: tuple[int, int]  # R, T
+
+    @staticmethod
+    def of(lengths, device):
+        """For rows of these lengths."""
+        width, places = max(lengths), []
+        for r, length in enumerate(lengths):
+            places += range(r * width, r * width + length)
+        places = torch.tensor(places, device=device)
+        padded = torch.zeros(len(lengths) * width, dtype=torch.long, device=device)
+        padded[places] = torch.arange(len(places), device=device)
+        return Rows(padded, places, (len(lengths), width))
+
+    def pad(self, x):
+        """(1, heads, N, D) as (R, heads, T, D)."""
+        return _Moved.apply(x[0].transpose(0, 1), self.padded, self.places).unflatten(0, self.shape).transpose(1, 2)
+
+    def unpad(self, x):
+        """(R, T, ...) as (1, N, ...)."""
+        return _Moved.apply(x.flatten(0, 1), self.places, self.padded)[None]
+
+
+class _Moved(torch.autograd.Function):
+    """x[index], where index takes each token once: going back is to take `back`, of which padding gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(index, back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        index, back = ctx.saved_tensors
+        if len(back) <= len(index):  # x was the tokens
+            return gradient.index_select(0, back), None, None
+        empty = gradient.new_zeros(len(back), *gradient.shape[1:])
+        return empty.index_copy_(0, index, gradient), None, None
+
+
+def attends_here(model):
+    """Whether `model`, of transformers, attends by this file, so that it takes `rows=`."""
+    return model.config._attn_implementation == NAME
+
+
 def use_products(model):
     """Let `model`, of transformers, attend by this file where it would call PyTorch's kernel; returns it."""
     if model.config._attn_implementation == "sdpa":
@@ -27,13 +85,18 @@ def use_products(model):
     return model
 
 
-def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, rows=None, **kwargs):
     """softmax(query key^T * scaling + mask) value, with what transformers hands to an attention function.
 
     query: (B, heads, T, D). key, value: (B, kv_heads, L, D), each for heads / kv_heads query heads.
     attention_mask: (B or 1, 1, T, L), bool (True is seen) or added to the scores; None is causal.
+    rows: B is 1 and T = L the tokens of R rows end to end; the mask is that of the padded rows.
     Returns ((B, T, heads, D), None).
     """
+    if rows is not None:
+        query, key, value = (rows.pad(x) for x in (query, key, value))
+        out, _ = attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return rows.unpad(out), None
     dtype = product_dtype(query)
     decoding = query.shape[2] == 1 and not torch.is_grad_enabled()
     here = query.device.type == "cpu" and (decoding or dtype in (torch.bfloat16, torch.float16))

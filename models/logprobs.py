@@ -33,11 +33,11 @@ def positions(attention_mask):
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
+def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **options):
     """The transformer body's output (B, T, H), after its final norm: what the head reads.
 
     attention_mask: (B, T), 1 on real tokens; or (B, 1, T, T), True where a token (third axis) sees another (fourth),
-    which needs position_ids.
+    which needs position_ids. options: what else the body takes.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)
@@ -47,7 +47,7 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
         nothing = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
         attention_mask = nothing.masked_fill_(~attention_mask, -torch.inf)
     return body(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **options
     ).last_hidden_state
 
 

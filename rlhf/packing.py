@@ -2,7 +2,8 @@
 
 A row is [prompt, answer 1, answer 2, ...]. Each answer sees the prompt and itself, and its positions go on where the
 prompt ends, so every number is the one that the answer gets in a row of its own; with 8 short answers a prompt there
-are half as many tokens to compute. What comes out is per answer again: (N, L), N answers, L tokens of the longest one.
+are half as many tokens to compute. The rows lie end to end, so that only attention pads them to one width. What comes
+out is per answer again: (N, L), N answers, L tokens of the longest one.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from dataclasses import dataclass
 
 import torch
 
+from models.attention import Rows, attends_here
 from models.logprobs import head_logprobs, hidden_states, unwrapped
 
 
 @dataclass
 class Packed:
-    """N answers in R rows of T tokens."""
+    """N answers in R rows, end to end in `tokens` tokens; T is the length of the longest row."""
 
-    input_ids: torch.Tensor  # (R, T)
-    position_ids: torch.Tensor  # (R, T)
+    input_ids: torch.Tensor  # (1, tokens)
+    position_ids: torch.Tensor  # (1, tokens)
+    rows: Rows
     attention_mask: torch.Tensor  # (R, 1, T, T), True where a token (third axis) sees another (fourth)
     targets: torch.Tensor  # (N, L) the answers' ids
     mask: torch.Tensor  # (N, L) 1 on the answers' tokens
-    predictor: torch.Tensor  # (N, L) index into the R * T tokens of the one that predicts each target
+    predictor: torch.Tensor  # (N, L) index among the tokens of the one that predicts each target
     last: torch.Tensor  # (N,) index of each answer's last token
-    tokens: int  # real tokens in all rows
+    tokens: int
 
     def to_answers(self, values):
         """Values of the counted tokens, in the order of `mask`, as (N, L) with zeros elsewhere."""
@@ -45,20 +48,22 @@ def pack(prompts, completions, pad_id, device):
     by length, never by token id.
     """
     rows, segments, positions, predictor, last = [], [], [], [], []
+    tokens = end_of_prompt = 0
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         if i == 0 or prompt != prompts[i - 1]:
             rows.append(list(prompt))
             segments.append([0] * len(prompt))
             positions.append(list(range(len(prompt))))
-        row, start = len(rows) - 1, len(rows[-1])
-        predictor.append([(row, len(prompt) - 1), *((row, start + t) for t in range(len(completion) - 1))])
-        last.append((row, start + len(completion) - 1))
+            tokens += len(prompt)
+            end_of_prompt = tokens - 1
+        predictor.append([end_of_prompt, *range(tokens, tokens + len(completion) - 1)])
+        tokens += len(completion)
+        last.append(tokens - 1)
         rows[-1] += completion
         segments[-1] += [segments[-1][-1] + 1] * len(completion)
         positions[-1] += range(len(prompt), len(prompt) + len(completion))
 
     width, longest = max(map(len, rows)), max(map(len, completions))
-    tokens = sum(map(len, rows))
 
     def filled(lists, value, to):
         return torch.tensor([[*x, *[value] * (to - len(x))] for x in lists], device=device)
@@ -68,15 +73,25 @@ def pack(prompts, completions, pad_id, device):
     same = segment[:, :, None] == segment[:, None, :]  # padding (-1) sees padding: a row without any key would be NaN
     sees_prompt = (segment[:, None, :] == 0) & (segment[:, :, None] >= 0)
     return Packed(
-        input_ids=filled(rows, pad_id, width),
-        position_ids=filled(positions, 0, width),
+        input_ids=torch.tensor([[x for row in rows for x in row]], device=device),
+        position_ids=torch.tensor([[x for row in positions for x in row]], device=device),
+        rows=Rows.of([len(row) for row in rows], device),
         attention_mask=(causal & (same | sees_prompt))[:, None],
         targets=filled(completions, pad_id, longest),
         mask=filled([[1] * len(c) for c in completions], 0, longest),
-        predictor=filled([[r * width + t for r, t in p] for p in predictor], 0, longest),
-        last=torch.tensor([r * width + t for r, t in last], device=device),
+        predictor=filled(predictor, 0, longest),
+        last=torch.tensor(last, device=device),
         tokens=tokens,
     )
+
+
+def token_states(model, packed):
+    """The hidden states (tokens, H) of all rows, end to end."""
+    rows, ids, positions = packed.rows, packed.input_ids, packed.position_ids
+    if attends_here(unwrapped(model)):
+        return hidden_states(model, ids, packed.attention_mask, positions, rows=rows)[0]
+    ids, positions = (x[0][rows.padded].view(rows.shape) for x in (ids, positions))
+    return rows.unpad(hidden_states(model, ids, packed.attention_mask, positions))[0]
 
 
 def answer_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
@@ -85,7 +100,7 @@ def answer_logprobs(model, packed, temperature=1.0, entropy=False, value_head=No
     entropy=True also returns the entropies (N, L) in nats, without gradient. With a value head, a module
     (..., H) -> (..., 1), also the values (N, L) of the states in which each token is chosen, and (N,) after the last.
     """
-    hidden = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids).flatten(0, 1)
+    hidden = token_states(model, packed)
     at = packed.mask.bool()
     states = hidden[packed.predictor[at]]  # (tokens of the answers, H)
     head = unwrapped(model).get_output_embeddings()
@@ -99,7 +114,7 @@ def answer_logprobs(model, packed, temperature=1.0, entropy=False, value_head=No
 
 def answer_scores(model, packed, head):
     """Scores (N,) of a reward model: its head on the last token of each answer."""
-    hidden = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids).flatten(0, 1)
+    hidden = token_states(model, packed)
     return head(hidden[packed.last]).float().squeeze(-1)
 
 

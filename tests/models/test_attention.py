@@ -1,0 +1,150 @@
+"""Attention as products against PyTorch's own in float64, its gradients, its masks, and rows that lie end to end."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from models import attention as module
+from models.attention import NAME, Rows, attends_here, attention, use_products
+from models.loader import load_model
+from models.logprobs import hidden_states
+
+B, T, KV, GROUP, D = 3, 7, 2, 2, 8
+
+
+def inputs(dtype=torch.float64, length=T, grad=True):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(B, KV * GROUP, length, D), (B, KV, T, D), (B, KV, T, D)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
+
+
+def reference(query, key, value, mask):
+    """(B, T, heads, D) by PyTorch's kernel in float64."""
+    q, k, v = (x.double() for x in (query, key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)))
+    causal = mask is None and query.shape[2] > 1
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+
+
+def random_mask():
+    """(B, 1, T, T): each token sees itself and some others."""
+    seen = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(1)) < 0.5
+    return seen | torch.eye(T, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("masked", ["causal", "bool", "added"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_half_precision_is_float64_rounded(monkeypatch, dtype, tolerance, masked):
+    monkeypatch.setattr(module, "sdpa_attention_forward", None)  # it must not be called
+    seen = None if masked == "causal" else random_mask()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if masked == "added" else seen
+    mine, exact = inputs(dtype), inputs()
+    out, expected = attention(None, *mine, mask)[0], reference(*exact, seen)
+    assert out.dtype == dtype and out.shape == (B, T, KV * GROUP, D)
+    assert (out - expected).abs().max() < tolerance
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(mine, exact):
+        assert (a.grad - b.grad).abs().max() < tolerance * b.grad.abs().max()
+
+
+def test_the_equation_and_its_gradients_in_float64():
+    query, key, value = inputs()
+    grouped = query.detach().reshape(B, KV, GROUP * T, D).requires_grad_()
+    added = module._added(random_mask(), T, T, torch.float64)
+    torch.autograd.gradcheck(lambda *x: module._Attention.apply(*x, added), (grouped, key, value))
+    out = module._Attention.apply(grouped * D**-0.5, key, value, added).view(B, KV * GROUP, T, D).transpose(1, 2)
+    assert (out - reference(query, key, value, random_mask())).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+def test_one_new_token_in_decoding(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr(module, "sdpa_attention_forward", None)
+    seen = random_mask()[:, :, -1:]
+    query, key, value = inputs(dtype, length=1, grad=False)
+    with torch.no_grad():
+        for mask in (seen, None):
+            out = attention(None, query, key, value, mask)[0]
+            assert (out - reference(*inputs(length=1, grad=False), mask)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_not_seen_has_no_weight_and_padding_that_sees_nothing_stays_finite(dtype):
+    query, key, value = inputs(dtype)
+    query.data *= 30  # scores in the hundreds
+    seen = torch.ones(B, 1, T, T, dtype=torch.bool).tril()
+    seen[0, 0, 0] = False  # a padding token that sees nothing
+    out = attention(None, query, key, value, seen)[0]
+    assert out.isfinite().all()
+    out[1, 2].float().sum().backward()  # it sees the tokens 0 to 2
+    assert (key.grad[1, :, 3:] == 0).all() and (value.grad[1, :, 3:] == 0).all() and value.grad[1, :, 2].any()
+
+
+def test_what_the_products_do_not_do_goes_to_pytorch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *args, **kwargs: asked.append(kwargs) or (None, None))
+    half = inputs(torch.bfloat16)
+    attention(None, *half, None)
+    assert not asked
+    attention(None, *inputs(torch.float32), None)  # the kernel is the faster one
+    attention(None, *half, None, dropout=0.1)
+    attention(None, *half, None, softcap=30.0)
+    attention(None, *half, None, is_causal=False)
+    both_ways = torch.nn.Module()
+    both_ways.is_causal = False
+    attention(both_ways, *half, None)
+    assert len(asked) == 5
+    assert asked[1]["dropout"] == 0.1 and asked[2]["softcap"] == 30.0 and asked[3]["is_causal"] is False
+
+
+def test_rows_go_there_and_back():
+    lengths = [2, 4, 1]
+    rows = Rows.of(lengths, "cpu")
+    x = torch.randn(1, 3, 7, 5, dtype=torch.float64, requires_grad=True)
+    padded = rows.pad(x)
+    assert padded.shape == (3, 3, 4, 5) and rows.shape == (3, 4)
+    for r, (start, length) in enumerate(zip((0, 2, 6), lengths)):
+        assert torch.equal(padded[r, :, :length], x[0, :, start : start + length])
+    assert torch.equal(rows.unpad(padded.transpose(1, 2)), x.transpose(1, 2))
+    torch.autograd.gradcheck(lambda x: rows.unpad(rows.pad(x).transpose(1, 2)), x)
+    full = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(Rows.of([3, 3], "cpu").unpad, full)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_reads_rows_end_to_end_as_it_reads_them_padded(tiny, name, checkpointing):
+    lengths = [5, 2, 4]
+    ids = [torch.arange(5, 5 + n) for n in lengths]
+    model = use_products(tiny(name).double())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    seen = torch.zeros(3, 1, 5, 5, dtype=torch.bool)
+    for r, n in enumerate(lengths):
+        seen[r, 0, :n, :n] = True
+    seen = (seen | torch.eye(5, dtype=torch.bool)).tril()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    states = hidden_states(model, torch.cat(ids)[None], seen, positions, rows=Rows.of(lengths, "cpu"))[0]
+    states.square().sum().backward()
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    alone = copy.deepcopy(model)
+    alone.zero_grad()
+    each = [hidden_states(alone, x[None])[0] for x in ids]
+    torch.cat(each).square().sum().backward()
+    assert (states - torch.cat(each)).abs().max() < 1e-12
+    expected = {key: p.grad for key, p in alone.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for key, gradient in found.items():
+        assert (gradient - expected[key]).abs().max() <= 1e-11 * max(1.0, expected[key].abs().max()), key
+
+
+def test_a_loaded_model_attends_here_and_a_saved_one_is_anybodys(tmp_path):
+    model = load_model("tiny-llama", dtype=torch.float32)
+    assert attends_here(model) and model.config._attn_implementation == NAME
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.config._attn_implementation == "sdpa"
