@@ -91,7 +91,7 @@ def peer(size, folder):
     ) if size.lora_r else None  # fmt: skip
     dtype = frozen_dtype(measure.precision()) if size.lora_r else torch.float32
     trainer = Tokenised(
-        load_model(size.model_name, dtype=dtype, device=pick_device()),
+        peers.plain(load_model(size.model_name, dtype=dtype, device=pick_device())),
         args=peers.arguments(DPOConfig, folder, size.steps, size.pairs, size.lr, beta=config.beta),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(size.model_name),

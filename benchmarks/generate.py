@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, peers
 from benchmarks.flops import Cost, sampled
 from benchmarks.texts import passages
 from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device
@@ -62,6 +62,7 @@ def ours(size, folder):
 
 def peer(size, folder):
     model, prompts = start(size)
+    model = peers.plain(model)
     model.generation_config.eos_token_id = None  # nothing stops an answer
     input_ids = torch.tensor(prompts, device=pick_device())
     shape = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": size.new, "pad_token_id": 0}

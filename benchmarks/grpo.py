@@ -129,7 +129,7 @@ def peer(size, folder):
     )  # fmt: skip
     tokenizer = load_tokenizer(size.model_name)
     trainer = Fixed(
-        load_model(size.model_name, dtype=torch.float32, device=pick_device()),
+        peers.plain(load_model(size.model_name, dtype=torch.float32, device=pick_device())),
         reward_funcs=reward,
         args=arguments,
         train_dataset=Dataset.from_list(rows),

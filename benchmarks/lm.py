@@ -83,5 +83,7 @@ def peer(size, folder):
         SFTConfig, folder, size.steps, size.batch_size, size.lr, size.accumulation,
         weight_decay=config.weight_decay, max_length=size.length,
     )  # fmt: skip
-    trainer = SFTTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        peers.plain(model), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     return peers.train(trainer, measure.Clock(), work(size))

@@ -69,7 +69,7 @@ def peer(size, folder):
     steps = dpo.pairs_of_steps(config)
     rows = [{f"{key}_ids": p["prompt"] + p[key] for key in ("chosen", "rejected")} for pairs in steps for p in pairs]
     torch.manual_seed(config.seed)
-    model = build(config, pick_device(), measure.precision()).model
+    model = peers.plain(build(config, pick_device(), measure.precision()).model)
     tokenizer = load_tokenizer(size.model_name)
     tokenizer.pad_token = tokenizer.unk_token
     arguments = peers.arguments(

@@ -41,6 +41,7 @@ from data.prompts import read_prompts, text_of
 from models.answers import Answer, as_answers, mean, progress_line, rate
 from models.kept import forget, generate_kept, partial_path
 from models.loader import (
+    cast_weights,
     frozen_dtype,
     load_model,
     load_tokenizer,
@@ -185,7 +186,7 @@ def sample_and_score(config, task):
     tokenizer = load_tokenizer(config.model_name)
     model = load_model(config.model_name, dtype=torch.float32, device=device)
     policy = weights_hash(model)  # before the cast: what a trainer that loads float32 weights computes
-    model = model.to(frozen_dtype(precision))
+    model = cast_weights(model, frozen_dtype(precision))
     many = len(prompts) * config.samples_per_prompt
     say(
         f"{config.model_name} ({precision}, {device}): {config.samples_per_prompt} answers to each of {len(prompts)} "

@@ -5,7 +5,7 @@
 
 Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU.
 
-Rows of different length may come end to end (`Rows`): then only attention sees padding, and no linear layer computes it.
+Rows of different length may come end to end (`Rows`): then attention alone pads them, and no linear layer does.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _draw(logits, uniform, temperature, top_k, top_p):
         target = uniform.float() * cumulative[:, -1]
         token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
         # a uniform that rounds to 1 lands behind the last token: take the last one that has probability
-        token = torch.minimum(token, torch.searchsorted(cumulative, cumulative[:, -1:])[:, 0])
+        token = torch.minimum(token, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0])
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 

@@ -47,6 +47,7 @@ from models.kept import forget, generate_kept, partial_path
 from models.loader import (
     adapter_base,
     answer_text,
+    cast_weights,
     frozen_dtype,
     load_model,
     load_tokenizer,
@@ -285,7 +286,8 @@ def evaluate(config):
 
     # 1. answers. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
     clock = time.time()
-    model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True).to(dtype)
+    model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
+    model = cast_weights(model, dtype)
     context = model.config.max_position_embeddings
     if config.text_length > context:
         raise UserError(f"text_length = {config.text_length}: {config.model_name} reads at most {context} tokens")

@@ -19,6 +19,7 @@ from configs.config import UserError, cli, option
 from configs.run import say, shown
 from models.loader import (
     PRECISIONS,
+    cast_weights,
     load_model,
     pick_device,
     pick_precision,
@@ -64,9 +65,7 @@ def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32)
     settings = LoraConfig(
         r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    for weight in model.parameters():  # model.to() would round the frequencies of rotary positions too
-        weight.data = weight.data.to(dtype)
-    model = lean_adapters(get_peft_model(model, settings))
+    model = lean_adapters(get_peft_model(cast_weights(model, dtype), settings))
     model.peft_config["default"].base_model_name_or_path = portable_name(resolve_model(model_name))
     trained, total = model.get_nb_trainable_parameters()
     say(f"LoRA of rank {r}: {trained:,} of {total:,} parameters train ({trained / total:.2%}); the rest are {dtype}")

@@ -35,6 +35,7 @@ def random_mask():
 
 @pytest.mark.parametrize("masked", ["causal", "bool", "added"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+@pytest.mark.statement("packed-apart")
 def test_half_precision_is_float64_rounded(monkeypatch, dtype, tolerance, masked):
     monkeypatch.setattr(module, "sdpa_attention_forward", None)  # it must not be called
     seen = None if masked == "causal" else random_mask()
@@ -71,6 +72,7 @@ def test_one_new_token_in_decoding(monkeypatch, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.statement("packed-apart")
 def test_what_is_not_seen_has_no_weight_and_padding_that_sees_nothing_stays_finite(dtype):
     query, key, value = inputs(dtype)
     query.data *= 30  # scores in the hundreds
@@ -115,6 +117,7 @@ def test_rows_go_there_and_back():
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.statement("packed-apart")
 def test_a_model_reads_rows_end_to_end_as_it_reads_them_padded(tiny, name, checkpointing):
     lengths = [5, 2, 4]
     ids = [torch.arange(5, 5 + n) for n in lengths]

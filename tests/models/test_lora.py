@@ -87,6 +87,7 @@ def test_less_is_kept_for_the_backward_pass():
     assert kept(lean) < 0.9 * kept(plain)
 
 
+@pytest.mark.statement("adapter-off")
 def test_pefts_methods_work_on_it(monkeypatch):
     plain, lean = both()
     base = copy.deepcopy(plain).unload()

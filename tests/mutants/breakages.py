@@ -34,7 +34,7 @@ BLOCKS = "tests/train/test_blocks.py::test_"
 LOSSES, MODELS, DATASET = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models", "dataset"))
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
 GENERATION, LOADER, LOGPROBS = (f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "logprobs"))
-LEAN = "tests/models/test_lean.py::test_"
+LEAN, ATTENTION, LORA = (f"tests/models/test_{name}.py::test_" for name in ("lean", "attention", "lora"))
 CHECKPOINT = "tests/configs/test_checkpoint.py::test_"
 NOTHING_MASKED = "tests/report/test_verify.py::test_nothing_masked_reaches_losses_advantages_statistics_or_metrics"
 
@@ -369,9 +369,30 @@ BREAKAGES = [
     Breakage(
         "packed-apart", "an answer's positions go on from the one before", "rlhf/packing.py",
         "positions[-1] += range(len(prompt), len(prompt) + len(completion))",
-        "positions[-1] += range(start, start + len(completion))",
+        "positions[-1] += range(len(rows[-1]) - len(completion), len(rows[-1]))",
         (f"{MODELS}packed_rows_give_each_answer_what_it_gets_alone",
          f"{MODELS}packed_gradients_equal_separate_ones"),
+    ),
+    Breakage(
+        "packed-apart", "what is not seen is seen a little in bf16", "models/attention.py",
+        "torch.finfo(dtype).min / 2", "-10.0",
+        (f"{ATTENTION}what_is_not_seen_has_no_weight_and_padding_that_sees_nothing_stays_finite",),
+    ),
+    Breakage(
+        "packed-apart", "causal attention in bf16 sees one token ahead", "models/attention.py",
+        ".tril(keys - length)", ".tril(keys - length + 1)",
+        (f"{ATTENTION}half_precision_is_float64_rounded[dtype0-0.03-causal]",),
+    ),
+    Breakage(
+        "packed-apart", "a row that lies end to end begins one place late", "models/attention.py",
+        "places += range(r * width, r * width + length)",
+        "places += [r * width + (t + (r > 0)) % width for t in range(length)]",
+        (f"{ATTENTION}a_model_reads_rows_end_to_end_as_it_reads_them_padded",),
+    ),
+    Breakage(
+        "adapter-off", "the adapter is in use when it is disabled", "models/lora.py",
+        "if self.disable_adapters or self.merged or", "if self.merged or",
+        (f"{LORA}pefts_methods_work_on_it",),
     ),
     Breakage(
         "left-padding", "positions count padding (forward)", "models/logprobs.py",
@@ -486,7 +507,7 @@ BREAKAGES = [
     ),
     Breakage(
         "score-at-end", "a packed answer is scored one token early", "rlhf/packing.py",
-        "last.append((row, start + len(completion) - 1))", "last.append((row, start + len(completion) - 2))",
+        "last.append(tokens - 1)", "last.append(tokens - 2)",
         (f"{MODELS}packed_scores_equal_separate_ones",),
     ),
     Breakage(

@@ -56,7 +56,8 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone_in_forward(tiny, na
 def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, temperature):
     model = tiny(name)
     packed = pack(PROMPTS, ANSWERS, 2, "cpu")
-    assert packed.rows.shape == (2, 12) and packed.input_ids.shape == (1, packed.tokens) == (1, 19)  # 3 + 3 + 1 and 5 + 2 + 5
+    assert packed.rows.shape == (2, 12)  # of 3 + 3 + 1 and 5 + 2 + 5 tokens
+    assert packed.input_ids.shape == (1, packed.tokens) == (1, 19)
     found, entropy = answer_logprobs(model, packed, temperature, entropy=True)
     for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS)):
         close(found[i, : len(a)], plain_logprobs(model, p, a, temperature), atol=1e-12, rtol=0)
