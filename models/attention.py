@@ -79,8 +79,11 @@ def attends_here(model):
 
 
 def use_products(model):
-    """Let `model`, of transformers, attend by this file where it would call PyTorch's kernel; returns it."""
-    if model.config._attn_implementation == "sdpa":
+    """Let `model`, of transformers, attend by this file where it would call PyTorch's kernel; returns it.
+
+    Architectures that do not hand all that a pass is given on to an attention function of choice keep their own.
+    """
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(NAME)
     return model
 

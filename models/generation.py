@@ -210,13 +210,16 @@ class _Batch:
         self.cache.move(holes, movers, count)
 
     def _forward(self, ids, mask, position_ids):
+        # an index, not a number: the head reads a copy then. Of a slice, and with a weight that does not train, matmul
+        # would repeat the weight for each row: gigabytes
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         self.logits = out.logits[:, -1]
 

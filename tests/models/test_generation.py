@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.generation import _moved, _moves, generate, tempered_logprobs
 
@@ -35,6 +36,25 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(tiny, name):
     assert {"stop", "length"} == set(together.finish_reasons)  # rows left the batch at different steps
     for a, b in zip(together.logprobs, alone):
         assert a == pytest.approx(b.logprobs[0], abs=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """Remembers the numbers in the largest operand of any batched matrix product, repeated ones counted."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            self.largest = max(self.largest, *(x.numel() for x in args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_head_is_not_repeated_for_each_row(tiny, frozen):
+    model = tiny(vocab_size=4096).requires_grad_(not frozen)
+    with Products() as products:
+        generate(model, [[i, 5, 6] for i in range(40)], 2, temperature=0, batch_size=40)
+    assert 0 < products.largest < model.get_output_embeddings().weight.numel()
 
 
 def test_rows_that_stay_close_up_whichever_leave():

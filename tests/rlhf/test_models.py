@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, StableLmConfig
 
+from models.attention import use_products
 from models.generation import generate
+from models.lean import make_lean
 from models.logprobs import unwrapped
 from rlhf.dpo_train import answer_logps, dpo_loss
 from rlhf.packing import answer_logprobs, completion_logprobs, pack
@@ -65,6 +68,18 @@ def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, temperature
         logits = model(torch.tensor([p + a])).logits[0, len(p) - 1 : -1] / temperature
         expected = torch.distributions.Categorical(logits=logits).entropy()
         close(entropy[i, : len(a)], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_an_architecture_with_an_attention_of_its_own_reads_packed_rows_too(lean):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = StableLmConfig(**shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    model = use_products(make_lean(model)) if lean else model
+    found = answer_logprobs(model, pack(PROMPTS, ANSWERS, 2, "cpu"))
+    for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS)):
+        close(found[i, : len(a)], plain_logprobs(model, p, a), atol=1e-12, rtol=0)
 
 
 @BOTH
