@@ -67,7 +67,7 @@ def stages(smoke=False):
         given = ("--config", f"{where}/{config}.yaml") if smoke or always else ()
         return Stage(name, title, (script, *given, *edits), made)
 
-    lm = ("--out", "models/smoke/lm") if smoke else ("--max_steps", "10", "--out", "models/lm_demo")
+    lm = ("--out", "models/smoke/lm") if smoke else ("--max_steps", "5", "--out", "models/lm_demo")
     fetch = Stage("fetch", "the pretrained model and the text", ("models/fetch.py",), "models/smollm2-135m/config.json")
     return [
         *([] if smoke else [fetch]),  # a tiny model is built where it is needed
