@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from configs.config import UserError
 from models.lean import product_dtype
 
 # Logits held at once, in bytes of float32; on a CPU: what fits into its last cache
@@ -49,6 +50,22 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **op
     return body(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **options
     ).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model, name):
+    """Raise UserError unless the logits of `model` are its head's product with the hidden states, as is taken here."""
+    head, training = unwrapped(model).get_output_embeddings(), model.training
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    plain = torch.nn.functional.linear(hidden_states(model, ids), head.weight).float()
+    model.train(training)
+    if head.bias is not None or not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2 * plain.std().item()):
+        raise UserError(
+            f"the logits of {name} are more than the product of its last layer (a scale, a soft cap or a bias, as in "
+            "Granite, Cohere, Gemma 2 or Phi): such a model can be sampled from here, not trained or measured"
+        )
 
 
 def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):

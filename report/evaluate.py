@@ -58,6 +58,7 @@ from models.loader import (
     same_tokens,
     weights_hash,
 )
+from models.logprobs import check_head
 from rlhf.packing import completion_logprobs, score_answers
 from rlhf.reward_model import RewardModel
 from rlhf.utils import kl_estimate
@@ -287,6 +288,7 @@ def evaluate(config):
     # 1. answers. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
     clock = time.time()
     model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
+    check_head(model, config.model_name)
     model = cast_weights(model, dtype)
     context = model.config.max_position_embeddings
     if config.text_length > context:

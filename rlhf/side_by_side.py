@@ -19,6 +19,7 @@ from models.loader import (
     prompt_ids,
     resolve_model,
 )
+from models.logprobs import check_head
 from rlhf.packing import completion_logprobs
 from rlhf.utils import as_reference
 
@@ -61,6 +62,7 @@ class SideBySide:
         self.device = pick_device()
         self.dtype = frozen_dtype(pick_precision(config.precision, self.device))
         self.model = load_model(self.folder, dtype=self.dtype, device=self.device)
+        check_head(self.model, self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         if (self.folder / "adapter_config.json").is_file():
             self.base, self.reference = adapter_base(self.folder), None

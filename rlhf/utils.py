@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from configs.config import UserError
 from configs.run import in_root, on_main, rank, say
 from models.loader import frozen_dtype, load_model, load_tokenizer, portable_name, resolve_model
-from models.logprobs import head_logprobs, hidden_states, unwrapped
+from models.logprobs import check_head, head_logprobs, hidden_states, unwrapped
 from models.lora import lean_adapters
 from train.common import save_model
 
@@ -185,6 +185,7 @@ def load_policy(config, device, precision, out):
     adapter_given = isinstance(path, Path) and (path / "adapter_config.json").is_file()
     dtype = frozen_dtype(precision) if config.lora_r else torch.float32
     model = load_model(config.model_name, dtype=dtype, device=device, merge_adapter=True)
+    check_head(model, config.model_name)
     base = path
     if adapter_given and config.lora_r:
         base = in_root(out) / "base"

@@ -26,7 +26,7 @@ from models.loader import (
     prompt_ids,
     resolve_model,
 )
-from models.logprobs import head_nll, hidden_states, unwrapped
+from models.logprobs import check_head, head_nll, hidden_states, unwrapped
 from models.scratch import build_scratch, train_tokenizer
 
 
@@ -108,6 +108,7 @@ def load_start(config, corpus, device):
     else:
         tokenizer = load_tokenizer(config.model_name)
         model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
+        check_head(model, config.model_name)
     check_length(model, config)
     return model, tokenizer
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig
 
+from configs.config import UserError
 from models import logprobs
-from models.logprobs import head_logprobs, head_nll, hidden_states
+from models.logprobs import check_head, head_logprobs, head_nll, hidden_states
 
 close = torch.testing.assert_close
 
@@ -81,3 +83,36 @@ def test_probabilities_near_1_and_0_keep_their_gradient():
     expected.backward()
     close(value.double(), expected, atol=0, rtol=1e-6)
     close(hidden.grad.double(), exact.grad, atol=2e-6, rtol=1e-5)  # 1 - p has an error of 6e-8, times weights of 12
+
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(**SHAPE, logits_scaling=4.0),
+        CohereConfig(**SHAPE),
+        Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=1.0),
+        PhiConfig(**SHAPE),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_logits_that_are_more_than_the_heads_product_are_refused_by_name(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    with pytest.raises(UserError, match="the logits of somebody/model are more than"):
+        check_head(model, "somebody/model")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_of_other_models_pass_and_nothing_is_changed(tiny, name, dtype):
+    model = tiny(name, dtype=dtype).train()
+    state = torch.get_rng_state()
+    check_head(model, name)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
