@@ -20,23 +20,23 @@ from dataclasses import dataclass
 from configs.config import ROOT, UserError, cli, option
 from configs.run import duration, in_root, say
 
-# Seconds that each stage took on one core of an AMD EPYC with AVX2, in fp32. The pace of this machine rescales them.
+# Seconds that each stage took on two cores of an AMD EPYC with avx512_bf16. The pace of this machine rescales them.
 MEASURED = {
-    "fetch": 30,
-    "preferences": 549,
-    "groups": 208,
-    "lm": 142,
-    "sft": 184,
-    "reward": 396,
-    "dpo": 656,
-    "ppo": 768,
-    "grpo_offline": 238,
-    "grpo": 564,
-    "compare": 1245,
+    "fetch": 23,
+    "preferences": 121,
+    "groups": 44,
+    "lm": 62,
+    "sft": 56,
+    "reward": 118,
+    "dpo": 158,
+    "ppo": 173,
+    "grpo_offline": 73,
+    "grpo": 128,
+    "compare": 190,
 }
-THERE = 86e9  # FLOP/s of that core in a matrix product
-# The stages are not all matrix products: two cores with 390e9 FLOP/s in bf16 took 0.43 of those seconds
-GROWTH = math.log(0.43) / math.log(THERE / 390e9)
+THERE = 444e9  # FLOP/s of those cores in a bf16 matrix product
+# The stages are not all matrix products: one core with 86e9 FLOP/s in fp32 took 1 / 0.43 of the time of 390e9 in bf16
+GROWTH = math.log(0.43) / math.log(86 / 390)
 FIRST = 300  # seconds of the table for which the first estimate counts: a stage or two say little of all the others
 SMOKE_PACE = 0.1  # of the stages on a tiny model, until the first of them has been timed
 DONE_SECONDS = 6  # a stage that finds its work done only starts Python and reads a manifest
