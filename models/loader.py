@@ -21,6 +21,7 @@ from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.lean import make_lean
 from models.tiny import TINY_MODELS, build_tiny
 
+CPUINFO = Path("/proc/cpuinfo")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -261,8 +262,7 @@ def pick_precision(precision, device):
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 

@@ -35,6 +35,24 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture
+def sampled_models(monkeypatch):
+    """A function (module that samples) -> the list of the models that it will sample from, filled as it does."""
+    from models.kept import generate_kept
+
+    def watch(module):
+        models = []
+
+        def watched(path, identity, model, *rest):
+            models.append(model)
+            return generate_kept(path, identity, model, *rest)
+
+        monkeypatch.setattr(module, "generate_kept", watched)
+        return models
+
+    return watch
+
+
+@pytest.fixture
 def tiny():
     """A function (name, **config changes) -> a small random model in float64, eval mode."""
     import torch

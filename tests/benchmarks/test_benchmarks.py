@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from benchmarks import grpo, lm, measure, page, run, scaling
 from benchmarks.flops import Cost, Part, row, sampled
 from configs.config import ROOT, UserError, load_config
+from models import loader
 
 
 def report(seconds, losses=(2.0, 1.5), memory=1.0, **more):
@@ -47,19 +48,19 @@ def in_this_process(monkeypatch):
 
 
 @pytest.mark.parametrize("job", ["lm", "dpo", "dpo_lora", "reward", "grpo", "generate"])
-def test_both_sides_do_the_same_work(job, in_this_process, tmp_path, capsys):
+def test_both_sides_do_the_same_work(job, in_this_process, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loader, "CPUINFO", tmp_path / "none")  # in fp32: in bf16 each side rounds in its own places
     file = tmp_path / "found.json"
     run.main(settings("--job", job, "--rounds", "1", "--smoke", "true", "--json", str(file)))
     found = json.loads(file.read_text())
     ours, peer = found["ours"], found["peer"]
     assert found["job"] == job and found["rounds"] == 1 and found["losses_agree"] is True
-    exact = measure.precision() == "fp32"  # in bf16 each side rounds in its own places
-    assert found["loss_difference"] < (1e-4 if exact else run.ALLOWED)
+    assert found["loss_difference"] < 1e-3
     assert len(ours["losses"]) == len(peer["losses"]) >= 2
     assert ours["losses"] != ours["losses"][:1] * len(
         ours["losses"]
     )  # something is learnt, or sampled, from step to step
-    assert ours["grad_norms"] == pytest.approx(peer["grad_norms"], rel=1e-2 if exact else 5e-2)
+    assert ours["grad_norms"] == pytest.approx(peer["grad_norms"], rel=1e-2)
     for side in (ours, peer):
         assert side["seconds_per_step"]["median"] > 0 and side["peak_memory_gb"] > 0
         assert side["tokens_per_second"] == pytest.approx(found["tokens_per_step"] / side["seconds_per_step"]["median"])

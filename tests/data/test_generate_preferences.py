@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from configs.config import ROOT, UserError, load_config
-from data import generate_preferences, generate_preferences_multi
+from data import generate_preferences, generate_preferences_multi, preferences
 from data.checks import score
 from data.generate_preferences import make_pairs
 from data.generate_preferences_multi import order_group
 from data.preferences import SamplingConfig, histogram, load_task, sample_and_score
 from data.prompts import parse_prompts, read_prompts
 from models.answers import Answer
-from models.kept import generate_kept
 from models.loader import answer_text, load_model, load_tokenizer, prompt_ids, weights_hash
 from rlhf.dataset import load_groups, load_pairs
 from rlhf.packing import completion_logprobs
@@ -181,14 +180,8 @@ def test_stored_logprobs_are_those_of_the_tempered_policy(made_groups):
             torch.testing.assert_close(torch.tensor(stored), torch.tensor(recomputed), atol=1e-4, rtol=0)
 
 
-def test_bf16_answers_come_from_the_model_that_a_trainer_loads_in_bf16(tiny_options, tmp_path, monkeypatch):
-    asked = []
-
-    def watched(path, identity, model, *rest):
-        asked.append(model)
-        return generate_kept(path, identity, model, *rest)
-
-    monkeypatch.setattr("data.preferences.generate_kept", watched)
+def test_bf16_answers_come_from_the_model_that_a_trainer_loads_in_bf16(tiny_options, tmp_path, sampled_models):
+    asked = sampled_models(preferences)
     argv = ["bf16" if x == "fp32" else str(x) for x in (*tiny_options, "--out", tmp_path / "pairs.jsonl")]
     config = load_config(generate_preferences.Config, argv)
     sample_and_score(config, load_task(config))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from configs.config import ROOT, UserError
-from models.kept import generate_kept
 from models.loader import load_model, load_tokenizer
 from report.evaluate import Config, answer_kls, best_of_measured, evaluate, heldout_prompts, measurement_path
 from rlhf.packing import completion_logprobs
@@ -64,14 +63,8 @@ def test_measures_again_what_changed(adapter, tmp_path):
     assert base["identity"]["hashes"]["model"] != first["identity"]["hashes"]["model"]
 
 
-def test_in_bf16_the_positions_of_the_measured_model_are_not_rounded(adapter, tmp_path, monkeypatch):
-    asked = []
-
-    def watched(path, identity, model, *rest):
-        asked.append(model)
-        return generate_kept(path, identity, model, *rest)
-
-    monkeypatch.setattr("report.evaluate.generate_kept", watched)
+def test_in_bf16_the_positions_of_the_measured_model_are_not_rounded(adapter, tmp_path, sampled_models):
+    asked = sampled_models(sys.modules["report.evaluate"])
     evaluate(Config(**QUICK | {"precision": "bf16"}, model_name=str(adapter), out=str(tmp_path / "out.json")))
     (model,) = asked
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
