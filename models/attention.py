@@ -112,7 +112,9 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     kv_heads = key.shape[1]
     scaling = size**-0.5 if scaling is None else scaling
     grouped = (query.to(dtype) * scaling).reshape(batch, kv_heads, heads // kv_heads * length, size)
-    mask = _added(attention_mask, length, key.shape[2], dtype)
+    if attention_mask is None and length > 1:
+        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)[None, None]
+    mask = None if attention_mask is None else added_mask(attention_mask, dtype)
     out = _Attention.apply(grouped, key.to(dtype), value.to(dtype), mask)
     return out.view(batch, heads, length, size).transpose(1, 2), None
 
@@ -121,18 +123,15 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _added(mask, length, keys, dtype):
-    """A mask in the form that is added to the scores; None where every key is seen.
+def added_mask(mask, dtype):
+    """A mask, True where a key is seen, as what is added to the scores; one that is that already, in `dtype`.
 
     What is not seen gets a large negative number, not -inf: padding that sees nothing at all must not become NaN.
     """
-    if mask is None:
-        if length == 1:
-            return None
-        mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)[None, None]
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
-    return mask.to(dtype)
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill_(~mask, torch.finfo(dtype).min / 2)
 
 
 class _Attention(torch.autograd.Function):

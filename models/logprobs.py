@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from configs.config import UserError
+from models.attention import added_mask
 from models.lean import product_dtype
 
 # Logits held at once, in bytes of float32; on a CPU: what fits into its last cache
@@ -44,9 +45,7 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **op
         position_ids = positions(attention_mask)
     body = unwrapped(model).base_model
     if attention_mask is not None and attention_mask.dim() == 4:  # in the form that each layer would make of it
-        dtype = product_dtype(body.get_input_embeddings().weight)
-        nothing = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
-        attention_mask = nothing.masked_fill_(~attention_mask, -torch.inf)
+        attention_mask = added_mask(attention_mask, product_dtype(body.get_input_embeddings().weight))
     return body(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **options
     ).last_hidden_state

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import attention as module
-from models.attention import NAME, Rows, attends_here, attention, use_products
+from models.attention import NAME, Rows, added_mask, attends_here, attention, use_products
 from models.loader import load_model
 from models.logprobs import hidden_states
 
@@ -54,7 +54,7 @@ def test_half_precision_is_float64_rounded(monkeypatch, dtype, tolerance, masked
 def test_the_equation_and_its_gradients_in_float64():
     query, key, value = inputs()
     grouped = query.detach().reshape(B, KV, GROUP * T, D).requires_grad_()
-    added = module._added(random_mask(), T, T, torch.float64)
+    added = added_mask(random_mask(), torch.float64)
     torch.autograd.gradcheck(lambda *x: module._Attention.apply(*x, added), (grouped, key, value))
     out = module._Attention.apply(grouped * D**-0.5, key, value, added).view(B, KV * GROUP, T, D).transpose(1, 2)
     assert (out - reference(query, key, value, random_mask())).abs().max() < 1e-14

@@ -380,7 +380,7 @@ BREAKAGES = [
     ),
     Breakage(
         "packed-apart", "causal attention in bf16 sees one token ahead", "models/attention.py",
-        ".tril(keys - length)", ".tril(keys - length + 1)",
+        ".tril(key.shape[2] - length)", ".tril(key.shape[2] - length + 1)",
         (f"{ATTENTION}half_precision_is_float64_rounded[dtype0-0.03-causal]",),
     ),
     Breakage(
