@@ -125,7 +125,8 @@ class Checkpoints:
         temporary, path = self.folder / "saving.tmp", self.folder / f"step-{step:08d}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)  # not its parent: a run whose folder is gone has lost its configuration
+            temporary.mkdir()
             tensors = {}
             tree = take_apart(state, tensors)
             save_file(tensors, temporary / FILES[0])

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,20 @@ def test_without_a_whole_checkpoint_it_begins_again_and_says_so(config, whole, c
     capsys.readouterr()
     train(Config(out=config.out + "2"))
     assert "unfinished, without a checkpoint: it begins again" in capsys.readouterr().out
+
+
+def test_a_folder_that_vanished_is_not_made_anew_by_the_next_checkpoint(config, monkeypatch):
+    folder, due = Path(config.out), Checkpoints.due
+
+    def vanishes(self, step):
+        if step == 3:
+            shutil.rmtree(folder)
+        return due(self, step)
+
+    monkeypatch.setattr(Checkpoints, "due", vanishes)
+    with pytest.raises(UserError, match="the checkpoint of step 3 cannot be written .*: No such file or directory"):
+        train(config)
+    assert not folder.exists()  # a run without its configuration and its first lines could not go on
 
 
 @pytest.mark.parametrize("module, function", [(os, "rename"), (checkpoint, "save_file")])
