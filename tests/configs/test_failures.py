@@ -4,8 +4,8 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from interrupted import differences, run, run_whole, said, start, wait_for
@@ -55,7 +55,7 @@ def test_a_folder_that_vanishes_is_one_message(tmp_path):
     process = start("train.train_lm", [*WORDS, "--epochs", 99, "--max_steps", 900], out)
     wait_for(out, "step     2/")
     os.kill(process.pid, signal.SIGSTOP)
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
         time.sleep(0.01)  # the signal is on its way
     shutil.rmtree(out)
     os.kill(process.pid, signal.SIGCONT)
