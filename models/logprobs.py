@@ -18,9 +18,10 @@ from configs.config import UserError
 from models.attention import added_mask
 from models.lean import product_dtype
 
-# Logits held at once, in bytes of float32; on a CPU: what fits into its last cache
+# Bytes of logits of which the softmax is taken at once, in float32; on a CPU: what fits into its last cache
 PIECE = {"cpu": 26 << 20, "cuda": 512 << 20}
-ROWS_WITH_WEIGHT = 512  # at least, where the head's weight trains: its gradient is written once a piece
+# Bytes of logits, in the products' dtype, held where the head's weight trains: its gradient is written once for them
+HELD = {"cpu": 200 << 20, "cuda": 512 << 20}
 
 
 def unwrapped(model):
@@ -95,8 +96,8 @@ class HeadLogprobs(torch.autograd.Function):
         logprobs, entropies = (torch.empty(len(hidden), dtype=logits.exact, device=hidden.device) for _ in range(2))
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
         slope = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if hidden_grad else None
-        for at in logits.pieces:
-            log_p = logits.log_softmax(at, temperature)
+        for at, made in logits:
+            log_p = logits.log_softmax(made, temperature)
             logprobs[at] = log_p.gather(-1, targets[at, None])[:, 0]
             if entropy:
                 p = log_p.exp()
@@ -118,13 +119,14 @@ class HeadLogprobs(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return gradient[:, None].to(slope.dtype) * slope, None, None, None, None, None
         hidden, weight, targets = ctx.saved_tensors  # the weight's gradient needs p itself: computed again
-        logits = Logits(hidden, weight, ctx.dtype, ROWS_WITH_WEIGHT)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for at in logits.pieces:
-            minus_p = logits.log_softmax(at, ctx.temperature).exp_().neg_()
-            d = residual(minus_p, targets[at], ctx.temperature).mul_(gradient[at, None]).to(ctx.dtype)
-            grad_hidden[at] = (d @ logits.weight).to(hidden.dtype)
-            add_product(grad_weight, d, hidden[at])
+        logits = Logits(hidden, weight, ctx.dtype, weight_grad=True)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        for rows, made in logits:
+            for at in logits.parts(made):
+                minus_p = logits.log_softmax(made[at], ctx.temperature).exp_().neg_()
+                made[at] = residual(minus_p, targets[rows][at], ctx.temperature).mul_(gradient[rows][at, None])
+            grad_hidden[rows] = made @ logits.weight
+            grad_weight = add_product(grad_weight, made, hidden[rows], weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -134,22 +136,19 @@ class HeadNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
-        logits = Logits(hidden, weight, dtype, ROWS_WITH_WEIGHT if weight_grad else 1)
+        logits = Logits(hidden, weight, dtype, weight_grad)
         nll = torch.empty(len(hidden), dtype=logits.exact, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if hidden_grad else None
-        grad_weight = torch.zeros_like(weight) if weight_grad else None
-        for at in logits.pieces:
-            x = logits.products(at)
-            largest, chosen = x.amax(-1, keepdim=True), x.gather(-1, targets[at, None])
-            p = x.sub_(largest).exp_()
-            total = p.sum(-1, keepdim=True)
-            nll[at] = (total.log() + largest - chosen)[:, 0]
-            if hidden_grad or weight_grad:
-                d = residual(p.div_(-total), targets[at], 1.0).neg_().to(dtype)
-                if hidden_grad:
-                    grad_hidden[at] = (d @ logits.weight).to(hidden.dtype)
-                if weight_grad:
-                    add_product(grad_weight, d, hidden[at])
+        grad_hidden, grad_weight = torch.empty_like(hidden) if hidden_grad else None, None
+        for rows, made in logits:
+            for at in logits.parts(made):
+                log_p = logits.log_softmax(made[at], 1.0)
+                nll[rows][at] = -log_p.gather(-1, targets[rows][at, None])[:, 0]
+                if hidden_grad or weight_grad:
+                    made[at] = residual(log_p.exp_().neg_(), targets[rows][at], 1.0).neg_()
+            if hidden_grad:
+                grad_hidden[rows] = made @ logits.weight
+            if weight_grad:
+                grad_weight = add_product(grad_weight, made, hidden[rows], weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return nll.sum()
 
@@ -159,42 +158,45 @@ class HeadNLL(torch.autograd.Function):
         return *(None if x is None else x.mul_(gradient) for x in ctx.saved_tensors), None, None
 
 
-def pieces(hidden, weight, least=1):
-    """Slices over the rows of `hidden` whose logits fill PIECE, and which have at least `least` rows."""
-    rows = max(PIECE[hidden.device.type] // (4 * len(weight)), least)
-    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+def pieces(length, size):
+    """Slices of `size` rows over `length` rows."""
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 class Logits:
     """The head's products piece by piece, all in the same memory: what comes back lasts until the next piece.
 
-    least: rows of a piece at least.
+    Iterating gives slices over the rows, and their logits (n, V) in `dtype`. weight_grad: many rows at once, so that
+    the weight's gradient is added up from few products; `parts` are what the softmax is taken of then.
     """
 
-    def __init__(self, hidden, weight, dtype, least=1):
+    def __init__(self, hidden, weight, dtype, weight_grad=False):
         self.hidden, self.weight = hidden, weight.to(dtype)
         self.exact = torch.promote_types(dtype, torch.float32)  # float64 stays
-        self.pieces = pieces(hidden, weight, least)
-        rows = max((len(hidden[at]) for at in self.pieces), default=0)
-        shape, device = (rows, len(weight)), hidden.device
-        self.made = torch.empty(shape, dtype=dtype, device=device)
-        self.logits = self.made if dtype == self.exact else torch.empty(shape, dtype=self.exact, device=device)
-        self.log_p = None
+        device, width = hidden.device, len(weight)
+        self.piece = max(PIECE[device.type] // (self.exact.itemsize * width), 1)
+        held = max(HELD[device.type] // (dtype.itemsize * width), self.piece) if weight_grad else self.piece
+        self.pieces = pieces(len(hidden), held)
+        self.made = torch.empty(min(held, len(hidden)), width, dtype=dtype, device=device)
+        self.room = None
+        if dtype != self.exact:
+            self.room = torch.empty(min(self.piece, len(hidden)), width, dtype=self.exact, device=device)
 
-    def products(self, at):
-        """Logits (n, V) of the piece `at`."""
-        hidden = self.hidden[at].to(self.made.dtype)
-        made = torch.mm(hidden, self.weight.T, out=self.made[: len(hidden)])
-        return made if self.made is self.logits else self.logits[: len(hidden)].copy_(made)
+    def __iter__(self):
+        for at in self.pieces:
+            hidden = self.hidden[at].to(self.made.dtype)
+            yield at, torch.mm(hidden, self.weight.T, out=self.made[: len(hidden)])
 
-    def log_softmax(self, at, temperature):
-        """log softmax of the piece's logits over the temperature, (n, V)."""
-        logits = self.products(at)
+    def parts(self, made):
+        """Slices over the rows of `made`."""
+        return pieces(len(made), self.piece)
+
+    def log_softmax(self, made, temperature):
+        """log softmax of logits (n, V) over the temperature, at least in float32; it may take the place of `made`."""
+        logits = made if self.room is None else self.room[: len(made)].copy_(made)
         if temperature != 1.0:
             logits.div_(temperature)
-        if self.log_p is None:
-            self.log_p = torch.empty_like(self.logits)
-        return torch.log_softmax(logits, -1, out=self.log_p[: len(logits)])
+        return torch.log_softmax(logits, -1, out=logits)
 
 
 def residual(minus_p, targets, temperature):
@@ -206,9 +208,9 @@ def residual(minus_p, targets, temperature):
     return minus_p.div_(temperature) if temperature != 1.0 else minus_p
 
 
-def add_product(total, d, hidden):
-    """total += d.T @ hidden, in place where the types allow it."""
-    if d.dtype == total.dtype:
-        total.addmm_(d.T, hidden.to(d.dtype))
-    else:
-        total += d.T @ hidden.to(d.dtype)
+def add_product(total, d, hidden, dtype):
+    """total + d.T @ hidden in `dtype`, in place; total may be None, 0."""
+    hidden = hidden.to(d.dtype)
+    if total is None:
+        return (d.T @ hidden).to(dtype)
+    return total.addmm_(d.T, hidden) if d.dtype == dtype else total.add_(d.T @ hidden)

@@ -211,14 +211,15 @@ def packed_is_separate(lab, name, numbers):
 def chunks_of(positions, model):
     """The head of the model over so many positions at a time."""
     size = 4 * positions * model.config.vocab_size
-    before, before_rows = dict(models.logprobs.PIECE), models.logprobs.ROWS_WITH_WEIGHT
-    models.logprobs.PIECE.update(dict.fromkeys(before, size))
-    models.logprobs.ROWS_WITH_WEIGHT = 1
+    settings = models.logprobs.PIECE, models.logprobs.HELD
+    before = [dict(setting) for setting in settings]
+    for setting in settings:
+        setting.update(dict.fromkeys(setting, size))
     try:
         yield
     finally:
-        models.logprobs.PIECE.update(before)
-        models.logprobs.ROWS_WITH_WEIGHT = before_rows
+        for setting, found in zip(settings, before):
+            setting.update(found)
 
 
 def chunked_is_plain(lab, name, numbers):

@@ -33,11 +33,13 @@ def random_mask():
     return seen | torch.eye(T, dtype=torch.bool)
 
 
+@pytest.mark.parametrize("block", [3, 128])
 @pytest.mark.parametrize("masked", ["causal", "bool", "added"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 @pytest.mark.statement("packed-apart")
-def test_half_precision_is_float64_rounded(monkeypatch, dtype, tolerance, masked):
+def test_half_precision_is_float64_rounded(monkeypatch, dtype, tolerance, masked, block):
     monkeypatch.setattr(module, "sdpa_attention_forward", None)  # it must not be called
+    monkeypatch.setattr(module, "BLOCK", block)
     seen = None if masked == "causal" else random_mask()
     mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if masked == "added" else seen
     mine, exact = inputs(dtype), inputs()
@@ -51,13 +53,29 @@ def test_half_precision_is_float64_rounded(monkeypatch, dtype, tolerance, masked
         assert (a.grad - b.grad).abs().max() < tolerance * b.grad.abs().max()
 
 
-def test_the_equation_and_its_gradients_in_float64():
+@pytest.mark.parametrize("block", [2, 128])
+def test_the_equation_and_its_gradients_in_float64(monkeypatch, block):
+    monkeypatch.setattr(module, "BLOCK", block)  # of 7 queries, four blocks or one
     query, key, value = inputs()
-    grouped = query.detach().reshape(B, KV, GROUP * T, D).requires_grad_()
+    grouped = query.detach().unflatten(1, (KV, GROUP)).transpose(2, 3).flatten(2, 3).requires_grad_()
     added = added_mask(random_mask(), torch.float64)
     torch.autograd.gradcheck(lambda *x: module._Attention.apply(*x, added), (grouped, key, value))
-    out = module._Attention.apply(grouped * D**-0.5, key, value, added).view(B, KV * GROUP, T, D).transpose(1, 2)
+    out = module._Attention.apply(grouped * D**-0.5, key, value, added)
+    out = out.unflatten(2, (T, GROUP)).transpose(1, 2).flatten(2, 3)
     assert (out - reference(query, key, value, random_mask())).abs().max() < 1e-14
+
+
+@pytest.mark.statement("packed-apart")
+def test_a_block_of_queries_reads_the_keys_that_it_sees(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 3)
+    seen = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    seen[0, 0, :2, :2] = seen[0, 0, 2:5, 2:5] = True  # two texts and padding
+    seen[1, 0, 1:4, 1:4] = True
+    mask = added_mask(seen.tril(), torch.float32)
+    blocks = module._blocks(torch.zeros(2, KV, 8 * GROUP, D), mask)
+    ends = [(at.start, at.stop, rows.start, rows.stop, keys.start, keys.stop) for at, rows, keys in blocks]
+    assert ends == [(0, 6, 0, 3, 0, 3), (6, 12, 3, 6, 1, 5), (12, 18, 6, 9, 0, 1)]
+    assert module._blocks(torch.zeros(2, KV, 3 * GROUP, D), mask[:, :, :3]) is None
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)])

@@ -24,10 +24,16 @@ def test_the_log_softmax_of_a_half_precision_model_is_computed_in_float32(tiny, 
     close(entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-6, rtol=0)
 
 
+def in_pieces(monkeypatch):
+    """Of the logits of 1,100 rows over 40 tokens in float64, 500 are held, and the softmax is taken of 150."""
+    monkeypatch.setitem(logprobs.PIECE, "cpu", 8 * 40 * 150)
+    monkeypatch.setitem(logprobs.HELD, "cpu", 8 * 40 * 500)
+
+
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.statement("lean-layers")
 def test_the_head_in_pieces_gives_the_values_and_gradients_of_the_definition(trained, monkeypatch):
-    monkeypatch.setitem(logprobs.PIECE, "cpu", 4 * 40 * 300)  # 300 rows a piece
+    in_pieces(monkeypatch)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 40, bias=False).double().requires_grad_(trained)
     hidden, targets = torch.randn(1100, 8).double(), torch.randint(40, (1100,))
@@ -49,7 +55,7 @@ def test_the_head_in_pieces_gives_the_values_and_gradients_of_the_definition(tra
 @pytest.mark.parametrize("read", [True, False])
 @pytest.mark.statement("lean-layers")
 def test_the_sum_in_pieces_has_the_value_and_gradients_of_the_definition(read, trained, monkeypatch):
-    monkeypatch.setitem(logprobs.PIECE, "cpu", 4 * 40 * 300)  # 300 rows a piece, 512 where the weight trains
+    in_pieces(monkeypatch)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 40, bias=False).double().requires_grad_(trained)
     hidden, targets = torch.randn(1100, 8).double(), torch.randint(40, (1100,))

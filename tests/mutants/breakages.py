@@ -241,7 +241,7 @@ BREAKAGES = [
     ),
     Breakage(
         "float32-softmax", "log-softmax in the dtype of the weights", "models/logprobs.py",
-        "torch.log_softmax(logits, -1, out=self.log_p[: len(logits)])",
+        "torch.log_softmax(logits, -1, out=logits)",
         "logits.bfloat16().log_softmax(-1).to(logits.dtype)",
         (f"{LOGPROBS}the_log_softmax_of_a_half_precision_model_is_computed_in_float32",),
     ),
@@ -267,7 +267,7 @@ BREAKAGES = [
     ),
     Breakage(
         "lean-layers", "of the weight's gradient only the last piece is left", "models/logprobs.py",
-        "total.addmm_(d.T, hidden.to(d.dtype))", "total.copy_(d.T @ hidden.to(d.dtype))",
+        "total.addmm_(d.T, hidden)", "total.copy_(d.T @ hidden)",
         (f"{LOGPROBS}the_sum_in_pieces_has_the_value_and_gradients_of_the_definition",
          f"{LOGPROBS}the_head_in_pieces_gives_the_values_and_gradients_of_the_definition"),
     ),
@@ -381,7 +381,12 @@ BREAKAGES = [
     Breakage(
         "packed-apart", "causal attention in bf16 sees one token ahead", "models/attention.py",
         ".tril(key.shape[2] - length)", ".tril(key.shape[2] - length + 1)",
-        (f"{ATTENTION}half_precision_is_float64_rounded[dtype0-0.03-causal]",),
+        (f"{ATTENTION}half_precision_is_float64_rounded[dtype0-0.03-causal-128]",),
+    ),
+    Breakage(
+        "packed-apart", "a block of queries does not read the last key that it sees", "models/attention.py",
+        "keys[-1].item() + 1", "max(keys[-1].item(), 1)",
+        (f"{ATTENTION}a_block_of_queries_reads_the_keys_that_it_sees", f"{ATTENTION}half_precision_is_float64_rounded"),
     ),
     Breakage(
         "packed-apart", "a row that lies end to end begins one place late", "models/attention.py",

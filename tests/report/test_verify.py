@@ -60,8 +60,8 @@ def gate_and_up_are_swapped(*given):
     return true_backward_gated(*given)[::-1]
 
 
-def pieces_overlap(hidden, weight, least=1):
-    pieces = true_pieces(hidden, weight, least)
+def pieces_overlap(length, size):
+    pieces = true_pieces(length, max(size - 1, 1))
     return [slice(max(0, piece.start - 1), piece.stop) for piece in pieces]
 
 
