@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# torch then asks Linux for pages of 2 MB: less memory, no more time (benchmarks/notes.md); it reads this as it is loaded
-export THP_MEM_ALLOC_ENABLE ?= 1
-
 .PHONY: demo verify bench test mutants chaos lint clean
 
 demo: $(VENV)/installed

@@ -22,6 +22,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from configs.config import ROOT, UserError
+from configs.memory import keep_freed_memory
 from configs.run import peak_memory_gb, quiet_libraries
 from models.loader import PRECISIONS, pick_device, pick_precision
 
@@ -74,6 +75,8 @@ def run_side():
     """The measured process: reads the task from standard input, writes what its side found into a file."""
     task = json.load(sys.stdin)
     quiet_libraries()
+    if task["side"] != "peer":  # as our scripts do; a peer's user has the C library as it is
+        keep_freed_memory()
     side = getattr(importlib.import_module(f"benchmarks.{task['module']}"), task["side"])
     found = side(SimpleNamespace(**task["size"]), Path(task["folder"]))
     Path(task["result"]).write_text(json.dumps(found))
@@ -93,7 +96,7 @@ def start_side(module, side, size, folder, environment=None):
     result, log = folder / "result.json", folder / "log.txt"
     task = {"module": module, "side": side, "size": size, "folder": str(folder), "result": str(result)}
     both = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # large pages as in the Makefile, unless the caller has said otherwise
+    # torch's large pages for the peer, too
     environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, **both, **(environment or {})}
     with open(log, "w") as output:
         process = subprocess.Popen(

@@ -27,6 +27,8 @@ from pathlib import Path
 
 import yaml
 
+from configs.memory import keep_freed_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 2**32 - 1  # of whole numbers: seeds and steps are multiplied in 64 bits
 on_refusal = []  # functions that `cli` calls when a run ends in a UserError: they take back what was begun
@@ -119,6 +121,7 @@ def cli(main, Config):
     """
     config = None
     on_refusal.clear()
+    keep_freed_memory()
     try:
         config = load_config(Config)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # launchers that may start all processes again

@@ -112,7 +112,7 @@ def seconds_left(todo, pace):
 
 def run_stage(stage):
     """Run one stage and pass its output on line by line. Returns (exit status, whether it found its work done)."""
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "PYTHONUNBUFFERED": "1"}  # the first as in the Makefile
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     already = False
     process = subprocess.Popen(
         [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -1,0 +1,45 @@
+"""What a tensor leaves behind is used by the next one."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from configs.config import ROOT
+
+PROGRAM = """
+import ctypes, resource
+from configs.memory import keep_freed_memory
+{call}
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    place = libc.malloc(100 << 20)
+    ctypes.memset(place, 1, 100 << 20)
+    libc.free(place)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(call):
+    """Page faults of 100 MB, 25,600 where pages have 4 KB, after 100 MB were freed."""
+    command = [sys.executable, "-c", PROGRAM.format(call=call)]
+    return int(subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_what_is_freed_is_used_again():
+    assert faults("assert keep_freed_memory()") < 10
+    assert faults("") > 1000
+
+
+def test_other_libraries_of_c_are_left_alone(monkeypatch):
+    from configs import memory
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(memory.ctypes, "CDLL", None)  # must not be called
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert memory.keep_freed_memory() is False
+    assert memory.os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
