@@ -16,11 +16,15 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from configs.config import UserError
 from models.attention import use_products
+from models.decoding import decoder_for
 from models.logprobs import unwrapped
+
+BLOCK = 256  # tokens of the vocabulary; see inverse_cdf
 
 
 @dataclass
@@ -74,12 +78,13 @@ def generate(
     model.eval()
     try:
         with _decode_attention(model):
+            decoder = decoder_for(model)
             for start in range(0, len(order), prompts_at_once):
                 chosen = order[start : start + prompts_at_once]
                 for first in range(0, samples_per_prompt, samples_at_once):
                     samples = range(first, min(first + samples_at_once, samples_per_prompt))
                     index = [i * samples_per_prompt + s for i in chosen for s in samples]
-                    batch = _Batch(model, [prompts[i] for i in chosen], len(samples), max_new_tokens)
+                    batch = _Batch(model, [prompts[i] for i in chosen], len(samples), max_new_tokens, decoder)
                     _sample(batch, index, uniforms, temperature, top_k, top_p, set(stop_ids), on_token)
                     for row, ids, values, reason in batch.results:
                         completions[row], logprobs[row], reasons[row] = ids, values, reason
@@ -127,12 +132,30 @@ def _draw(logits, uniform, temperature, top_k, top_p):
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float32)
-        target = uniform.float() * cumulative[:, -1]
-        token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-        # a uniform that rounds to 1 lands behind the last token: take the last one that has probability
-        token = torch.minimum(token, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0])
+        token = inverse_cdf(logprobs.exp(), uniform)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def inverse_cdf(p, uniform):
+    """For each row of p, (B, V), the first token at which the sum of p is above `uniform` (B,) of the whole sum.
+
+    In two steps, over blocks of BLOCK tokens and within the block: the running sum over a vocabulary takes a CPU longer
+    than its softmax. p need not add up to 1; a token with p = 0 is never drawn.
+    """
+    p = F.pad(p, (0, -p.shape[-1] % BLOCK)) if p.shape[-1] % BLOCK else p
+    blocks = p.unflatten(-1, (-1, BLOCK))  # (B, blocks, BLOCK)
+    ends = blocks.sum(-1).cumsum(-1)
+    target = uniform.to(p.dtype)[:, None] * ends[:, -1:]
+    block = _first_above(ends, target)
+    inside = blocks.gather(1, block[:, None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    return (block * BLOCK + _first_above(inside, target - before))[:, 0]
+
+
+def _first_above(ends, target):
+    """(B, 1): where the running sums `ends` first lie above `target` (B, 1); at the latest where they stop to grow."""
+    found = torch.searchsorted(ends, target, right=True)
+    return torch.minimum(found, torch.searchsorted(ends, ends[:, -1:].contiguous()))
 
 
 def tempered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -171,9 +194,9 @@ def _moved(x, holes, movers, count):
 class _Batch:
     """Rows that decode together: their cache, their mask, and the logits of their next token (`logits`, (B, V))."""
 
-    def __init__(self, model, prompts, samples, max_new_tokens):
+    def __init__(self, model, prompts, samples, max_new_tokens, decoder=None):
         device = model.get_input_embeddings().weight.device
-        self.model, self.results = model, []
+        self.model, self.decoder, self.results = model, decoder, []
 
         # what all prompts begin with (a system message) runs once, and its keys and values serve every row
         shared = _common_prefix(prompts)
@@ -200,8 +223,10 @@ class _Batch:
         """Append one token to each row. token: (B,)."""
         self.seen[:, self.length] = True
         self.length += 1
-        # (B, 1, 1, keys): taken by transformers as it is, where a 2-D mask would be built anew for each token
-        self._forward(token[:, None], self.seen[:, None, None], self.next_position[:, None])
+        if self.decoder:
+            self.logits = self.decoder(token, self.next_position, self.seen, self.cache.layers)
+        else:  # (B, 1, 1, keys): taken by transformers as it is, where a 2-D mask would be built anew for each token
+            self._forward(token[:, None], self.seen[:, None, None], self.next_position[:, None])
         self.next_position = self.next_position + 1
 
     def move(self, holes, movers, count):

@@ -58,15 +58,21 @@ class RMSNorm(torch.nn.Module):
         return _Norm.apply(x, self.weight, self.eps, dtype)
 
 
+def rms_norm(x, weight, eps):
+    """The equation, and 1 / sqrt(mean(x^2) + eps), (..., 1), for the backward pass."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))  # float64 stays
+    scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return weight * (exact * scale).to(x.dtype), scale
+
+
 class _Norm(torch.autograd.Function):
     """Keeps x and one number a row."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))  # float64 stays
-        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        out, scale = rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (weight * (exact * scale).to(x.dtype)).to(dtype)
+        return out.to(dtype)
 
     @staticmethod
     @once_differentiable

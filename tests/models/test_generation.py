@@ -7,13 +7,29 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.generation import _moved, _moves, generate, tempered_logprobs
+from models.decoding import decoder_for
+from models.generation import BLOCK, _moved, _moves, generate, inverse_cdf, tempered_logprobs
+from models.lean import make_lean
 
-BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+ALL = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "decoder"])
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
 
 
-@BOTH
+@pytest.fixture
+def tiny(tiny):
+    """The models of conftest.py, and under the name "decoder" one that models/decoding.py takes."""
+
+    def build(name="tiny-llama", **changes):
+        if name != "decoder":
+            return tiny(name, **changes)
+        model = make_lean(tiny(**changes))
+        assert decoder_for(model)
+        return model
+
+    return build
+
+
+@ALL
 @pytest.mark.statement("left-padding")
 def test_greedy_equals_transformers_on_a_padded_batch(tiny, name):
     model = tiny(name)
@@ -23,7 +39,7 @@ def test_greedy_equals_transformers_on_a_padded_batch(tiny, name):
         assert mine == theirs[0, len(prompt) :].tolist()
 
 
-@BOTH
+@ALL
 @pytest.mark.statement("left-padding")
 def test_a_row_gets_in_a_batch_what_it_gets_alone(tiny, name):
     model = tiny(name)
@@ -66,7 +82,7 @@ def test_rows_that_stay_close_up_whichever_leave():
         assert len(movers) <= len(done)  # what is copied is no more than what leaves
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.6)])
 @pytest.mark.statement("sampler-logprobs")
 def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(tiny, name, temperature, top_k, top_p):
@@ -79,7 +95,7 @@ def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(tiny, name, 
         assert logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("tails", [[[1], [2, 3], [4, 5, 6]], [[1], [], [1, 2]], [[], []]])
 def test_prompts_that_begin_alike_get_what_they_get_alone(tiny, name, tails):
     model = tiny(name)
@@ -97,6 +113,25 @@ def test_frequencies_of_first_tokens_follow_the_probabilities(tiny):
     counts = torch.bincount(torch.tensor([c[0] for c in g.completions]), minlength=6) / 20_000
     p = model(torch.tensor([[3, 4]])).logits[0, -1].softmax(-1)
     assert (counts - p).abs().max() < 4 * 0.5 / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("vocabulary", [6, BLOCK, 3 * BLOCK, 3 * BLOCK + 7])
+@pytest.mark.statement("sampler-logprobs")
+def test_the_token_of_a_uniform_number_is_where_the_running_sum_passes_it(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(400, vocabulary, generator=generator, dtype=torch.float64)
+    p[torch.rand(p.shape, generator=generator) < 0.5] = 0
+    p[:, vocabulary // 3] += 0.1
+    p[:2] = 0
+    p[0, -1], p[1, vocabulary // 2] = 1e-300, 2.0  # one token alone has probability
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniform[2], uniform[3] = 0.0, 1.0  # 1: what rounds to it
+    found = inverse_cdf(p, uniform)
+    for row, u, token in zip(p, uniform, found.tolist()):
+        sums = list(itertools.accumulate(row.tolist()))
+        above = [t for t, x in enumerate(sums) if x > u * sums[-1]]
+        assert token == (above[0] if above else row.nonzero()[-1].item())
+    assert (inverse_cdf(p.float(), uniform) == found).float().mean() > 0.99
 
 
 def test_top_k_and_top_p_on_worked_numbers():

@@ -34,7 +34,9 @@ BLOCKS = "tests/train/test_blocks.py::test_"
 LOSSES, MODELS, DATASET = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models", "dataset"))
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
 GENERATION, LOADER, LOGPROBS = (f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "logprobs"))
-LEAN, ATTENTION, LORA = (f"tests/models/test_{name}.py::test_" for name in ("lean", "attention", "lora"))
+LEAN, ATTENTION, LORA, DECODING = (
+    f"tests/models/test_{name}.py::test_" for name in ("lean", "attention", "lora", "decoding")
+)
 CHECKPOINT = "tests/configs/test_checkpoint.py::test_"
 NOTHING_MASKED = "tests/report/test_verify.py::test_nothing_masked_reaches_losses_advantages_statistics_or_metrics"
 
@@ -675,6 +677,21 @@ BREAKAGES = [
         "return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]",
         (f"{GENERATION}logprobs_are_those_of_the_distribution_that_was_drawn_from",
          f"{MODELS}log_probs_recomputed_in_training_equal_the_samplers"),
+    ),
+    Breakage(
+        "sampler-logprobs", "the decoder turns a new token by the angle of the next one", "models/decoding.py",
+        "positions[:, None])  # (B, 1, D)", "positions[:, None] + 1)  # (B, 1, D)",
+        (f"{DECODING}it_computes_what_transformers_does",),
+    ),
+    Breakage(
+        "left-padding", "the decoder sees padding", "models/decoding.py",
+        "added_mask(seen, x.dtype)", "added_mask(seen | seen[:1], x.dtype)",
+        (f"{DECODING}it_computes_what_transformers_does", f"{GENERATION}greedy_equals_transformers_on_a_padded_batch"),
+    ),
+    Breakage(
+        "sampler-logprobs", "within its block a token is drawn as if nothing lay before", "models/generation.py",
+        "_first_above(inside, target - before)", "_first_above(inside, target)",
+        (f"{GENERATION}the_token_of_a_uniform_number_is_where_the_running_sum_passes_it",),
     ),
     Breakage(
         "aggregations", "\"sequence\" is a mean over tokens", "rlhf/grpo_train.py",
