@@ -36,6 +36,7 @@ def settings(size, folder):
         batch_size=size.pairs,
         micro_batch_size=size.pairs,
         lora_r=size.lora_r,
+        precision=measure.precision(),
         out=str(folder / "run"),
         **peers.LR_CONSTANT,
         **peers.NO_CHECKPOINTS,

@@ -40,6 +40,7 @@ def settings(size, folder):
         lr=size.lr,
         kl_coef=0.04,
         lora_r=0,
+        precision=measure.precision(),
         out=str(folder / "run"),
         **peers.LR_CONSTANT,
         **peers.NO_CHECKPOINTS,

@@ -32,6 +32,7 @@ def settings(size, folder):
         log_every=1,
         gradient_checkpointing=False,
         measure_steps=0,
+        precision=measure.precision(),
         out=str(folder / "run"),
         **peers.LR_CONSTANT,
         **peers.NO_CHECKPOINTS,
@@ -59,7 +60,7 @@ def ddp(size, folder):
     from train.train_lm_ddp import Config, train
 
     same = vars(settings(size, folder))
-    config = Config(precision="auto", **{k: same[k] for k in same.keys() & vars(Config()).keys() - {"precision"}})
+    config = Config(**{k: same[k] for k in same.keys() & vars(Config()).keys()})
     with measure.Clock() as clock:
         train(config)
     return clock.measured(work(size))

@@ -28,6 +28,7 @@ from models.loader import PRECISIONS, pick_device, pick_precision
 
 CHILD = "from benchmarks import measure; measure.run_side()"
 SHAPES = (1024, 2048, 4096)  # of the square matrix products whose speed is the limit
+IN_PRECISION = "BENCHMARK_PRECISION"  # an environment variable of a side's process
 WARM_UP = 1  # steps that are not timed
 
 
@@ -129,8 +130,8 @@ def logged(folder, *keys):
 
 
 def precision():
-    """The precision that `precision: auto` takes on this machine."""
-    return pick_precision("auto", pick_device())
+    """The precision of both sides: what `precision: auto` takes on this machine, unless IN_PRECISION says otherwise."""
+    return os.environ.get(IN_PRECISION) or pick_precision("auto", pick_device())
 
 
 def peak(size, folder):

@@ -118,6 +118,7 @@ def losses_table(jobs):
     for job in jobs.values():
         both = [" ".join(f"{x:.5f}" for x in job[key]["losses"]) if job[key] else "" for key in ("ours", "peer")]
         apart = f"{job['loss_difference']:.1e}" if job["peer"] else ""
+        apart += f", in fp32 {job['loss_difference_fp32']:.1e}" if "loss_difference_fp32" in job else ""
         apart += "" if job["losses_agree"] in (None, True) else " **DISAGREE**"
         lines.append(f"| {job['job']} | {both[0]} | {both[1]} | {apart} |")
     return lines

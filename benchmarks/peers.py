@@ -1,7 +1,7 @@
 """What the peers' trainers are given, the same for all of them, each choice equal to ours or in TRL's favour.
 
 TRL's own default is gradient checkpointing, which costs about a fifth more time and less memory: off, as in our
-scripts. The model is made of transformers' own layers. Mixed precision is what `precision: auto` takes. The optimizer
+scripts. The model is made of transformers' own layers. Mixed precision is ours. The optimizer
 is AdamW in torch's fused form with our betas; the learning rate is constant on both sides. Nothing is saved or
 reported, rows come in our order.
 """

@@ -135,13 +135,13 @@ def cli(main, Config):
         if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and the launcher then ends this process
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
-        _leave_processes()
+        leave_processes()
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except SystemExit:
-        _leave_processes()
+        leave_processes()
         raise
     except Exception as error:
         from configs.failures import explain
@@ -153,10 +153,10 @@ def cli(main, Config):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os._exit(2)  # at once: the others may be gone, and the launcher waits to start all again
         sys.exit(2)
-    _leave_processes()
+    leave_processes()
 
 
-def _leave_processes():
+def leave_processes():
     """Close the connections to the other processes: gloo's threads abort an interpreter that ends without."""
     if "torch.distributed" in sys.modules:
         dist = sys.modules["torch.distributed"]

@@ -124,17 +124,48 @@ def test_flops_are_those_of_the_arithmetic():
 
 
 def test_losses_that_differ_are_said_and_end_in_status_1(monkeypatch, tmp_path, capsys):
-    def sides(module, side, size, folder):
+    def sides(module, side, size, folder, environment=None):
         if side == "peak":
             return {"flops_per_second": 1e10, "shapes": {}}
         return report([1.0], losses=(2.0, 1.5 if side == "ours" else 1.52))
 
     monkeypatch.setattr(measure, "measure_side", sides)
+    monkeypatch.setattr(measure, "precision", lambda: "fp32")
     with pytest.raises(SystemExit) as end:
         run.main(settings("--job", "lm", "--rounds", "1", "--json", str(tmp_path / "found.json")))
     said = capsys.readouterr().out
     assert end.value.code == 1 and "THE LOSSES DISAGREE in lm" in said and "DISAGREE: at most 2.0e-02 apart" in said
     assert json.loads((tmp_path / "found.json").read_text())["losses_agree"] is False
+
+
+@pytest.mark.parametrize("in_fp32, status", [(1.501, None), (1.52, 1)])
+def test_losses_that_differ_in_bf16_are_compared_in_fp32(in_fp32, status, monkeypatch, tmp_path, capsys):
+    def sides(module, side, size, folder, environment=None):
+        if side == "peak":
+            return {"flops_per_second": 1e10, "shapes": {}}
+        exact = environment == {measure.IN_PRECISION: "fp32"}
+        return report([1.0], losses=(2.0, 1.5 if side == "ours" else in_fp32 if exact else 1.52))
+
+    monkeypatch.setattr(measure, "measure_side", sides)
+    monkeypatch.setattr(measure, "precision", lambda: "bf16")
+    words = settings("--job", "dpo", "--rounds", "1", "--json", str(tmp_path / "found.json"))
+    if status:
+        with pytest.raises(SystemExit):
+            run.main(words)
+    else:
+        run.main(words)
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    apart = f"{in_fp32 - 1.5:.1e}"
+    assert "in bf16 the losses are 2.0e-02 apart: once more in fp32" in said
+    assert f"at most 2.0e-02 apart, 0.01 is allowed; in fp32 {apart}" in said
+    assert found["losses_agree"] is (status is None) and found["speed_ratio"] == 1.0
+    assert f"2.0e-02, in fp32 {apart}" in "".join(page.losses_table({"dpo": found}))
+
+
+def test_the_precision_of_a_sides_process_can_be_set(monkeypatch, tmp_path):
+    monkeypatch.setenv(measure.IN_PRECISION, "fp32")
+    size = SimpleNamespace(**lm.SIZE | lm.SMOKE)
+    assert measure.precision() == lm.settings(size, tmp_path).precision == "fp32"
 
 
 def test_generate_compares_what_both_sides_said_alike():

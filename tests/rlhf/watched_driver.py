@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from configs.config import load_config
+from configs.config import leave_processes, load_config
 from configs.run import rank
 from rlhf import utils
 
@@ -50,3 +50,4 @@ def main(folder, plan):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave_processes()  # as the scripts do: gloo's threads may abort an interpreter that ends without
