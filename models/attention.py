@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from models.lean import product_dtype
 
 BLOCK = 128  # queries
+HALVES = (torch.bfloat16, torch.float16)
 NAME = "products"  # of this implementation in transformers' table of them
 BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may ask for and the products do not do
 
@@ -104,7 +105,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         return rows.unpad(out), None
     dtype = product_dtype(query)
     decoding = query.shape[2] == 1 and not torch.is_grad_enabled()
-    here = query.device.type == "cpu" and (decoding or dtype in (torch.bfloat16, torch.float16))
+    here = query.device.type == "cpu" and (decoding or dtype in HALVES)
     beyond = dropout or getattr(module, "is_causal", True) is False or any(kwargs.get(x) is not None for x in BEYOND)
     if beyond or not here:
         return sdpa_attention_forward(
@@ -121,8 +122,17 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     return out.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3), None
 
 
+def mask_of_pass(*args, dtype=torch.float32, **kwargs):
+    """The mask that transformers makes for a pass; where the products add it, in that form, once for all layers."""
+    mask = sdpa_mask(*args, dtype=dtype, **kwargs)
+    if mask is None or mask.device.type != "cpu":
+        return mask
+    dtype = product_dtype(torch.empty(0, dtype=dtype))
+    return added_mask(mask, dtype) if dtype in HALVES else mask
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask_of_pass)
 
 
 def added_mask(mask, dtype):

@@ -21,7 +21,7 @@ from models.lean import product_dtype
 # Bytes of logits of which the softmax is taken at once, in float32; on a CPU: what fits into its last cache
 PIECE = {"cpu": 26 << 20, "cuda": 512 << 20}
 # Bytes of logits, in the products' dtype, held where the head's weight trains: its gradient is written once for them
-HELD = {"cpu": 200 << 20, "cuda": 512 << 20}
+HELD = {"cpu": 100 << 20, "cuda": 512 << 20}
 
 
 def unwrapped(model):

@@ -65,6 +65,21 @@ def test_the_equation_and_its_gradients_in_float64(monkeypatch, block):
     assert (out - reference(query, key, value, random_mask())).abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_layers_read_one_mask(monkeypatch, tiny, dtype):
+    model, masks, attends = use_products(tiny(dtype=torch.float32)), [], module._Attention.apply
+    monkeypatch.setattr(module._Attention, "apply", lambda *x: masks.append(x[3]) or attends(*x))
+    ids = torch.arange(6)[None] + 5
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        hidden_states(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))  # two packed texts
+    if dtype == torch.float32:  # PyTorch's kernel
+        assert not masks
+    else:
+        assert len(masks) == 2 and masks[0].data_ptr() == masks[1].data_ptr() and masks[0].dtype == dtype
+        same = torch.arange(6)[:, None] // 3 == torch.arange(6) // 3
+        assert torch.equal(masks[0][0, 0] == 0, same.tril())
+
+
 @pytest.mark.statement("packed-apart")
 def test_a_block_of_queries_reads_the_keys_that_it_sees(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 3)
