@@ -43,3 +43,13 @@ def test_other_libraries_of_c_are_left_alone(monkeypatch):
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     assert memory.keep_freed_memory() is False
     assert memory.os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
+def test_every_script_begins_with_it(monkeypatch):
+    from configs import config
+
+    called = []
+    monkeypatch.setattr(config, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(config, "load_config", lambda Config: called.append("read"))
+    config.cli(lambda given: called.append("run"), object)
+    assert called == ["kept", "read", "run"]
