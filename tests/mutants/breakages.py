@@ -685,7 +685,7 @@ BREAKAGES = [
     ),
     Breakage(
         "left-padding", "the decoder sees padding", "models/decoding.py",
-        "added_mask(seen, x.dtype)", "added_mask(seen | seen[:1], x.dtype)",
+        "added_mask(seen, x.dtype)", "added_mask(seen | seen[-1:], x.dtype)",
         (f"{DECODING}it_computes_what_transformers_does", f"{GENERATION}greedy_equals_transformers_on_a_padded_batch"),
     ),
     Breakage(
