@@ -1,5 +1,7 @@
 """What the peers' trainers are given, the same for all of them, each choice equal to ours or in TRL's favour.
 
+But for one: our processes keep freed memory, as our scripts do (`configs/memory.py`), theirs do not (`measure.py`).
+
 TRL's own default is gradient checkpointing, which costs about a fifth more time and less memory: off, as in our
 scripts. The model is made of transformers' own layers. Mixed precision is ours. The optimizer
 is AdamW in torch's fused form with our betas; the learning rate is constant on both sides. Nothing is saved or

@@ -127,7 +127,7 @@ class HeadLogprobs(torch.autograd.Function):
                 made[at] = residual(minus_p, targets[rows][at], ctx.temperature).mul_(gradient[rows][at, None])
             grad_hidden[rows] = made @ logits.weight
             grad_weight = add_product(grad_weight, made, hidden[rows], weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight, None, None, None, None
 
 
 class HeadNLL(torch.autograd.Function):
@@ -149,6 +149,8 @@ class HeadNLL(torch.autograd.Function):
                 grad_hidden[rows] = made @ logits.weight
             if weight_grad:
                 grad_weight = add_product(grad_weight, made, hidden[rows], weight.dtype)
+        if weight_grad and grad_weight is None:  # no rows
+            grad_weight = torch.zeros_like(weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return nll.sum()
 

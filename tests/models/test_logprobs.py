@@ -76,6 +76,13 @@ def test_the_sum_in_pieces_has_the_value_and_gradients_of_the_definition(read, t
     close(found[0], found[1], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("function", [head_nll, head_logprobs])
+def test_without_any_row_the_heads_gradient_is_0_and_not_missing(function):
+    head, hidden = torch.nn.Linear(8, 40, bias=False), torch.zeros(0, 8, requires_grad=True)
+    function(head, hidden, torch.zeros(0, dtype=torch.long)).sum().backward()
+    assert head.weight.grad is not None and not head.weight.grad.any() and hidden.grad.shape == (0, 8)
+
+
 @pytest.mark.statement("lean-layers")
 def test_probabilities_near_1_and_0_keep_their_gradient():
     head = torch.nn.Linear(2, 3, bias=False)
