@@ -2,7 +2,8 @@
 
 - One new token a row, as in decoding: two batched products over the key-value heads are several times as fast.
 - bf16 and fp16: for rows of some hundred tokens the kernel's backward pass takes four times as long as the products.
-  They go over the queries in blocks, each with the keys that it can see: of a causal row of 512 tokens, five eighths.
+  They go over the queries in blocks, each with the keys that it can see: of a causal row of 512 tokens, five eighths;
+  of a row of a prompt and eight answers, the prompt and the block's own.
 
 Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU.
 
@@ -11,6 +12,7 @@ Rows of different length may come end to end (`Rows`): then attention alone pads
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from models.lean import product_dtype
 
 BLOCK = 128  # queries
+MOST_WITH_GAPS = 0.75  # of the keys from the first to the last that a block sees: up to so many are picked out
 HALVES = (torch.bfloat16, torch.float16)
 NAME = "products"  # of this implementation in transformers' table of them
 BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may ask for and the products do not do
@@ -115,10 +118,11 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     group = heads // key.shape[1]
     scaling = size**-0.5 if scaling is None else scaling
     grouped = (query.to(dtype) * scaling).unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
-    if attention_mask is None and length > 1:
-        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)[None, None]
-    mask = None if attention_mask is None else added_mask(attention_mask, dtype)
-    out = _Attention.apply(grouped, key.to(dtype), value.to(dtype), mask)
+    if attention_mask is None:
+        mask = causal_mask(length, key.shape[2], dtype) if length > 1 else None
+    else:
+        mask = added_mask(attention_mask, dtype)
+    out = _Attention.apply(grouped, key.to(dtype), value.to(dtype), mask, blocks_of(mask))
     return out.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3), None
 
 
@@ -135,6 +139,12 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask_of_pass)
 
 
+@functools.lru_cache(maxsize=1)
+def causal_mask(length, keys, dtype):
+    """(1, 1, length, keys), added: each of the last `length` of `keys` tokens sees itself and those before it."""
+    return added_mask(torch.ones(length, keys, dtype=torch.bool).tril(keys - length)[None, None], dtype)
+
+
 def added_mask(mask, dtype):
     """A mask, True where a key is seen, as what is added to the scores; one that is that already, in `dtype`.
 
@@ -146,22 +156,41 @@ def added_mask(mask, dtype):
     return zeros.masked_fill_(~mask, torch.finfo(dtype).min / 2)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Queries that are computed together, and the keys that any of them sees in any row of the batch."""
+
+    queries: slice  # of T
+    keys: slice | torch.Tensor  # of L: an index where there are gaps
+    mask: torch.Tensor  # (B or 1, 1, queries, keys)
+    length: int  # T
+
+    def rows(self, x):
+        """This block's part of the axis T * group of x."""
+        group = x.shape[2] // self.length
+        return x[:, :, self.queries.start * group : self.queries.stop * group]
+
+    def seen(self, x):
+        """The keys' part of the third axis of x."""
+        return x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys)
+
+
 class _Attention(torch.autograd.Function):
     """softmax(query key^T + mask) value, which keeps these four: the probabilities are computed again.
 
     query: (B, kv_heads, T * group, D), scaled, the queries of a group next to each other. key, value: (B, kv_heads, L,
-    D). mask: (B or 1, 1, T, L), or None: all is seen.
+    D). mask: (B or 1, 1, T, L), or None: all is seen. blocks: those of `blocks_of`.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask):
+    def forward(ctx, query, key, value, mask, blocks):
         ctx.save_for_backward(query, key, value, mask)
-        ctx.blocks = _blocks(query, mask)
-        if not ctx.blocks:
+        ctx.blocks = blocks
+        if not blocks:
             return _probabilities(query, key, mask) @ value
         out = torch.empty_like(query)
-        for at, rows, seen in ctx.blocks:
-            out[:, :, at] = _probabilities(query[:, :, at], key[:, :, seen], mask[:, :, rows, seen]) @ value[:, :, seen]
+        for b in blocks:
+            b.rows(out)[:] = _probabilities(b.rows(query), b.seen(key), b.mask) @ b.seen(value)
         return out
 
     @staticmethod
@@ -169,32 +198,38 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, mask = ctx.saved_tensors
         if not ctx.blocks:
-            return *_gradients(gradient, query, key, value, mask), None
+            return *_gradients(gradient, query, key, value, mask), None, None
         exact = torch.promote_types(query.dtype, torch.float32)
         of_query, of_key, of_value = torch.empty_like(query), *(torch.zeros_like(x, dtype=exact) for x in (key, value))
-        for at, rows, seen in ctx.blocks:
-            block = gradient[:, :, at], query[:, :, at], key[:, :, seen], value[:, :, seen], mask[:, :, rows, seen]
-            of_query[:, :, at], k, v = _gradients(*block)
-            of_key[:, :, seen] += k
-            of_value[:, :, seen] += v
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+        for b in ctx.blocks:
+            of_rows, k, v = _gradients(b.rows(gradient), b.rows(query), b.seen(key), b.seen(value), b.mask)
+            b.rows(of_query)[:] = of_rows
+            of_key[:, :, b.keys] += k
+            of_value[:, :, b.keys] += v
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
 
-def _blocks(query, mask):
-    """Slices of BLOCK queries: of the axis T * group, of T, and of the keys from the first to the last that they see.
-
-    None where one block would hold all queries.
-    """
+def blocks_of(mask):
+    """The `Block`s of an added mask, kept with it, for all layers get the same one; None where one would hold all."""
     if mask is None or mask.shape[2] <= BLOCK:
         return None
-    group = query.shape[2] // mask.shape[2]
+    if not hasattr(mask, "blocks"):
+        mask.blocks = _find_blocks(mask)
+    return mask.blocks
+
+
+def _find_blocks(mask):
     seen_at_all = (mask > torch.finfo(mask.dtype).min / 4).flatten(0, 1).any(0)  # (T, L)
-    found = []
-    for start in range(0, len(seen_at_all), BLOCK):
-        rows = slice(start, start + BLOCK)
-        keys = seen_at_all[rows].any(0).nonzero()
-        seen = slice(keys[0].item(), keys[-1].item() + 1) if len(keys) else slice(0, 1)  # all is padding
-        found.append((slice(start * group, (start + BLOCK) * group), rows, seen))
+    length, found = len(seen_at_all), []
+    for start in range(0, length, BLOCK):
+        queries = slice(start, min(start + BLOCK, length))
+        index = seen_at_all[queries].any(0).nonzero()[:, 0]
+        if not len(index):  # all of it is padding
+            index = torch.zeros(1, dtype=torch.long)
+        keys = slice(index[0].item(), index[-1].item() + 1)
+        if len(index) <= MOST_WITH_GAPS * (keys.stop - keys.start):
+            keys = index
+        found.append(Block(queries, keys, mask[:, :, queries][..., keys].contiguous(), length))
     return found
 
 

@@ -87,26 +87,31 @@ def head_nll(head, hidden, targets):
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """`head_logprobs` with its own backward pass, which keeps (N, H) of the forward pass and not (N, V)."""
+    """`head_logprobs` with its own backward pass, which keeps (N, H) of the forward pass and not (N, V).
+
+    Where the head's weight trains, logits that are held all at once stay for it: it would hold as many again.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, dtype):
         ctx.temperature, ctx.dtype = temperature, dtype
-        logits = Logits(hidden, weight, dtype)
-        logprobs, entropies = (torch.empty(len(hidden), dtype=logits.exact, device=hidden.device) for _ in range(2))
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logits = Logits(hidden, weight, dtype, weight_grad)
+        logprobs, entropies = (torch.empty(len(hidden), dtype=logits.exact, device=hidden.device) for _ in range(2))
         slope = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if hidden_grad else None
-        for at, made in logits:
-            log_p = logits.log_softmax(made, temperature)
-            logprobs[at] = log_p.gather(-1, targets[at, None])[:, 0]
-            if entropy:
-                p = log_p.exp()
-                entropies[at] = -torch.linalg.vecdot(p, log_p)
-            if hidden_grad and not weight_grad:
-                minus_p = (p if entropy else log_p.exp_()).neg_()
-                slope[at] = residual(minus_p, targets[at], temperature).to(dtype) @ logits.weight
+        for rows, made in logits:
+            for at in logits.parts(made):
+                log_p = logits.log_softmax(made[at], temperature)
+                logprobs[rows][at] = log_p.gather(-1, targets[rows][at, None])[:, 0]
+                if entropy:
+                    p = log_p.exp()
+                    entropies[rows][at] = -torch.linalg.vecdot(p, log_p)
+                if hidden_grad and not weight_grad:
+                    minus_p = (p if entropy else log_p.exp_()).neg_()
+                    slope[rows][at] = residual(minus_p, targets[rows][at], temperature).to(dtype) @ logits.weight
         if weight_grad:
             ctx.save_for_backward(hidden, weight, targets)
+            ctx.made = logits.made if len(logits.pieces) == 1 and logits.room is not None else None
         elif hidden_grad:
             ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropies)
@@ -119,7 +124,8 @@ class HeadLogprobs(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return gradient[:, None].to(slope.dtype) * slope, None, None, None, None, None
         hidden, weight, targets = ctx.saved_tensors  # the weight's gradient needs p itself: computed again
-        logits = Logits(hidden, weight, ctx.dtype, weight_grad=True)
+        logits = Logits(hidden, weight, ctx.dtype, weight_grad=True, made=ctx.made)
+        ctx.made = None  # it is overwritten: a second backward pass makes the logits again
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         for rows, made in logits:
             for at in logits.parts(made):
@@ -169,17 +175,19 @@ class Logits:
     """The head's products piece by piece, all in the same memory: what comes back lasts until the next piece.
 
     Iterating gives slices over the rows, and their logits (n, V) in `dtype`. weight_grad: many rows at once, so that
-    the weight's gradient is added up from few products; `parts` are what the softmax is taken of then.
+    the weight's gradient is added up from few products; `parts` are what the softmax is taken of then. made: all these
+    logits, where a pass before held them.
     """
 
-    def __init__(self, hidden, weight, dtype, weight_grad=False):
+    def __init__(self, hidden, weight, dtype, weight_grad=False, made=None):
         self.hidden, self.weight = hidden, weight.to(dtype)
         self.exact = torch.promote_types(dtype, torch.float32)  # float64 stays
         device, width = hidden.device, len(weight)
         self.piece = max(PIECE[device.type] // (self.exact.itemsize * width), 1)
         held = max(HELD[device.type] // (dtype.itemsize * width), self.piece) if weight_grad else self.piece
         self.pieces = pieces(len(hidden), held)
-        self.made = torch.empty(min(held, len(hidden)), width, dtype=dtype, device=device)
+        self.kept = made is not None
+        self.made = made if self.kept else torch.empty(min(held, len(hidden)), width, dtype=dtype, device=device)
         self.room = None
         if dtype != self.exact:
             self.room = torch.empty(min(self.piece, len(hidden)), width, dtype=self.exact, device=device)
@@ -187,7 +195,8 @@ class Logits:
     def __iter__(self):
         for at in self.pieces:
             hidden = self.hidden[at].to(self.made.dtype)
-            yield at, torch.mm(hidden, self.weight.T, out=self.made[: len(hidden)])
+            made = self.made[: len(hidden)]
+            yield at, made if self.kept else torch.mm(hidden, self.weight.T, out=made)
 
     def parts(self, made):
         """Slices over the rows of `made`."""

@@ -39,7 +39,17 @@ from configs.run import (
 from data.corpus import load_corpus
 from models.fetch import EMBEDDED_MODELS
 from report.evaluate import Config as EvaluateConfig
-from report.evaluate import Measure, best_of_measured, distinct, evaluate, interval, plus_minus, prompt_means, summarise
+from report.evaluate import (
+    Measure,
+    best_of_measured,
+    distinct,
+    evaluate,
+    interval,
+    pair_accuracy,
+    plus_minus,
+    prompt_means,
+    summarise,
+)
 from report.plots import checks_figure, curves_figure, scores_figure
 
 REWARD = "python rlhf/train_reward_model.py"
@@ -325,6 +335,27 @@ def proxy_sentence(rows):
     return f"Beyond the 95 % interval of the difference to the base, prompt by prompt, {text}."
 
 
+def reward_sentence(rows):
+    """How often the reward model is right where none of its training pairs come from: on the held-out prompts."""
+    base, _ = split_base(rows)
+    if any(answer["proxy"] is None for answer in base.answers()):
+        return ""
+    unseen = base.runs[0]["unseen_types"]
+    seen = [a for a in base.answers() if not any(name in unseen for name, _ in a["checks"])]
+    everywhere, familiar = pair_accuracy(base.answers()), pair_accuracy(seen)
+    if not everywhere:
+        return "No two answers of the base to one held-out prompt differ in gold: the reward model was not tested."
+    half, count = everywhere["half"] or 0, f"{everywhere['pairs']} pairs of {everywhere['n']} prompts"
+    text = (
+        "Of two answers of the base to one held-out prompt that differ in gold, the reward model prefers the better in "
+        f"{everywhere['mean']:.0%} +- {half:.0%} ({count})"
+    )
+    if not familiar or familiar["pairs"] == everywhere["pairs"]:
+        return f"{text}."
+    half = familiar["half"] or 0
+    return f"{text}; on prompts with check types that it was trained on, in {familiar['mean']:.0%} +- {half:.0%}."
+
+
 def curves_sentence(rows):
     """First against last fifth of each run's log lines."""
     found = []
@@ -548,6 +579,8 @@ different word pairs over all, in the first answers to each prompt, as many of e
 ![Gold score against KL, and against the reward model's score](figures/scores.png)
 
 {kl_sentence(rows)} {proxy_sentence(rows)}
+
+{reward_sentence(rows)}
 
 ## Learning curves
 

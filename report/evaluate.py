@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -195,6 +196,23 @@ def summarise(answers, unseen, best_of=1):
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
     }
+
+
+def pair_accuracy(answers):
+    """How often the proxy prefers the better of two answers to one prompt, over all such pairs that differ in gold.
+
+    Returns `clustered`'s interval with the number of `pairs` beside it, or None where no two answers to one prompt
+    differ. Equal proxies count half.
+    """
+    groups, pairs = {}, []
+    for answer in answers:
+        groups.setdefault(answer["id"], []).append(answer)
+    for key, group in groups.items():
+        for a, b in itertools.combinations(group, 2):
+            if a["gold"] != b["gold"]:
+                agree = (a["gold"] - b["gold"]) * (a["proxy"] - b["proxy"])
+                pairs.append({"id": key, "right": 1.0 if agree > 0 else 0.5 if agree == 0 else 0.0})
+    return clustered(pairs, lambda pair: pair["right"]) | {"pairs": len(pairs)} if pairs else None
 
 
 def files_hash(name):

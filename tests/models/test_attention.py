@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import attention as module
-from models.attention import NAME, Rows, added_mask, attends_here, attention, use_products
+from models.attention import NAME, Rows, added_mask, attends_here, attention, blocks_of, use_products
 from models.loader import load_model
 from models.logprobs import hidden_states
 
@@ -59,8 +59,9 @@ def test_the_equation_and_its_gradients_in_float64(monkeypatch, block):
     query, key, value = inputs()
     grouped = query.detach().unflatten(1, (KV, GROUP)).transpose(2, 3).flatten(2, 3).requires_grad_()
     added = added_mask(random_mask(), torch.float64)
-    torch.autograd.gradcheck(lambda *x: module._Attention.apply(*x, added), (grouped, key, value))
-    out = module._Attention.apply(grouped * D**-0.5, key, value, added)
+    blocks = blocks_of(added)
+    torch.autograd.gradcheck(lambda *x: module._Attention.apply(*x, added, blocks), (grouped, key, value))
+    out = module._Attention.apply(grouped * D**-0.5, key, value, added, blocks)
     out = out.unflatten(2, (T, GROUP)).transpose(1, 2).flatten(2, 3)
     assert (out - reference(query, key, value, random_mask())).abs().max() < 1e-14
 
@@ -87,10 +88,33 @@ def test_a_block_of_queries_reads_the_keys_that_it_sees(monkeypatch):
     seen[0, 0, :2, :2] = seen[0, 0, 2:5, 2:5] = True  # two texts and padding
     seen[1, 0, 1:4, 1:4] = True
     mask = added_mask(seen.tril(), torch.float32)
-    blocks = module._blocks(torch.zeros(2, KV, 8 * GROUP, D), mask)
-    ends = [(at.start, at.stop, rows.start, rows.stop, keys.start, keys.stop) for at, rows, keys in blocks]
-    assert ends == [(0, 6, 0, 3, 0, 3), (6, 12, 3, 6, 1, 5), (12, 18, 6, 9, 0, 1)]
-    assert module._blocks(torch.zeros(2, KV, 3 * GROUP, D), mask[:, :, :3]) is None
+    ends = [(b.queries.start, b.queries.stop, b.keys.start, b.keys.stop) for b in blocks_of(mask)]
+    assert ends == [(0, 3, 0, 3), (3, 6, 1, 5), (6, 8, 0, 1)]
+    assert blocks_of(mask) is blocks_of(mask)  # one for all layers
+    assert blocks_of(mask[:, :, :3]) is None and blocks_of(None) is None
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.03)])
+@pytest.mark.statement("packed-apart")
+def test_keys_that_no_query_of_a_block_sees_are_left_out(monkeypatch, dtype, tolerance):
+    """A prompt of one token and three answers of two: the last block reads the prompt and its own answer."""
+    monkeypatch.setattr(module, "BLOCK", 2)
+    answer = torch.tensor([0, 1, 1, 2, 2, 3, 3])
+    seen = ((answer[:, None] == answer) | (answer == 0)).tril()[None, None]
+    added = added_mask(seen, dtype)
+    keys = [b.keys if isinstance(b.keys, slice) else b.keys.tolist() for b in blocks_of(added)]
+    assert keys == [slice(0, 2), slice(0, 4), [0, 3, 4, 5], [0, 5, 6]]
+    mine, exact = inputs(dtype), inputs()
+    grouped = (mine[0] * D**-0.5).unflatten(1, (KV, GROUP)).transpose(2, 3).flatten(2, 3)
+    out = module._Attention.apply(grouped, *mine[1:], added, blocks_of(added))
+    out = out.unflatten(2, (T, GROUP)).transpose(1, 2).flatten(2, 3)
+    expected = reference(*exact, seen.expand(B, 1, T, T))
+    assert (out - expected).abs().max() < tolerance
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(mine, exact):
+        assert (a.grad - b.grad).abs().max() < tolerance * b.grad.abs().max()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)])

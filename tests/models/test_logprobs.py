@@ -76,6 +76,34 @@ def test_the_sum_in_pieces_has_the_value_and_gradients_of_the_definition(read, t
     close(found[0], found[1], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.statement("lean-layers")
+def test_logits_that_stay_for_the_backward_pass_are_those_that_are_made_again(monkeypatch):
+    """In bf16, if all are held at once; twice over the same graph, as the first pass overwrites them."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 40, bias=False)
+    hidden, targets = torch.randn(300, 8, requires_grad=True), torch.randint(40, (300,))
+    slopes = torch.linspace(-1, 1, 300)
+    found = []
+    for held in (2 * 40 * 300, 2 * 40 * 299):
+        monkeypatch.setitem(logprobs.HELD, "cpu", held)
+        monkeypatch.setitem(logprobs.PIECE, "cpu", 4 * 40 * 70)
+        made, mm = [], torch.mm
+        monkeypatch.setattr(torch, "mm", lambda *x, **kw: made.append(x) or mm(*x, **kw))  # noqa: B023
+        with torch.autocast("cpu", torch.bfloat16):
+            value, _ = head_logprobs(head, hidden, targets, temperature=0.7, entropy=True)
+        for _ in range(2):
+            found.append(torch.autograd.grad(value, (hidden, head.weight), slopes, retain_graph=True))
+        monkeypatch.setattr(torch, "mm", mm)
+        found.append(len(made))
+    kept, again, products, *others, many = found
+    assert products == 2 and many == 6  # once, and again for the second pass; two pieces in each of three passes
+    for gradients in (again, *others):
+        for a, b in zip(kept, gradients):
+            close(a, b, atol=1e-2 * b.abs().max().item(), rtol=0)
+    for a, b in zip(kept, again):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("function", [head_nll, head_logprobs])
 def test_without_any_row_the_heads_gradient_is_0_and_not_missing(function):
     head, hidden = torch.nn.Linear(8, 40, bias=False), torch.zeros(0, 8, requires_grad=True)

@@ -254,8 +254,18 @@ BREAKAGES = [
     ),
     Breakage(
         "lean-layers", "the last product's weight learns from the gate alone", "models/lean.py",
-        "(silu * up).flatten(0, -2)", "silu.flatten(0, -2)",
+        "_weight_gradient(gradient, silu * up, weight.dtype)", "_weight_gradient(gradient, silu, weight.dtype)",
         (f"{LEAN}lean_layers_compute_what_those_of_transformers_do",),
+    ),
+    Breakage(
+        "lean-layers", "gate and up change places in the gradient of their one product", "models/lean.py",
+        "of_product, (of_gate, of_up) =", "of_product, (of_up, of_gate) =",
+        (f"{LEAN}their_gradients_are_those_of_finite_differences",),
+    ),
+    Breakage(
+        "lean-layers", "logits that a backward pass has overwritten are taken again", "models/logprobs.py",
+        "        ctx.made = None  # it", "        pass  # it",
+        (f"{LOGPROBS}logits_that_stay_for_the_backward_pass_are_those_that_are_made_again",),
     ),
     Breakage(
         "lean-layers", "the norm of a half precision model is taken in half precision", "models/lean.py",
@@ -382,13 +392,18 @@ BREAKAGES = [
     ),
     Breakage(
         "packed-apart", "causal attention in bf16 sees one token ahead", "models/attention.py",
-        ".tril(key.shape[2] - length)", ".tril(key.shape[2] - length + 1)",
+        ".tril(keys - length)", ".tril(keys - length + 1)",
         (f"{ATTENTION}half_precision_is_float64_rounded[dtype0-0.03-causal-128]",),
     ),
     Breakage(
         "packed-apart", "a block of queries does not read the last key that it sees", "models/attention.py",
-        "keys[-1].item() + 1", "max(keys[-1].item(), 1)",
+        "index[-1].item() + 1", "max(index[-1].item(), 1)",
         (f"{ATTENTION}a_block_of_queries_reads_the_keys_that_it_sees", f"{ATTENTION}half_precision_is_float64_rounded"),
+    ),
+    Breakage(
+        "packed-apart", "a block of queries with gaps among its keys does not read the first", "models/attention.py",
+        "keys = index\n", "keys = index[1:]\n",
+        (f"{ATTENTION}keys_that_no_query_of_a_block_sees_are_left_out",),
     ),
     Breakage(
         "packed-apart", "a row that lies end to end begins one place late", "models/attention.py",

@@ -22,6 +22,7 @@ from report.compare import (
     listed,
     plain,
     proxy_sentence,
+    reward_sentence,
     run_folder,
     seconds_before,
     sure,
@@ -98,6 +99,23 @@ def test_proxy_sentence_tells_the_thing_from_the_proxy():
     rows = synthetic_rows()
     rows[1].measured["proxy"] = None
     assert "not measured" in proxy_sentence(rows)
+
+
+def test_reward_sentence_counts_the_bases_own_answers():
+    rows = synthetic_rows()
+    for answer in rows[0].answers():
+        known = answer["checks"][0][0] not in synthetic.UNSEEN
+        answer["proxy"] = answer["gold"] if known else -answer["gold"]
+    text = reward_sentence(rows)
+    assert "prefers the better in" in text and text.endswith("trained on, in 100% +- 0%.")
+    assert "100% +- 0% (" not in text  # on all prompts it is not always right
+    rows[0].runs[0]["unseen_types"] = []
+    assert "trained on" not in reward_sentence(rows)
+    for answer in rows[0].answers():
+        answer["gold"] = 1.0
+    assert reward_sentence(rows).startswith("No two answers of the base")
+    rows[0].answers()[0]["proxy"] = None
+    assert reward_sentence(rows) == ""
 
 
 def test_kl_sentence():

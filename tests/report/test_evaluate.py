@@ -9,7 +9,15 @@ import torch
 
 from configs.config import ROOT, UserError
 from models.loader import load_model, load_tokenizer
-from report.evaluate import Config, answer_kls, best_of_measured, evaluate, heldout_prompts, measurement_path
+from report.evaluate import (
+    Config,
+    answer_kls,
+    best_of_measured,
+    evaluate,
+    heldout_prompts,
+    measurement_path,
+    pair_accuracy,
+)
 from rlhf.packing import completion_logprobs
 
 QUICK = {"base": "tiny-llama", "reward_model": None, "limit": 6, "max_new_tokens": 6, "text": "tests/train/text.jsonl",
@@ -104,6 +112,21 @@ def test_best_of_keeps_of_each_group_the_answer_with_the_highest_score():
     assert found["measured"]["gold"]["mean"] == 0.75  # (1 + 0 + 1 + 1) / 4
     assert found["measured"]["kl"]["mean"] == pytest.approx(0.193147)  # log 2 - 1/2
     assert result["answers"] is answers and found["model_name"] == "x"
+
+
+def test_pair_accuracy_counts_pairs_of_one_prompt_that_differ_in_gold():
+    """By hand: of a's six pairs four differ and two are right; b's one pair is a tie of the proxies; c's is none."""
+
+    def answers(prompt, *golds_and_proxies):
+        return [{"id": prompt, "gold": gold, "proxy": proxy} for gold, proxy in golds_and_proxies]
+
+    of_a = answers("a", (0.0, 0.1), (1.0, 0.3), (1.0, -1.0), (0.0, 0.2))
+    of_b, of_c = answers("b", (0.5, 2.0), (0.0, 2.0)), answers("c", (1.0, 0.0), (1.0, 5.0))
+    found = pair_accuracy([*of_b, *of_a[::-1], *of_c])
+    assert (found["mean"], found["n"], found["pairs"]) == (0.5, 2, 5)
+    of_a[1]["proxy"] = of_a[2]["proxy"] = 9.0  # every choice on a is right now
+    assert pair_accuracy([*of_a, *of_b])["mean"] == 0.75  # (1 + 1/2) / 2: a prompt counts once, however many its pairs
+    assert pair_accuracy(of_c) is None and pair_accuracy([]) is None
 
 
 def test_best_of_needs_a_reward_model():
