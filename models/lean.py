@@ -93,12 +93,8 @@ class GatedMLP(torch.nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x):
-        layers, dtype = (self.gate_proj, self.up_proj, self.down_proj), product_dtype(x)
-        plain = [type(layer) is torch.nn.Linear and layer.bias is None for layer in layers]
-        if all(plain) and all(layer.weight.dtype != dtype for layer in layers):
-            return _GatedMLP.apply(x.to(dtype), *(layer.weight for layer in layers))
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if plain[2]:
+        if type(self.down_proj) is torch.nn.Linear and self.down_proj.bias is None:
             return _GatedDown.apply(gate, up, self.down_proj.weight)
         return self.down_proj(_Gated.apply(gate, up))  # with an adapter beside it
 
@@ -132,50 +128,8 @@ class _GatedDown(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         silu, of_weight = F.silu(gate), None
         if ctx.needs_input_grad[2]:
-            of_weight = _weight_gradient(gradient, silu * up, weight.dtype)
+            of_weight = (gradient.flatten(0, -2).T @ (silu * up).flatten(0, -2)).to(weight.dtype)
         return *_backward_gated(gradient @ weight.to(gate.dtype), gate, up, silu), of_weight
-
-
-class _GatedMLP(torch.autograd.Function):
-    """The whole of it where the weights are cast for the products: gate and up, cast side by side, are one product.
-
-    It keeps x, gate(x) and up(x); the weights are cast again on the way back, which costs less than to hold them.
-    """
-
-    @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight):
-        both = F.linear(x, _beside(gate_weight, up_weight, x.dtype))
-        ctx.save_for_backward(x, both, gate_weight, up_weight, down_weight)
-        gate, up = both.chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), down_weight.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, both, gate_weight, up_weight, down_weight = ctx.saved_tensors
-        (gate, up), of_both, of_weights, of_down = both.chunk(2, -1), torch.empty_like(both), (None, None), None
-        of_x_too, *of_gate_up_too, of_down_too = ctx.needs_input_grad
-        silu = F.silu(gate)
-        if of_down_too:
-            of_down = _weight_gradient(gradient, silu * up, down_weight.dtype)
-        of_product, (of_gate, of_up) = gradient @ down_weight.to(x.dtype), of_both.chunk(2, -1)
-        torch.mul(silu, of_product, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)
-        if any(of_gate_up_too):
-            of_weights = _weight_gradient(of_both, x, gate_weight.dtype).split([len(gate_weight), len(up_weight)])
-        return of_both @ _beside(gate_weight, up_weight, x.dtype) if of_x_too else None, *of_weights, of_down
-
-
-def _weight_gradient(gradient, x, dtype):
-    """That of the weight in x @ weight.T."""
-    return (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
-
-
-def _beside(a, b, dtype):
-    """The rows of two weights in one matrix of `dtype`."""
-    found = a.new_empty(len(a) + len(b), a.shape[1], dtype=dtype)
-    found[: len(a)], found[len(a) :] = a, b
-    return found
 
 
 def _backward_gated(gradient, gate, up, silu):

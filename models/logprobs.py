@@ -99,19 +99,20 @@ class HeadLogprobs(torch.autograd.Function):
         logits = Logits(hidden, weight, dtype, weight_grad)
         logprobs, entropies = (torch.empty(len(hidden), dtype=logits.exact, device=hidden.device) for _ in range(2))
         slope = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if hidden_grad else None
+        probabilities = torch.empty_like(logits.room[: logits.piece]) if entropy else None  # of one part
         for rows, made in logits:
             for at in logits.parts(made):
                 log_p = logits.log_softmax(made[at], temperature)
                 logprobs[rows][at] = log_p.gather(-1, targets[rows][at, None])[:, 0]
                 if entropy:
-                    p = log_p.exp()
-                    entropies[rows][at] = -torch.linalg.vecdot(p, log_p)
+                    p = torch.exp(log_p, out=probabilities[: len(log_p)])
+                    entropies[rows][at] = -log_p.mul_(p).sum(-1)
                 if hidden_grad and not weight_grad:
                     minus_p = (p if entropy else log_p.exp_()).neg_()
                     slope[rows][at] = residual(minus_p, targets[rows][at], temperature).to(dtype) @ logits.weight
         if weight_grad:
             ctx.save_for_backward(hidden, weight, targets)
-            ctx.made = logits.made if len(logits.pieces) == 1 and logits.room is not None else None
+            ctx.made = logits.made if len(logits.pieces) == 1 and logits.made is not logits.room else None
         elif hidden_grad:
             ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropies)
@@ -188,7 +189,7 @@ class Logits:
         self.pieces = pieces(len(hidden), held)
         self.kept = made is not None
         self.made = made if self.kept else torch.empty(min(held, len(hidden)), width, dtype=dtype, device=device)
-        self.room = None
+        self.room = self.made  # where a part's softmax is taken
         if dtype != self.exact:
             self.room = torch.empty(min(self.piece, len(hidden)), width, dtype=self.exact, device=device)
 
@@ -204,7 +205,7 @@ class Logits:
 
     def log_softmax(self, made, temperature):
         """log softmax of logits (n, V) over the temperature, at least in float32; it may take the place of `made`."""
-        logits = made if self.room is None else self.room[: len(made)].copy_(made)
+        logits = made if self.room is self.made else self.room[: len(made)].copy_(made)
         if temperature != 1.0:
             logits.div_(temperature)
         return torch.log_softmax(logits, -1, out=logits)

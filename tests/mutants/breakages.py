@@ -254,13 +254,8 @@ BREAKAGES = [
     ),
     Breakage(
         "lean-layers", "the last product's weight learns from the gate alone", "models/lean.py",
-        "_weight_gradient(gradient, silu * up, weight.dtype)", "_weight_gradient(gradient, silu, weight.dtype)",
+        "(silu * up).flatten(0, -2)", "silu.flatten(0, -2)",
         (f"{LEAN}lean_layers_compute_what_those_of_transformers_do",),
-    ),
-    Breakage(
-        "lean-layers", "gate and up change places in the gradient of their one product", "models/lean.py",
-        "of_product, (of_gate, of_up) =", "of_product, (of_up, of_gate) =",
-        (f"{LEAN}their_gradients_are_those_of_finite_differences",),
     ),
     Breakage(
         "lean-layers", "logits that a backward pass has overwritten are taken again", "models/logprobs.py",
