@@ -64,6 +64,8 @@ def write(found):
         text += [*scaling_part(found["scaling"]), ""]
     if "ddp" in found:
         text += [*ddp_part(found["ddp"]), ""]
+    if "operations" in found:
+        text += [*operations_part(found["operations"]), ""]
     text.append((ROOT / NOTES).read_text(encoding="utf-8"))
     return "\n".join(text).rstrip() + "\n"
 
@@ -178,6 +180,30 @@ def scaling_part(scaling):
                 f"| {point['tokens'] / point['seconds']:,.0f} | {point['peak_memory_gb']:.2f} | {share:.1%} |"
             )
     return text
+
+
+def operations_part(jobs):
+    """The section on where a step's time goes: kinds of operations as rows, jobs as columns."""
+    first = next(iter(jobs.values()))
+    rest = list(first["kinds"])[-1]
+    kinds = [*dict.fromkeys(kind for job in jobs.values() for kind in job["kinds"] if kind != rest), rest]
+    text = [
+        "## Where the time goes",
+        "",
+        "One step of ours under torch's profiler, which makes it some hundredths slower, by `python "
+        f"benchmarks/operations.py` in {first['precision']}, commit `{first['git_commit']}`: seconds, and their share "
+        "of the step. The arithmetic at the limit is what the job needs over the fastest matrix product before it.",
+        "",
+        "| | " + " | ".join(jobs) + " |",
+        "|---|" + "---|" * len(jobs),
+    ]
+    for kind in kinds:
+        spent = [job["kinds"].get(kind, (0.0, 0))[0] for job in jobs.values()]
+        cells = [f"{s:.2f} ({s / job['seconds']:.0%})" for s, job in zip(spent, jobs.values())]
+        text.append(f"| {kind} | " + " | ".join(cells) + " |")
+    text.append("| **the step** | " + " | ".join(f"**{job['seconds']:.2f}**" for job in jobs.values()) + " |")
+    limits = [job["flops"] / job["peak"] for job in jobs.values()]
+    return [*text, "| its arithmetic at the limit | " + " | ".join(f"{limit:.2f}" for limit in limits) + " |"]
 
 
 def ddp_part(ddp):

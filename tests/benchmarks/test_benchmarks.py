@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.state import AcceleratorState
 
-from benchmarks import grpo, lm, measure, page, run, scaling
+from benchmarks import grpo, lm, measure, operations, page, run, scaling
 from benchmarks.flops import Cost, Part, row, sampled
 from configs.config import ROOT, UserError, load_config
 from models import loader
@@ -204,6 +204,35 @@ def test_scaling_runs_every_point(in_this_process, monkeypatch, capsys):
     assert scaling.slower([{"seconds": [1.0, 3.0]}, {"seconds": [2.0, 1.0]}]) == [2.0, 3.0]
 
 
+@pytest.mark.parametrize("job", ["lm", "generate"])
+def test_every_second_of_a_step_is_of_one_kind_of_operation(job, in_this_process, capsys):
+    found = operations.main(load_config(operations.Config, ["--job", job, "--smoke", "true"]))[job]
+    assert list(found["kinds"])[-1] == operations.REST
+    assert {"products with weights", "softmax, exp", "other operations on elements"} <= found["kinds"].keys()
+    spent = sum(seconds for seconds, _ in found["kinds"].values())
+    assert found["seconds"] == pytest.approx(spent, rel=0.02) and found["flops"] > 0
+    assert measure.Clock is operations.measure.Clock and measure.Clock.__name__ == "Clock"  # put back
+    said = capsys.readouterr().out
+    assert f"{job}: a step of " in said and "products with weights" in said
+
+
+def test_kinds_of_operations_by_their_names():
+    def event(key, microseconds, count=1):
+        return SimpleNamespace(key=key, self_cpu_time_total=microseconds, self_device_time_total=0, count=count)
+
+    names = {
+        "aten::mm": "products with weights", "aten::addmm_": "products with weights",
+        "mkldnn::_linear_pointwise": "products with weights", "aten::bmm": "products of attention",
+        "aten::baddbmm": "products of attention", "aten::_log_softmax": "softmax, exp", "aten::exp_": "softmax, exp",
+        "aten::_fused_adamw_": "optimizer, norm of the gradient", "aten::copy_": "copies, casts, picking",
+        "aten::index_select": "copies, casts, picking", "aten::silu_backward": "other operations on elements",
+        "aten::expand": None, "aten::view": None,
+    }  # fmt: skip
+    for name, kind in names.items():
+        found = operations.kinds([event(name, 2e6, 3), event(name, 1e6)], 10.0)
+        assert found == ({kind: [3.0, 4], operations.REST: [7.0, 0]} if kind else {operations.REST: [10.0, 0]})
+
+
 def test_the_page_shows_every_part(monkeypatch, tmp_path):
     (tmp_path / "report" / "figures").mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
@@ -219,7 +248,14 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
     page.update(scaling={"sweeps": [{"title": "LM", "key": "rows", "peak": 1e10, "points": points}] * 3})
     page.update(ddp={k: {"seconds": s} for k, s in (("apart", 2.0), ("ddp", 2.5), ("threads", 3.0))}
                 | {"batch_size": 2, "length": 512})  # fmt: skip
+    job = {"seconds": 4.0, "flops": 1e10, "peak": 1e10, "precision": "bf16", "git_commit": "abc"}
+    page.update(operations={"lm": job | {"kinds": {"softmax": [1.0, 5], "products": [2.0, 7], "rest": [1.0, 0]}},
+                            "dpo": job | {"kinds": {"copies": [3.0, 9], "rest": [1.0, 0]}}})  # fmt: skip
     text = (tmp_path / page.PAGE).read_text()
+    rows = ["| softmax | 1.00 (25%) | 0.00 (0%) |", "| products | 2.00 (50%) | 0.00 (0%) |",
+            "| copies | 0.00 (0%) | 3.00 (75%) |", "| rest | 1.00 (25%) | 1.00 (25%) |",
+            "| **the step** | **4.00** | **4.00** |", "| its arithmetic at the limit | 1.00 | 1.00 |"]  # fmt: skip
+    assert "| | lm | dpo |" in text and "\n".join(rows) in text
     assert (
         "| generation, batch 32, 64 + 64 tokens | ours | 1.10 (1.00 to 1.20) | 91 | 1.00 | 5.5% | **3.00 x** |" in text
     )
