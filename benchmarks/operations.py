@@ -102,8 +102,7 @@ def kinds(events, seconds):
     for event in events:
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), None)
         if kind:
-            of_gpu = getattr(event, "self_device_time_total", 0) if torch.cuda.is_available() else None
-            microseconds = event.self_cpu_time_total if of_gpu is None else of_gpu
+            microseconds = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
             before = found.get(kind, (0.0, 0))
             found[kind] = (before[0] + microseconds / 1e6, before[1] + event.count)
     found = dict(sorted(found.items(), key=lambda item: -item[1][0]))

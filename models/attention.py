@@ -210,14 +210,11 @@ class _Attention(torch.autograd.Function):
 
 
 def blocks_of(mask):
-    """The `Block`s of an added mask, kept with it, for all layers get the same one; None where one would hold all."""
-    if mask is None or mask.shape[2] <= BLOCK:
-        return None
-    if not hasattr(mask, "blocks"):
-        mask.blocks = _find_blocks(mask)
-    return mask.blocks
+    """The `Block`s of an added mask; None where one would hold all its queries."""
+    return None if mask is None or mask.shape[2] <= BLOCK else _find_blocks(mask)
 
 
+@functools.lru_cache(maxsize=1)  # a tensor is known by its identity: all layers of a pass get the same mask
 def _find_blocks(mask):
     seen_at_all = (mask > torch.finfo(mask.dtype).min / 4).flatten(0, 1).any(0)  # (T, L)
     length, found = len(seen_at_all), []

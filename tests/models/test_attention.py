@@ -1,6 +1,8 @@
 """Attention as products against PyTorch's own in float64, its gradients, its masks, and rows that lie end to end."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -27,6 +29,15 @@ def reference(query, key, value, mask):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
+def assert_same_gradients(out, expected, mine, exact, tolerance):
+    """Of a weighted sum of `out` with respect to `mine`, and of `expected` with respect to `exact`."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(mine, exact):
+        assert (a.grad - b.grad).abs().max() < tolerance * b.grad.abs().max()
+
+
 def random_mask():
     """(B, 1, T, T): each token sees itself and some others."""
     seen = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -46,11 +57,7 @@ def test_half_precision_is_float64_rounded(monkeypatch, dtype, tolerance, masked
     out, expected = attention(None, *mine, mask)[0], reference(*exact, seen)
     assert out.dtype == dtype and out.shape == (B, T, KV * GROUP, D)
     assert (out - expected).abs().max() < tolerance
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for a, b in zip(mine, exact):
-        assert (a.grad - b.grad).abs().max() < tolerance * b.grad.abs().max()
+    assert_same_gradients(out, expected, mine, exact, tolerance)
 
 
 @pytest.mark.parametrize("block", [2, 128])
@@ -94,6 +101,18 @@ def test_a_block_of_queries_reads_the_keys_that_it_sees(monkeypatch):
     assert blocks_of(mask[:, :, :3]) is None and blocks_of(None) is None
 
 
+def test_masks_of_earlier_passes_are_not_held(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 3)
+    passes = []
+    for _ in range(3):
+        mask = added_mask(torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(), torch.float32)
+        assert blocks_of(mask)
+        passes.append(weakref.ref(mask))
+    del mask
+    gc.collect()
+    assert [alive() is not None for alive in passes] == [False, False, True]  # the last one, for its other layers
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.03)])
 @pytest.mark.statement("packed-apart")
 def test_keys_that_no_query_of_a_block_sees_are_left_out(monkeypatch, dtype, tolerance):
@@ -110,11 +129,7 @@ def test_keys_that_no_query_of_a_block_sees_are_left_out(monkeypatch, dtype, tol
     out = out.unflatten(2, (T, GROUP)).transpose(1, 2).flatten(2, 3)
     expected = reference(*exact, seen.expand(B, 1, T, T))
     assert (out - expected).abs().max() < tolerance
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for a, b in zip(mine, exact):
-        assert (a.grad - b.grad).abs().max() < tolerance * b.grad.abs().max()
+    assert_same_gradients(out, expected, mine, exact, tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)])
