@@ -66,8 +66,7 @@ class Decoder:
         x = F.embedding(token, self.embedding)  # (B, H)
         cos, sin = self.angles(x, positions[:, None])  # (B, 1, D)
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # (-b, a) * sin is (b, a) * this
-        mask = added_mask(seen, x.dtype)[:, None, None].expand(-1, self.kv_heads, self.heads // self.kv_heads, -1)
-        mask = mask.flatten(0, 1)  # (B * kv_heads, group, capacity)
+        mask = added_mask(seen, x.dtype).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * kv_heads, 1, capacity)
         for (before, after, qkv, out, gate_up, down), cache in zip(self.layers, layers):
             heads = qkv(_normed(x, before)).unflatten(-1, (-1, self.size))  # of queries, keys, values: (B, all, D)
             turned, values = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
@@ -77,7 +76,7 @@ class Decoder:
             cache.length += 1
             query = (turned[:, : self.heads] * self.scaling).view(len(mask), -1, self.size)
             keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
-            p = torch.baddbmm(mask, query, keys.transpose(1, 2)).softmax(-1)
+            p = torch.bmm(query, keys.transpose(1, 2)).add_(mask).softmax(-1)
             x = x + out((p @ values).view(rows, -1))
             gate, up = gate_up(_normed(x, after)).chunk(2, -1)
             x = x + down(F.silu(gate).mul_(up))

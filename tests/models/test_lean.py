@@ -25,7 +25,11 @@ CONFIGS = {
     "granite": lambda: GraniteConfig(**SHAPE),
 }
 KINDS = {  # of its norms and its MLPs, where these are replaced
-    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "smollm3": "SmolLM3", "granite": "Granite"
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
 }
 
 
