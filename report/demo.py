@@ -24,12 +24,12 @@ from configs.run import duration, in_root, say
 MEASURED = {
     "fetch": 23,
     "preferences": 121,
-    "groups": 44,
-    "lm": 62,
+    "groups": 36,
+    "lm": 45,
     "sft": 56,
     "reward": 118,
     "dpo": 158,
-    "ppo": 173,
+    "ppo": 156,
     "grpo_offline": 73,
     "grpo": 128,
     "compare": 190,
@@ -67,7 +67,8 @@ def stages(smoke=False):
         given = ("--config", f"{where}/{config}.yaml") if smoke or always else ()
         return Stage(name, title, (script, *given, *edits), made)
 
-    lm = ("--out", "models/smoke/lm") if smoke else ("--max_steps", "5", "--out", "models/lm_demo")
+    short = () if smoke else ("--max_steps", "4", "--eval_blocks", "8")
+    lm = (*short, "--out", "models/smoke/lm" if smoke else "models/lm_demo")
     fetch = Stage("fetch", "the pretrained model and the text", ("models/fetch.py",), "models/smollm2-135m/config.json")
     return [
         *([] if smoke else [fetch]),  # a tiny model is built where it is needed
