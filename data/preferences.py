@@ -1,9 +1,11 @@
 """What the two generators of preference data share: the prompts, answers with their scores, the summary, the file.
 
-claim(config)                                       # may config.out be written
-sampled = sample_and_score(config, load_task(config))
-summary = summarise(config, sampled, matches)       # printed, and kept in the manifest
-save(config, rows, sampled, summary, started, ...)  # config.out, and config.out's .manifest.json
+The main function of each is:
+
+    claim(config)                                       # may config.out be written
+    sampled = sample_and_score(config, load_task(config))
+    summary = summarise(config, sampled, matches)       # printed, and kept in the manifest
+    save(config, rows, sampled, summary, started, ...)  # config.out, and config.out's .manifest.json
 """
 
 from __future__ import annotations

@@ -22,16 +22,16 @@ from configs.run import duration, in_root, say
 
 # Seconds that each stage took on two cores of an AMD EPYC with avx512_bf16. The pace of this machine rescales them.
 MEASURED = {
-    "fetch": 23,
-    "preferences": 121,
-    "groups": 36,
+    "fetch": 28,
+    "preferences": 112,
+    "groups": 35,
     "lm": 45,
-    "sft": 56,
-    "reward": 118,
-    "dpo": 158,
-    "ppo": 156,
-    "grpo_offline": 73,
-    "grpo": 128,
+    "sft": 64,
+    "reward": 133,
+    "dpo": 174,
+    "ppo": 173,
+    "grpo_offline": 75,
+    "grpo": 139,
     "compare": 190,
 }
 THERE = 444e9  # FLOP/s of those cores in a bf16 matrix product
