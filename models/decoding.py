@@ -77,7 +77,7 @@ class Decoder:
             query = (turned[:, : self.heads] * self.scaling).view(len(mask), -1, self.size)
             keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
             p = torch.bmm(query, keys.transpose(1, 2)).add_(mask).softmax(-1)
-            x = x + out((p @ values).view(rows, -1))
+            x = x + out(torch.bmm(p, values).view(rows, -1))
             gate, up = gate_up(_normed(x, after)).chunk(2, -1)
             x = x + down(F.silu(gate).mul_(up))
         return self.head(_normed(x, self.norm))

@@ -351,5 +351,6 @@ def test_the_samplers_merged_copy_is_pefts_adapter():
         found = sampler.model()(ids).logits
         close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
         assert (found - policy()(ids).logits).abs().max() > 0.01
+        sampler.rest()
     merged = model.merge_and_unload()
     close(found, merged(ids).logits, atol=1e-6, rtol=1e-6)

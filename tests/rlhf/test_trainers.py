@@ -408,6 +408,25 @@ def test_rollouts_train_on_the_sampled_ids(train, module, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_samplers_copy_has_weights_only_while_it_samples(train, monkeypatch, name):
+    sizes, after = [], []
+    original = rollouts.generate
+
+    def generate(model, *given, **more):
+        sizes.append((model, sum(p.numel() for p in model.parameters())))
+        return original(model, *given, **more)
+
+    watch(monkeypatch, rollouts.Sampler, "sample", after)
+    monkeypatch.setattr(rollouts, "generate", generate)
+    train(name, steps=2)
+    (copied, first), (same, second) = sizes
+    assert copied is same and first == second == sum(p.numel() for p in load_model("tiny-llama").parameters())
+    sampler = after[0][0][0]
+    assert sampler.copy is copied and sum(p.numel() for p in copied.parameters()) == 0
+    assert all(p.numel() for p in sampler.policy.parameters())  # whose weights the copy may share while it samples
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
 @pytest.mark.statement("sampler-logprobs")
 def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperature(train, module, monkeypatch, name):
     """Nothing is cut off by top-k or top-p, and log-probs are taken at the temperature of the sampling."""
