@@ -22,7 +22,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from configs.config import ROOT, UserError
-from configs.memory import keep_freed_memory
+from configs.memory import AT_START, keep_freed_memory
 from configs.run import peak_memory_gb, quiet_libraries
 from models.loader import PRECISIONS, pick_device, pick_precision
 
@@ -97,8 +97,8 @@ def start_side(module, side, size, folder, environment=None):
     result, log = folder / "result.json", folder / "log.txt"
     task = {"module": module, "side": side, "size": size, "folder": str(folder), "result": str(result)}
     both = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # torch's large pages for the peer, too
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, **both, **(environment or {})}
+    # for the peer, too: torch's large pages, and what only a process's start can set
+    environment = {"THP_MEM_ALLOC_ENABLE": "1", **AT_START, **os.environ, **both, **(environment or {})}
     with open(log, "w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD], cwd=ROOT, env=environment, text=True,

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 from configs.config import ROOT, UserError, cli, option
+from configs.memory import AT_START
 from configs.run import duration, in_root, say
 
 # Seconds that each stage took on two cores of an AMD EPYC with avx512_bf16. The pace of this machine rescales them.
@@ -113,7 +114,7 @@ def seconds_left(todo, pace):
 
 def run_stage(stage):
     """Run one stage and pass its output on line by line. Returns (exit status, whether it found its work done)."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**AT_START, **os.environ, "PYTHONUNBUFFERED": "1"}
     already = False
     process = subprocess.Popen(
         [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from benchmarks import grpo, lm, measure, operations, page, run, scaling
 from benchmarks.flops import Cost, Part, row, sampled
 from configs.config import ROOT, UserError, load_config
+from configs.memory import AT_START
 from models import loader
 
 
@@ -121,6 +122,22 @@ def test_flops_are_those_of_the_arithmetic():
     assert found.body == 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)
     assert found.head == 259 * 32 and found.attention == 4 * 2 * 4 * 8
     assert found.lora == 2 * (64 + 2 * 48 + 64 + 3 * 96)
+
+
+@pytest.mark.parametrize("side", ["ours", "peer"])
+def test_both_sides_start_alike(side, monkeypatch, tmp_path):
+    seen = []
+
+    def start(command, env, **_):
+        seen.append(env)
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    monkeypatch.setattr(measure.subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        measure.start_side("lm", side, {}, tmp_path / side)
+    assert seen[0].items() >= (AT_START | {"THP_MEM_ALLOC_ENABLE": "1"}).items()
 
 
 def test_losses_that_differ_are_said_and_end_in_status_1(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What a tensor leaves behind is used by the next one."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from configs.config import ROOT
+from configs.memory import AT_START
 
 PROGRAM = """
 import ctypes, resource
@@ -33,6 +35,31 @@ def faults(call):
 def test_what_is_freed_is_used_again():
     assert faults("assert keep_freed_memory()") < 10
     assert faults("") > 1000
+
+
+CACHED = """
+import ctypes
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free top".split()
+Found = type("Found", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.mallinfo2.restype = Found
+before, apart = libc.mallinfo2().used, libc.malloc(1000)
+libc.free(apart)
+print(libc.mallinfo2().used - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_small_pieces_that_are_freed_do_not_stay_in_use():
+    """What lies in the C library's cache counts as used, and its neighbours cannot grow together."""
+
+    def kept(environment):
+        command = [sys.executable, "-c", CACHED]
+        return int(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+
+    without = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    assert kept(without | AT_START) < 1000 <= kept(without)
 
 
 def test_other_libraries_of_c_are_left_alone(monkeypatch):

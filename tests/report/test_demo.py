@@ -10,6 +10,7 @@ import pytest
 from interrupted import said, start_demo, tree_differences
 
 from configs.config import ROOT, UserError
+from configs.memory import AT_START
 from report import demo
 from report.demo import MEASURED, Stage, run_all, seconds_left, stages
 
@@ -118,6 +119,16 @@ def test_stages_use_this_python(fake, capfd):
     run_all([fake("a", "import sys; print('python is', sys.executable)")], "again")
     assert f"python is {sys.executable}" in capfd.readouterr().out
     assert Path(sys.executable).exists()
+
+
+def test_stages_start_as_memory_py_says_unless_the_user_says_otherwise(fake, capfd, monkeypatch):
+    stage = fake("a", "import os; print('found', os.environ['GLIBC_TUNABLES'])")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    run_all([stage], "again")
+    monkeypatch.setenv("GLIBC_TUNABLES", "mine")
+    run_all([stage], "again")
+    said = capfd.readouterr().out
+    assert f"found {AT_START['GLIBC_TUNABLES']}" in said and "found mine" in said
 
 
 def test_killed_in_the_middle_of_a_stage_it_goes_on_there_and_ends_with_the_same_files(tmp_path):
