@@ -61,6 +61,7 @@ class Decoder:
             norms = layer.input_layernorm, layer.post_attention_layernorm
             self.layers.append((*norms, _product(q, k, v), _product(out), _product(gate, up), _product(down)))
 
+    @torch.inference_mode()  # which starts an operation sooner than no_grad
     def __call__(self, token, positions, seen, layers):
         rows, half = len(token), self.size // 2
         x = F.embedding(token, self.embedding)  # (B, H)

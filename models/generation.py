@@ -95,7 +95,6 @@ def generate(
     return Generation(completions, logprobs, reasons)
 
 
-@torch.inference_mode()  # which starts an operation sooner than no_grad
 def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_token):
     """Draw tokens until every row of the batch has stopped; `batch.results` receives (row, ids, logprobs, reason)."""
     limit = uniforms.shape[1]
