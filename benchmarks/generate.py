@@ -17,6 +17,7 @@ from benchmarks.texts import passages
 from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device
 
 SIZE = {"model_name": "smollm2-135m", "batch_size": 32, "prompt": 64, "new": 64, "steps": 3}
+ON_GPU = {"batch_size": 256, "new": 128}
 SMOKE = {"model_name": "tiny-llama", "batch_size": 4, "prompt": 16, "new": 16, "steps": 2}
 QUARTERS = 4
 

@@ -22,6 +22,7 @@ from models.loader import load_model, load_tokenizer, pick_device, prompt_ids
 SIZE = {
     "model_name": "smollm2-135m", "prompts": 4, "group": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-5,
 }  # fmt: skip
+ON_GPU = {"prompts": 16, "group": 16, "new": 128, "micro_batch": 64}
 SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "group": 4, "new": 12, "micro_batch": 4, "lr": 1e-3}
 
 

@@ -27,7 +27,7 @@ from configs.run import peak_memory_gb, quiet_libraries
 from models.loader import PRECISIONS, pick_device, pick_precision
 
 CHILD = "from benchmarks import measure; measure.run_side()"
-SHAPES = (1024, 2048, 4096)  # of the square matrix products whose speed is the limit
+SHAPES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of the square matrix products whose speed is the limit
 IN_PRECISION = "BENCHMARK_PRECISION"  # an environment variable of a side's process
 WARM_UP = 1  # steps that are not timed
 
@@ -132,6 +132,13 @@ def logged(folder, *keys):
 def precision():
     """The precision of both sides: what `precision: auto` takes on this machine, unless IN_PRECISION says otherwise."""
     return os.environ.get(IN_PRECISION) or pick_precision("auto", pick_device())
+
+
+def measure_peak(shapes, folder):
+    """What `peak` reports: on a CPU of a process of its own; on a GPU, which does not mind others, of this one."""
+    if pick_device().type == "cuda":
+        return peak(SimpleNamespace(shapes=shapes), folder)
+    return measure_side("measure", "peak", {"shapes": shapes}, folder)
 
 
 def peak(size, folder):

@@ -22,6 +22,7 @@ import torch
 from benchmarks import measure, page, run
 from configs.config import cli, option
 from configs.run import git_commit, machine, say, versions
+from models.loader import pick_device
 
 ON_THE_PAGE = ("lm", "grpo", "generate")
 REST = "starting operations, and Python"
@@ -52,9 +53,11 @@ def main(config):
     for name in names:
         size = run.sizes(name, run.Config(job=name, smoke=config.smoke))
         with tempfile.TemporaryDirectory(prefix="operations-") as folder:
-            shapes = {"shapes": [128] if config.smoke else measure.SHAPES}
-            peak = measure.measure_side("measure", "peak", shapes, Path(folder) / "peak")["flops_per_second"]
+            shapes = [128] if config.smoke else measure.SHAPES[pick_device().type]
+            peak = measure.measure_peak(shapes, Path(folder) / "peak")["flops_per_second"]
+            run.prepare(name, size, Path(folder))
             side = measure.measure_side("operations", "watched", size | {"job": name}, Path(folder) / "ours")
+        size.pop("prepared", None)
         side |= {"size": size, "precision": measure.precision(), "peak": peak, "machine": machine()}
         found[name] = side | {"versions": versions(), "git_commit": git_commit()}
         show(name, found[name])

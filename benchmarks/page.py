@@ -16,6 +16,7 @@ PAGE = "report/benchmarks.md"
 NOTES = "benchmarks/notes.md"
 COLORS = {"ours": "#0072B2", "peer": "#999999"}  # Okabe & Ito
 MARKERS = ("o", "^", "s")
+JOBS = {"cpu": "jobs", "cuda": "gpu_jobs"}  # in the JSON, by the kind of the device
 JOB_WORDS = {
     "lm": "LM training, full weights, {batch_size} x {length} tokens",
     "dpo": "DPO, full weights, {pairs} pairs",

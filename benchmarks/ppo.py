@@ -17,6 +17,7 @@ SIZE = {
     "model_name": "smollm2-135m", "prompts": 4, "samples": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-4,
     "lora_r": 16,
 }  # fmt: skip
+ON_GPU = {"prompts": 16, "samples": 16, "new": 128, "micro_batch": 64}
 SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "samples": 2, "new": 12, "micro_batch": 4, "lora_r": 4}
 
 
@@ -49,7 +50,7 @@ def prepare(size, folder):
     torch.manual_seed(0)
     config = Config(model_name=size.model_name, lora_r=size.lora_r)
     reward_model = build(config, pick_device(), measure.precision())
-    reward_model.save(size.reward_folder, load_tokenizer(size.model_name), resolve_model(size.model_name))
+    reward_model.save(size.prepared, load_tokenizer(size.model_name), resolve_model(size.model_name))
     return {}
 
 
@@ -77,7 +78,7 @@ def ours(size, folder):
     from rlhf import rollouts
     from rlhf.ppo_train import main
 
-    (folder / "reward").symlink_to(size.reward_folder)
+    (folder / "reward").symlink_to(size.prepared)
     config = settings(size, folder)
     rollouts.generate = without_stop(rollouts.generate)
     with measure.Clock() as clock:

@@ -14,6 +14,7 @@ from benchmarks.texts import write_pairs
 from models.loader import load_tokenizer, pick_device
 
 SIZE = dpo.SIZE | {"lora_r": 16, "lr": 2e-4}
+ON_GPU = dpo.ON_GPU
 SMOKE = dpo.SMOKE | {"lora_r": 4, "lr": 1e-3}
 
 

@@ -31,6 +31,7 @@ from benchmarks import measure, page
 from configs.claim import check_place
 from configs.config import UserError, cli, option
 from configs.run import duration, git_commit, in_root, machine, say, shown, versions, write_atomically
+from models.loader import pick_device
 
 IN_FP32 = {measure.IN_PRECISION: "fp32"}
 ALLOWED = 1e-2  # how far the losses of both sides may lie apart, nats
@@ -54,6 +55,7 @@ JOBS = {
     "ppo": Job("ppo", None),
     "generate": Job("generate", "transformers generate"),
 }
+PREPARED = ("lm", "ppo")  # jobs whose model a process of its own writes first
 
 
 @dataclass
@@ -88,7 +90,7 @@ def main(config):
     for name in names:
         found = run_job(name, config)
         if config.page or config.job == "all":
-            page.update(jobs={name: found})
+            page.update(**{page.JOBS[pick_device().type]: {name: found}})
         if config.json:
             write_atomically(in_root(config.json), json.dumps(found, indent=1) + "\n")
             say(f"written to {shown(in_root(config.json))}")
@@ -99,9 +101,10 @@ def main(config):
 
 
 def sizes(name, config):
-    """The sizes of a job: its script's, the job's changes, the command line's."""
+    """The sizes of a job: its script's, on a GPU with what is larger there, the job's changes, the command line's."""
     module = importlib.import_module(f"benchmarks.{JOBS[name].module}")
-    size = {**module.SIZE, **JOBS[name].changes}
+    on_gpu = module.ON_GPU if pick_device().type == "cuda" else {}
+    size = {**module.SIZE, **on_gpu, **JOBS[name].changes}
     if config.smoke:
         size |= module.SMOKE | {"lora_r": 4} if JOBS[name].changes else module.SMOKE
     if config.steps:
@@ -117,18 +120,16 @@ def run_job(name, config):
     rounds = {"ours": [], "peer": []} if job.peer else {"ours": []}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         folder = Path(folder)
-        shapes = {"shapes": [128] if config.smoke else measure.SHAPES}
-        peaks = [measure.measure_side("measure", "peak", shapes, folder / "peak-before")]
-        if name == "ppo":
-            size["reward_folder"] = str(folder / "reward")
-            measure.measure_side(job.module, "prepare", size, folder / "prepare")
+        shapes = [128] if config.smoke else measure.SHAPES[pick_device().type]
+        peaks = [measure.measure_peak(shapes, folder / "peak-before")]
+        prepare(name, size, folder)
         for i in range(config.rounds):
             for side, found in rounds.items():
                 found.append(measure.measure_side(job.module, side, size, folder / f"{side}-{i}"))
             if name == "generate":
                 module.settle(rounds["ours"][-1], rounds["peer"][-1])
             say(round_line(i + 1, config.rounds, {side: found[-1] for side, found in rounds.items()}))
-        peaks.append(measure.measure_side("measure", "peak", shapes, folder / "peak-after"))
+        peaks.append(measure.measure_peak(shapes, folder / "peak-after"))
         found = figures(name, size, rounds, max(p["flops_per_second"] for p in peaks))
         if found["losses_agree"] is False and found["precision"] != "fp32":
             say(f"  in {found['precision']} the losses are {found['loss_difference']:.1e} apart: once more in fp32")
@@ -138,11 +139,18 @@ def run_job(name, config):
             apart = measure.difference(*(side["losses"] for side in sides))
             found |= {"losses_fp32": [side["losses"] for side in sides], "loss_difference_fp32": apart}
             found["losses_agree"] = apart <= ALLOWED
-    found["size"].pop("reward_folder", None)
+    found["size"].pop("prepared", None)
     found["peaks"] = [p["shapes"] for p in peaks]
     found["seconds"] = round(time.time() - began, 1)
     show(found)
     return found
+
+
+def prepare(name, size, folder):
+    """Let a process of its own write the model of a job that needs one: size["prepared"] is its folder."""
+    if name in PREPARED:
+        size["prepared"] = str(folder / "prepared")
+        measure.measure_side(JOBS[name].module, "prepare", size, folder / "prepare")
 
 
 def figures(name, size, rounds, matmul_peak):

@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks import grpo, lm, measure, page
 from configs.config import UserError, cli, option
 from configs.run import git_commit, machine, say, versions
+from models.loader import pick_device
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Config:
 
 
 def main(config):
-    found = {}
+    found, device = {}, pick_device().type
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         folder = Path(folder)
-        shapes = {"shapes": [128] if config.smoke else measure.SHAPES}
-        peak = measure.measure_side("measure", "peak", shapes, folder / "peak")["flops_per_second"]
+        shapes = [128] if config.smoke else measure.SHAPES[device]
+        peak = measure.measure_peak(shapes, folder / "peak")["flops_per_second"]
         if config.sweeps:
             swept = SMOKE if config.smoke else SWEEPS
             found["scaling"] = about() | {"sweeps": [run_sweep(s, config, peak, folder / s.key) for s in swept]}

@@ -293,6 +293,23 @@ def checkpoint_activations(model):
     enable({"use_reentrant": False})  # which also works where the inputs need no gradient, as under LoRA
 
 
+def compile_layers(model):
+    """Let torch.compile make fused kernels of each layer, for passes with gradients; all layers share what it makes.
+
+    Evaluation and sampling, whose shapes change from pass to pass, stay as they are.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = _compiled_with_gradients(layer.forward)
+
+
+def _compiled_with_gradients(plain):
+    compiled = torch.compile(plain)
+    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+
 def prompt_ids(tokenizer, prompt):
     """The one place where a prompt becomes token ids: for training, rollout, evaluation and inference.
 

@@ -11,6 +11,8 @@ A language model's loss is the sum over its tokens: there each row's share of th
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -80,10 +82,13 @@ def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):
     return (logprobs, entropies) if entropy else logprobs
 
 
-def head_nll(head, hidden, targets):
-    """The sum over all rows of -log softmax(head(hidden))[targets] in nats: a scalar; the arguments as above."""
+def head_nll(head, hidden, targets, compiled=False):
+    """The sum over all rows of -log softmax(head(hidden))[targets] in nats: a scalar; the arguments as above.
+
+    compiled: the softmax and its gradient as one kernel, which torch.compile makes at the first call.
+    """
     assert head.bias is None, head
-    return HeadNLL.apply(hidden, head.weight, targets, product_dtype(hidden))
+    return HeadNLL.apply(hidden, head.weight, targets, product_dtype(hidden), compiled)
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -141,13 +146,15 @@ class HeadNLL(torch.autograd.Function):
     """`head_nll`: every row has the same gradient, so those of hidden and weight are there after the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype):
+    def forward(ctx, hidden, weight, targets, dtype, compiled):
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
         logits = Logits(hidden, weight, dtype, weight_grad)
         nll = torch.empty(len(hidden), dtype=logits.exact, device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden) if hidden_grad else None, None
         for rows, made in logits:
-            for at in logits.parts(made):
+            if compiled:
+                nll[rows] = compiled_nll()(made, targets[rows])
+            for at in () if compiled else logits.parts(made):
                 log_p = logits.log_softmax(made[at], 1.0)
                 nll[rows][at] = -log_p.gather(-1, targets[rows][at, None])[:, 0]
                 if hidden_grad or weight_grad:
@@ -164,7 +171,23 @@ class HeadNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return *(None if x is None else x.mul_(gradient) for x in ctx.saved_tensors), None, None
+        return *(None if x is None else x.mul_(gradient) for x in ctx.saved_tensors), None, None, None
+
+
+def nll_of_logits(logits, targets):
+    """-log softmax(logits)[targets], (n,); the logits (n, V) become its gradient with respect to them.
+
+    The equations of `HeadNLL`, on all logits at once: compiled, nothing but the logits is held.
+    """
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    target = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
+    logits.copy_(log_p.exp() - target.to(log_p.dtype))
+    return -log_p.gather(-1, targets[:, None])[:, 0]
+
+
+@functools.cache
+def compiled_nll():
+    return torch.compile(nll_of_logits, dynamic=True)
 
 
 def pieces(length, size):

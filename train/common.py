@@ -20,6 +20,7 @@ from models.generation import generate
 from models.loader import (
     answer_text,
     check_length,
+    compile_layers,
     load_model,
     load_tokenizer,
     portable_name,
@@ -166,15 +167,16 @@ def make_optimizer(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
-def lm_loss(model, batch):
+def lm_loss(model, batch, compiled=False):
     """(sum of -log p in nats over the counted tokens, their number) of a batch of packed blocks.
 
-    No attention mask is passed: from positions that restart, transformers makes the block-diagonal one.
+    compiled: that of `head_nll`. No attention mask is passed: from positions that restart, transformers makes the
+    block-diagonal one.
     """
     input_ids, at = batch["input_ids"], batch["mask"]  # (B, T), (B, T-1)
     hidden = hidden_states(model, input_ids, position_ids=batch["position_ids"])[:, :-1]  # (B, T-1, H)
     head = unwrapped(model).get_output_embeddings()
-    return head_nll(head, hidden[at], input_ids[:, 1:][at]), at.sum()
+    return head_nll(head, hidden[at], input_ids[:, 1:][at], compiled), at.sum()
 
 
 @torch.no_grad()
@@ -211,6 +213,14 @@ def show_sample(model, tokenizer, kind, config, when):
     text = answer_text(tokenizer, found.completions[0])
     say(f"\nsample {when} training, after {config.sample_prompt!r}:\n" + "\n".join("  " + x for x in text.splitlines()))
     return {"when": when, "prompt": config.sample_prompt, "answer": text}
+
+
+def compile_if_asked(model, config):
+    """Compile the layers where `config.compile` says so. Raises UserError on a CPU."""
+    if config.compile and model.device.type == "cpu":
+        raise UserError("compile = True is for GPUs: on a CPU compiling takes longer than it saves")
+    if config.compile:
+        compile_layers(model)
 
 
 def save_samples(folder, samples):

@@ -21,6 +21,7 @@ from configs.run import Run, quiet_libraries, shown
 from models.loader import autocast, checkpoint_activations, pick_device, pick_precision, weights_hash
 from train.common import (
     LMConfig,
+    compile_if_asked,
     count_steps,
     evaluate_lm,
     lm_loss,
@@ -43,6 +44,7 @@ class Config(LMConfig):
     out: str = "models/lm_amp_ckpt"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "AMP: of the matrix products")
     gradient_checkpointing: bool = option(True, "CKPT: compute activations again instead of keeping them")
+    compile: bool = option(False, "COMPILE: fused kernels on a GPU: a minute at the start, then less time a step")
     measure_steps: int = option(2, "steps by which AMP and CKPT are measured before training; 0 = none", at_least=0)
 
 
@@ -60,6 +62,7 @@ def train(config):
     inputs = {config.data: corpus.sha256, config.model_name: weights_hash(model)}
     if config.gradient_checkpointing:  # CKPT: only what enters a layer is kept until the backward pass
         checkpoint_activations(model)
+    compile_if_asked(model, config)  # COMPILE: after what it is to compile is in place
     blocks, heldout = load_blocks(config, corpus, tokenizer)
     run.total_steps = count_steps(len(blocks), config)
     optimizer = make_optimizer(model.parameters(), config.lr, config.weight_decay)
@@ -85,7 +88,7 @@ def train(config):
         loss = torch.zeros((), device=device)
         for rows in micro_batches:
             with autocast(device, precision):  # AMP: the forward pass alone; the backward pass follows its types
-                nats, _ = lm_loss(model, blocks.batch(rows, device))
+                nats, _ = lm_loss(model, blocks.batch(rows, device), config.compile)  # COMPILE: the loss, too
             nats = nats / count  # of the whole step: each token weighs the same, in whichever micro-batch it is
             scaler.scale(nats).backward()  # AMP: scaled up into fp16's range
             loss += nats.detach()

@@ -26,6 +26,7 @@ from configs.run import Run, quiet_libraries, say, shown
 from models.loader import PRECISIONS, autocast, checkpoint_activations, pick_device, pick_precision, weights_hash
 from train.common import (
     LMConfig,
+    compile_if_asked,
     count_steps,
     evaluate_lm,
     lm_loss,
@@ -48,6 +49,7 @@ class Config(LMConfig):
     out: str = "models/lm_ddp"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "AMP: of the matrix products")
     gradient_checkpointing: bool = option(False, "CKPT: compute activations again instead of keeping them")
+    compile: bool = option(False, "COMPILE: fused kernels on a GPU: a minute at the start, then less time a step")
     lora_r: int = option(0, "rank of a LoRA adapter; 0 trains all weights", at_least=0)
 
     def check(self):
@@ -59,12 +61,12 @@ class Config(LMConfig):
 class SummedLoss(torch.nn.Module):
     """DDP: the loss as a forward pass, because DDP's all-reduce hangs on the forward of the module it wraps."""
 
-    def __init__(self, model):
+    def __init__(self, model, compiled):
         super().__init__()
-        self.model = model
+        self.model, self.compiled = model, compiled
 
     def forward(self, batch):
-        return lm_loss(self.model, batch)
+        return lm_loss(self.model, batch, self.compiled)  # COMPILE: the loss, too
 
 
 def join_processes():
@@ -126,6 +128,7 @@ def train(config):
             model = add_lora(model, config.model_name, config.lora_r, dtype=PRECISIONS[precision])
         if config.gradient_checkpointing:  # CKPT: only what enters a layer is kept until the backward pass
             checkpoint_activations(model)
+        compile_if_asked(model, config)  # COMPILE: after what it is to compile is in place
         blocks, heldout = load_blocks(config, corpus, tokenizer)
         run.total_steps = count_steps(len(blocks), config)
         if config.accumulation_steps < processes:  # DDP: a process without work is a mistake of the configuration
@@ -133,7 +136,8 @@ def train(config):
                 f"accumulation_steps = {config.accumulation_steps}: the forward passes of a step are dealt to the "
                 f"{processes} processes; set it to {processes} or more"
             )
-    summed_loss = DistributedDataParallel(SummedLoss(model))  # DDP: copies the weights of process 0 to all
+    summed_loss = SummedLoss(model, config.compile)
+    summed_loss = DistributedDataParallel(summed_loss)  # DDP: copies the weights of process 0 to all
     optimizer = make_optimizer(model.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # AMP: fp16 gradients underflow unscaled
     evaluation = {"share": (rank, processes), "reduce": add_up}  # DDP: each block is read by one process
