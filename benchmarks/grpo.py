@@ -21,8 +21,9 @@ from models.loader import load_model, load_tokenizer, pick_device, prompt_ids
 
 SIZE = {
     "model_name": "smollm2-135m", "prompts": 4, "group": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-5,
+    "rollout_batch": 64,
 }  # fmt: skip
-ON_GPU = {"prompts": 16, "group": 16, "new": 128, "micro_batch": 64}
+ON_GPU = {"prompts": 16, "group": 16, "new": 128, "micro_batch": 64, "rollout_batch": 256}
 SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "group": 4, "new": 12, "micro_batch": 4, "lr": 1e-3}
 
 
@@ -38,6 +39,7 @@ def settings(size, folder):
         group_size=size.group,
         max_new_tokens=size.new,
         micro_batch_size=size.micro_batch,
+        rollout_batch_size=size.rollout_batch,
         lr=size.lr,
         kl_coef=0.04,
         lora_r=0,

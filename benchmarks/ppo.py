@@ -15,9 +15,9 @@ from models.loader import load_tokenizer, pick_device, prompt_ids, resolve_model
 
 SIZE = {
     "model_name": "smollm2-135m", "prompts": 4, "samples": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-4,
-    "lora_r": 16,
+    "lora_r": 16, "rollout_batch": 64,
 }  # fmt: skip
-ON_GPU = {"prompts": 16, "samples": 16, "new": 128, "micro_batch": 64}
+ON_GPU = {"prompts": 16, "samples": 16, "new": 128, "micro_batch": 64, "rollout_batch": 256}
 SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "samples": 2, "new": 12, "micro_batch": 4, "lora_r": 4}
 
 
@@ -33,6 +33,7 @@ def settings(size, folder):
         samples_per_prompt=size.samples,
         max_new_tokens=size.new,
         micro_batch_size=size.micro_batch,
+        rollout_batch_size=size.rollout_batch,
         inner_epochs=1,
         minibatches=1,
         lr=size.lr,

@@ -12,11 +12,13 @@ Rows of different length may come end to end (`Rows`): then attention alone pads
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,6 +29,8 @@ BLOCK = 128  # queries
 MOST_WITH_GAPS = 0.75  # of the keys from the first to the last that a block sees: up to so many are picked out
 HALVES = (torch.bfloat16, torch.float16)
 NAME = "products"  # of this implementation in transformers' table of them
+# PyTorch's kernels but cuDNN's, which makes a plan for each new shape: seconds for every batch of other lengths
+OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may ask for and the products do not do
 
 
@@ -111,9 +115,11 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     here = query.device.type == "cpu" and (decoding or dtype in HALVES)
     beyond = dropout or getattr(module, "is_causal", True) is False or any(kwargs.get(x) is not None for x in BEYOND)
     if beyond or not here:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        masked_on_gpu = query.device.type == "cuda" and attention_mask is not None
+        with sdpa_kernel(OF_ANY_SHAPE) if masked_on_gpu else contextlib.nullcontext():
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
     _, heads, length, size = query.shape
     group = heads // key.shape[1]
     scaling = size**-0.5 if scaling is None else scaling

@@ -250,9 +250,15 @@ def weights_hash(model):
 
 
 def pick_device():
-    """This process's GPU if there is one, else the CPU."""
+    """This process's GPU if there is one, else the CPU. Raises UserError for more processes here than GPUs."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if rank >= gpus:
+            raise UserError(
+                f"process {rank + 1} on this machine has no GPU: {gpus} can be seen. Start {gpus} here, or all on the "
+                "CPU with CUDA_VISIBLE_DEVICES= before the command"
+            )
+        return torch.device("cuda", rank)
     return torch.device("cpu")
 
 
