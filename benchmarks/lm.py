@@ -20,7 +20,7 @@ SIZE = {
     "compile": False,
 }  # fmt: skip
 GPT2 = "gpt2-124m"
-ON_GPU = {"model_name": GPT2, "batch_size": 16, "accumulation": 4, "length": 1024, "steps": 8, "compile": True}
+ON_GPU = {"model_name": GPT2, "batch_size": 32, "accumulation": 4, "length": 1024, "steps": 6, "compile": True}
 SMOKE = {"model_name": "tiny-llama", "batch_size": 2, "accumulation": 1, "length": 64, "steps": 2, "lr": 1e-3}
 SMOKE |= {"compile": False}
 

@@ -27,6 +27,7 @@ from models.lean import product_dtype
 
 BLOCK = 128  # queries
 MOST_WITH_GAPS = 0.75  # of the keys from the first to the last that a block sees: up to so many are picked out
+ALIGNED = {"cpu": 1, "cuda": 16}  # places of a padded row: a multiple of it, or the kernel pads each layer's mask
 HALVES = (torch.bfloat16, torch.float16)
 NAME = "products"  # of this implementation in transformers' table of them
 # PyTorch's kernels but cuDNN's, which makes a plan for each new shape: seconds for every batch of other lengths
@@ -48,7 +49,8 @@ class Rows:
     @staticmethod
     def of(lengths, device):
         """For rows of these lengths."""
-        width, places = max(lengths), []
+        aligned = ALIGNED[torch.device(device).type]
+        width, places = -(-max(lengths) // aligned) * aligned, []
         for r, length in enumerate(lengths):
             places += range(r * width, r * width + length)
         places = torch.tensor(places, device=device)

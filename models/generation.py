@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from configs.config import UserError
-from models.attention import use_products
+from models.attention import ALIGNED, use_products
 from models.decoding import Recorded, decoder_for
 from models.logprobs import unwrapped
 
@@ -208,7 +208,10 @@ class _Batch:
         rest = [p[shared:] for p in prompts]
         width = max(map(len, rest))
         self.length = shared + width
-        self.cache = _PreallocatedCache(model.config.num_hidden_layers, self.length + max_new_tokens)
+        capacity = self.length + max_new_tokens
+        if self.recorded:  # products with a cache of another size are several times as slow
+            capacity += -capacity % ALIGNED["cuda"]
+        self.cache = _PreallocatedCache(model.config.num_hidden_layers, capacity)
         if shared:
             ids = torch.tensor([prompts[0][:shared]], device=device)
             self._forward(ids, torch.ones_like(ids), torch.arange(shared, device=device)[None])
@@ -221,7 +224,7 @@ class _Batch:
         self.cache.batch_repeat_interleave(samples)
         self.cache.decoding()
         self.next_position = mask.sum(-1).repeat_interleave(samples, 0)
-        room = mask.new_zeros(len(prompts), max_new_tokens)
+        room = mask.new_zeros(len(prompts), capacity - self.length)
         self.seen = torch.cat([mask, room], 1).bool().repeat_interleave(samples, 0)  # (B, keys)
 
     def step(self, token):

@@ -187,7 +187,8 @@ def nll_of_logits(logits, targets):
 
 @functools.cache
 def compiled_nll():
-    return torch.compile(nll_of_logits, dynamic=True)
+    # Inductor's softmax in one pass fewer is not for rows this long: it would say so and take this one
+    return torch.compile(nll_of_logits, options={"online_softmax": False})
 
 
 def pieces(length, size):

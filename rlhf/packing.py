@@ -63,7 +63,8 @@ def pack(prompts, completions, pad_id, device):
         segments[-1] += [segments[-1][-1] + 1] * len(completion)
         positions[-1] += range(len(prompt), len(prompt) + len(completion))
 
-    width, longest = max(map(len, rows)), max(map(len, completions))
+    where = Rows.of([len(row) for row in rows], device)
+    width, longest = where.shape[1], max(map(len, completions))
 
     def filled(lists, value, to):
         return torch.tensor([[*x, *[value] * (to - len(x))] for x in lists], device=device)
@@ -75,7 +76,7 @@ def pack(prompts, completions, pad_id, device):
     return Packed(
         input_ids=torch.tensor([[x for row in rows for x in row]], device=device),
         position_ids=torch.tensor([[x for row in positions for x in row]], device=device),
-        rows=Rows.of([len(row) for row in rows], device),
+        rows=where,
         attention_mask=(causal & (same | sees_prompt))[:, None],
         targets=filled(completions, pad_id, longest),
         mask=filled([[1] * len(c) for c in completions], 0, longest),
