@@ -32,9 +32,10 @@ def prepare(size, folder):
     if size.model_name != GPT2:
         return {}
     tokenizer = load_tokenizer("smollm2-135m")
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": len(tokenizer)}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), **dropout), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(GPT2Config(**options, **ids), dtype=torch.float32)
     model.save_pretrained(size.prepared)
     tokenizer.save_pretrained(size.prepared)
     return {}

@@ -39,11 +39,13 @@ a block (LM), of prompts once and both answers (pairs), and new ones (GRPO, PPO,
 """
 
 
-def update(jobs=None, **parts):
+def update(jobs=None, gpu_jobs=None, **parts):
     """Put what was measured into the JSON, and write the page and its figures from all that is there."""
     path = ROOT / FIGURES
     found = read_json(path) if path.is_file() else {}
-    found = {**found, **parts, "jobs": {**found.get("jobs", {}), **(jobs or {})}}
+    for key, measured in zip(JOBS.values(), (jobs, gpu_jobs)):
+        parts[key] = {**found.get(key, {}), **(measured or {})}
+    found = {**found, **parts}
     write_atomically(path, json.dumps(found, indent=1) + "\n")
     (ROOT / "report" / "figures").mkdir(exist_ok=True)
     write_atomically(ROOT / PAGE, write(found))
@@ -52,7 +54,7 @@ def update(jobs=None, **parts):
 
 def write(found):
     """The page as Markdown; draws the figures of the parts that are there."""
-    jobs = {name: found["jobs"][name] for name in JOB_WORDS if name in found["jobs"]}
+    jobs, on_gpu = ({k: found.get(key, {})[k] for k in JOB_WORDS if k in found.get(key, {})} for key in JOBS.values())
     text = ["# Benchmarks", ""]
     if jobs:
         compared = {name: job for name, job in jobs.items() if job["peer"]}
@@ -60,6 +62,8 @@ def write(found):
         text += ["![times the peer's speed, and of the peer's memory](figures/benchmarks.png)", ""]
         text += [*jobs_table(jobs), "", *about(jobs), HOW]
     text += ["## The losses of both sides", "", *losses_table(jobs), ""] if jobs else []
+    if on_gpu:
+        text += ["## On a GPU", "", *jobs_table(on_gpu), "", *about(on_gpu), "", *losses_table(on_gpu), ""]
     if "scaling" in found:
         scaling_figure(found["scaling"], ROOT / "report/figures/benchmarks_scaling.png")
         text += [*scaling_part(found["scaling"]), ""]

@@ -93,32 +93,33 @@ class Recorded:
     """
 
     def __init__(self, decoder):
-        self.decoder, self.graph, self.rows = decoder, None, 0
+        self.decoder, self.rows = decoder, 0
 
     def __call__(self, token, positions, place, seen, layers):
         rows = len(token)
-        if self.graph is None or 2 * rows <= self.rows:
-            self._record(token, positions, place, seen, layers)
+        if 2 * rows <= self.rows or not self.rows:
+            self.token, self.positions, self.place = given = [x.clone() for x in (token, positions, place)]
+            self.rows = rows
+            self.replay, self.logits = record(lambda: self.decoder(*given, seen, layers))
         self.token[:rows], self.positions[:rows], self.place[:] = token, positions, place
-        self.graph.replay()
+        self.replay()
         return self.logits[:rows]
 
-    @torch.no_grad()
-    def _record(self, *given):
-        *arguments, seen, layers = given
-        self.token, self.positions, self.place = arguments = [x.clone() for x in arguments]
-        self.rows, self.graph = len(self.token), torch.cuda.CUDAGraph()
-        stream, kind = torch.cuda.Stream(), torch.get_autocast_dtype("cuda")
-        stream.wait_stream(torch.cuda.current_stream())
-        # casts of weights belong into the graph: of those that autocast keeps, it would read memory that is gone
-        autocast = torch.autocast("cuda", kind, torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        with torch.cuda.stream(stream), autocast:
-            self.decoder(*arguments, seen, layers)  # what libraries set up at their first use cannot be recorded
-            stream.synchronize()
-            self.graph.capture_begin()
-            self.logits = self.decoder(*arguments, seen, layers)
-            self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+
+def record(run):
+    """(replay, result): replay() does the GPU's work of run() again, in the same memory, and writes the result anew."""
+    graph, stream, kind = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.get_autocast_dtype("cuda")
+    stream.wait_stream(torch.cuda.current_stream())
+    # casts of weights belong into the graph: of those that autocast keeps, it would read memory that is gone
+    autocast = torch.autocast("cuda", kind, torch.is_autocast_enabled("cuda"), cache_enabled=False)
+    with torch.cuda.stream(stream), autocast:
+        run()  # what libraries set up at their first use cannot be recorded
+        stream.synchronize()
+        graph.capture_begin()
+        result = run()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay, result
 
 
 def _normed(x, norm):

@@ -24,6 +24,7 @@ from models.attention import ALIGNED, use_products
 from models.decoding import Recorded, decoder_for
 from models.logprobs import unwrapped
 
+RECORDED = ("cuda",)  # devices on which a token's operations are started as one
 BLOCK = 256  # tokens of the vocabulary; see inverse_cdf
 
 
@@ -200,7 +201,7 @@ class _Batch:
 
     def __init__(self, model, prompts, samples, max_new_tokens, decoder=None):
         device = model.get_input_embeddings().weight.device
-        self.recorded = decoder is not None and device.type == "cuda"
+        self.recorded = decoder is not None and device.type in RECORDED
         self.model, self.decoder, self.results = model, Recorded(decoder) if self.recorded else decoder, []
 
         # what all prompts begin with (a system message) runs once, and its keys and values serve every row
@@ -210,7 +211,7 @@ class _Batch:
         self.length = shared + width
         capacity = self.length + max_new_tokens
         if self.recorded:  # products with a cache of another size are several times as slow
-            capacity += -capacity % ALIGNED["cuda"]
+            capacity += -capacity % ALIGNED[device.type]
         self.cache = _PreallocatedCache(model.config.num_hidden_layers, capacity)
         if shared:
             ids = torch.tensor([prompts[0][:shared]], device=device)

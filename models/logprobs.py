@@ -21,7 +21,7 @@ from models.attention import added_mask
 from models.lean import product_dtype
 
 # Bytes of logits of which the softmax is taken at once, in float32; on a CPU: what fits into its last cache
-PIECE = {"cpu": 26 << 20, "cuda": 512 << 20}
+PIECE = {"cpu": 26 << 20, "cuda": 128 << 20}
 # Bytes of logits, in the products' dtype, held where the head's weight trains: its gradient is written once for them
 HELD = {"cpu": 100 << 20, "cuda": 512 << 20}
 
@@ -148,7 +148,7 @@ class HeadNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, compiled):
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
-        logits = Logits(hidden, weight, dtype, weight_grad)
+        logits = Logits(hidden, weight, dtype, weight_grad, parted=not compiled)
         nll = torch.empty(len(hidden), dtype=logits.exact, device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden) if hidden_grad else None, None
         for rows, made in logits:
@@ -201,10 +201,10 @@ class Logits:
 
     Iterating gives slices over the rows, and their logits (n, V) in `dtype`. weight_grad: many rows at once, so that
     the weight's gradient is added up from few products; `parts` are what the softmax is taken of then. made: all these
-    logits, where a pass before held them.
+    logits, where a pass before held them. parted: whether `parts` and `log_softmax` will be asked for.
     """
 
-    def __init__(self, hidden, weight, dtype, weight_grad=False, made=None):
+    def __init__(self, hidden, weight, dtype, weight_grad=False, made=None, parted=True):
         self.hidden, self.weight = hidden, weight.to(dtype)
         self.exact = torch.promote_types(dtype, torch.float32)  # float64 stays
         device, width = hidden.device, len(weight)
@@ -214,7 +214,7 @@ class Logits:
         self.kept = made is not None
         self.made = made if self.kept else torch.empty(min(held, len(hidden)), width, dtype=dtype, device=device)
         self.room = self.made  # where a part's softmax is taken
-        if dtype != self.exact:
+        if parted and dtype != self.exact:
             self.room = torch.empty(min(self.piece, len(hidden)), width, dtype=self.exact, device=device)
 
     def __iter__(self):

@@ -5,6 +5,8 @@ import socket
 
 import pytest
 
+# on the CPU, where the numbers are the same on every machine; CUDA_VISIBLE_DEVICES=0 before pytest runs them on a GPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # many tests start processes: threads that spin while they wait would take the cores from those that work

@@ -7,7 +7,8 @@ AMP: the forward pass computes matrix products in bf16 or fp16, over weights tha
 2017, arXiv:1710.03740). fp16 has a small range: the loss is scaled up, and a step whose gradients overflow is taken
 again with a smaller scale. CKPT: a layer's activations are dropped after the forward pass and computed again in the
 backward pass (Chen et al. 2016, arXiv:1604.06174). Before training, the memory and the time of each are measured.
-Every line added to train_lm.py is marked `AMP:` or `CKPT:`.
+On a GPU `--compile true` lets torch.compile fuse what lies between the matrix products. Every line added to train_lm.py
+is marked `AMP:`, `CKPT:` or `COMPILE:`.
 """
 
 from dataclasses import dataclass

@@ -6,8 +6,8 @@
 
 The `accumulation_steps` micro-batches of a step are dealt to the processes; gradients are added up over all of them
 while the backward pass still runs (Li et al. 2020, arXiv:2006.15704). This is also the script for real sizes: it takes
-precision (AMP:), gradient checkpointing (CKPT:) and LoRA. Each line added to train_lm.py is marked with its reason:
-`diff -w train/train_lm.py train/train_lm_ddp.py`.
+precision (AMP:), gradient checkpointing (CKPT:), compiled layers (COMPILE:) and LoRA. Each line added to train_lm.py is
+marked with its reason: `diff -w train/train_lm.py train/train_lm_ddp.py`.
 """
 
 import os

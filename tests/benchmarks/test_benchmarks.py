@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import grpo, lm, measure, operations, page, run, scaling
@@ -14,6 +15,7 @@ from benchmarks.flops import Cost, Part, row, sampled
 from configs.config import ROOT, UserError, load_config
 from configs.memory import AT_START
 from models import loader
+from models.loader import load_model, load_tokenizer
 
 
 def report(seconds, losses=(2.0, 1.5), memory=1.0, **more):
@@ -46,6 +48,25 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(measure, "measure_side", call)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_gpu_gets_sizes_of_its_own(monkeypatch):
+    of_cpu = {name: run.sizes(name, settings("--job", name)) for name in run.JOBS}
+    monkeypatch.setattr(run, "pick_device", lambda: torch.device("cuda", 0))
+    for name, size in of_cpu.items():
+        on_gpu = run.sizes(name, settings("--job", name))
+        assert on_gpu.keys() == size.keys() and on_gpu != size
+        changes = run.JOBS[name].changes
+        assert on_gpu | changes == on_gpu
+        assert run.sizes(name, settings("--job", name, "--smoke", "true"))["model_name"] == "tiny-llama"
+
+
+def test_the_gpt2_of_a_gpus_lm_job_is_gpt2s_shape(tmp_path):
+    size = SimpleNamespace(**lm.SIZE | lm.ON_GPU, prepared=str(tmp_path / "gpt2"))
+    lm.prepare(size, tmp_path)
+    model = load_model(size.prepared, dtype=torch.float32)
+    assert (model.config.n_layer, model.config.n_embd, model.config.n_head) == (12, 768, 12)
+    assert 123e6 < model.num_parameters() < 125e6 and len(load_tokenizer(size.prepared)) == model.config.vocab_size
 
 
 @pytest.mark.parametrize("job", ["lm", "dpo", "dpo_lora", "reward", "grpo", "generate"])
@@ -261,6 +282,7 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
         if name == "ppo":
             del rounds["peer"]
         page.update(jobs={name: run.figures(name, size, rounds, 1e11)})
+        page.update(gpu_jobs={name: run.figures(name, size, rounds, 1e12)})
     points = [{"value": n, "seconds": 1.0, "tokens": n, "flops": 1e9, "peak_memory_gb": 1.0} for n in (1, 2)]
     page.update(scaling={"sweeps": [{"title": "LM", "key": "rows", "peak": 1e10, "points": points}] * 3})
     page.update(ddp={k: {"seconds": s} for k, s in (("apart", 2.0), ("ddp", 2.5), ("threads", 3.0))}
@@ -276,6 +298,8 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
     assert (
         "| generation, batch 32, 64 + 64 tokens | ours | 1.10 (1.00 to 1.20) | 91 | 1.00 | 5.5% | **3.00 x** |" in text
     )
+    of_cpu, of_gpu = text.split("## On a GPU")
+    assert "| 5.5% | **3.00 x** |" in of_cpu and "| 0.5% | **3.00 x** |" in of_gpu
     assert "| PPO, LoRA r=16, 4 x 8 x 64 tokens | ours |" in text and "## What was tried" in text
     assert "| two processes, DDP | 2.500 | +25.0% |" in text and "| LM | 2 | 500.00 | 2 | 1.00 | 10.0% |" in text
     for name in ("benchmarks", "benchmarks_scaling"):

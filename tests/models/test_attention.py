@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import attention as module
-from models.attention import NAME, Rows, added_mask, attends_here, attention, blocks_of, use_products
+from models.attention import ALIGNED, NAME, Rows, added_mask, attends_here, attention, blocks_of, use_products
 from models.loader import load_model
 from models.logprobs import hidden_states
+from rlhf.packing import answer_logprobs, pack
 
 B, T, KV, GROUP, D = 3, 7, 2, 2, 8
 
@@ -223,3 +224,20 @@ def test_a_loaded_model_attends_here_and_a_saved_one_is_anybodys(tmp_path):
     assert NAME not in (tmp_path / "config.json").read_text()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.statement("packed-apart")
+def test_rows_padded_to_a_multiple_give_the_same_log_probs_and_gradients(tiny, monkeypatch, name):
+    model, found = use_products(tiny(name)), []
+    prompts, completions = [[5, 6, 7], [5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14], [15]]
+    for aligned in (1, 16):
+        monkeypatch.setitem(ALIGNED, "cpu", aligned)
+        packed = pack(prompts, completions, 2, "cpu")
+        assert packed.attention_mask.shape == (2, 1, *[8 if aligned == 1 else 16] * 2)
+        model.zero_grad()
+        logprobs = answer_logprobs(model, packed)
+        logprobs.square().sum().backward()
+        found.append([logprobs, *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() < 1e-12

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from models import decoding, generation
-from models.attention import use_products
+from models.attention import ALIGNED, use_products
 from models.decoding import decoder_for
 from models.generation import generate
 from models.lean import make_lean
@@ -55,3 +55,56 @@ def test_what_it_does_not_know_goes_to_transformers(tiny):
     hook.remove()
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     assert not decoder_for(adapted) and not decoder_for(adapted.get_base_model())
+
+
+def replayed(run):
+    """What a CUDA graph does, on a CPU: the result is written anew into the memory of the first one."""
+    result, rows = run().clone(), []
+
+    def replay():
+        rows.append(len(result))
+        result.copy_(run())
+
+    recorded.append(rows)
+    return replay, result
+
+
+recorded = []  # of each graph, the rows of each replay
+
+
+@pytest.mark.parametrize("aligned", [1, 16])
+@pytest.mark.statement("sampler-logprobs", "left-padding")
+def test_a_recorded_token_gives_what_a_plain_one_does_while_rows_leave(tiny, monkeypatch, aligned):
+    model, options = make_lean(tiny()), {"samples_per_prompt": 4, "stop_ids": range(4), "seed": 1}
+    streams = [], []
+
+    def sampled(stream):
+        return generate(model, PROMPTS, 24, on_token=lambda row, token: stream.append((row, token)), **options)
+
+    plain = sampled(streams[0])
+    recorded.clear()
+    monkeypatch.setattr(generation, "RECORDED", ("cpu",))
+    monkeypatch.setattr(decoding, "record", replayed)
+    monkeypatch.setitem(ALIGNED, "cpu", aligned)
+    mine = sampled(streams[1])
+    assert mine.completions == plain.completions and mine.finish_reasons == plain.finish_reasons
+    assert {"stop", "length"} == set(mine.finish_reasons)
+    for a, b in zip(mine.logprobs, plain.logprobs):
+        assert a == pytest.approx(b, abs=1e-6)
+    assert sorted(streams[0]) == sorted(streams[1]) and len(streams[1]) == sum(map(len, mine.completions))
+    sizes = [set(rows) for rows in recorded]
+    assert len(sizes) > 1 and sizes[0] == {16}  # a smaller graph, but not for each row that leaves
+    assert all(2 * min(b) <= min(a) for a, b in zip(sizes, sizes[1:]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 before pytest shows it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_a_graph_gives_what_its_operations_do_one_by_one(tiny, monkeypatch, dtype):
+    model, options = make_lean(tiny(dtype=dtype)).cuda(), {"samples_per_prompt": 4, "stop_ids": range(4), "seed": 1}
+    mine = generate(model, PROMPTS, 24, **options)
+    monkeypatch.setattr(decoding, "record", replayed)
+    assert generate(model, PROMPTS, 24, **options) == mine
+    with torch.autocast("cuda", torch.bfloat16):  # which casts float32 weights within the graph
+        plain = generate(model, PROMPTS, 24, **options)
+        monkeypatch.undo()
+        assert generate(model, PROMPTS, 24, **options) == plain

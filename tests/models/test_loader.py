@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from configs.config import ROOT
+from configs.config import ROOT, UserError
 from models import tiny
-from models.loader import completion_ids, load_tokenizer, prompt_ids
+from models.loader import completion_ids, load_tokenizer, pick_device, prompt_ids
 from models.tiny import byte_tokenizer
 
 TALK = [{"role": "user", "content": "Hi"}]
@@ -75,3 +75,12 @@ def test_a_model_made_by_another_process_than_the_first_is_whole(name, tmp_path,
     monkeypatch.undo()
     assert (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 10_000
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="process 2 on this machine has no GPU: 1 can be seen"):
+        pick_device()

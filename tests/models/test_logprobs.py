@@ -1,12 +1,19 @@
 """Log-probs: in float32 whatever the weights are, and the same however many rows the head reads at a time."""
 
+import functools
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig
 
 from configs.config import UserError
 from models import logprobs
-from models.logprobs import check_head, head_logprobs, head_nll, hidden_states
+from models.attention import use_products
+from models.lean import make_lean
+from models.loader import checkpoint_activations, compile_layers
+from models.logprobs import check_head, head_logprobs, head_nll, hidden_states, nll_of_logits
+from train.common import lm_loss
 
 close = torch.testing.assert_close
 
@@ -157,3 +164,56 @@ def test_logits_of_other_models_pass_and_nothing_is_changed(tiny, name, dtype):
     state = torch.get_rng_state()
     check_head(model, name)
     assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.statement("lean-layers")
+def test_the_loss_that_is_compiled_on_a_gpu_has_the_value_and_gradient_of_the_definition(dtype, bound):
+    torch.manual_seed(0)
+    logits, targets = (4 * torch.randn(50, 40)).to(dtype), torch.randint(40, (50,))
+    exact = logits.detach().clone().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    nll = nll_of_logits(logits, targets)  # the logits become the gradient
+    close(nll.double(), expected.detach(), atol=0, rtol=1e-12 if dtype == torch.float64 else 1e-6)
+    close(logits.double(), exact.grad, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.statement("lean-layers")
+def test_compiled_layers_and_loss_compute_what_plain_ones_do(tiny, monkeypatch, name, checkpointing):
+    torch._dynamo.reset()
+    traced = functools.partial(torch.compile, backend="aot_eager")  # as Inductor gets it, without a C++ compiler
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(logprobs, "compiled_nll", lambda: traced(nll_of_logits))
+    model = use_products(make_lean(tiny(name))).train()
+    ids = torch.randint(64, (4, 24))
+    at = torch.arange(24)
+    batches = [  # of one text, and of two in each row
+        {"input_ids": ids, "position_ids": positions.expand(4, 24), "mask": torch.ones(4, 23).bool()}
+        for positions in (at, torch.where(at < 9, at, at - 9))
+    ]
+
+    def passes(compiled):
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            nats, _ = lm_loss(model, batch, compiled)
+            nats.backward()
+            found += [nats.detach(), *(p.grad.clone() for p in model.parameters())]
+        return found
+
+    plain = passes(False)
+    if checkpointing:
+        checkpoint_activations(model)
+    compile_layers(model)
+    counters.clear()
+    compiled = passes(True)
+    # one graph for all layers, with and without a mask; and the loss
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+    for a, b in zip(compiled, plain):
+        close(a, b, atol=1e-10, rtol=1e-10)
+    with torch.no_grad():  # evaluation is not compiled: its shapes would be new ones
+        lm_loss(model, {key: x[:3] for key, x in batches[0].items()})
+    assert counters["stats"]["unique_graphs"] == 3

@@ -273,6 +273,12 @@ BREAKAGES = [
         (f"{LOGPROBS}the_sum_in_pieces_has_the_value_and_gradients_of_the_definition",),
     ),
     Breakage(
+        "lean-layers", "the gradient of the compiled loss leaves the target out", "models/logprobs.py",
+        "logits.copy_(log_p.exp() - target.to(log_p.dtype))", "logits.copy_(log_p.exp())",
+        (f"{LOGPROBS}the_loss_that_is_compiled_on_a_gpu_has_the_value_and_gradient_of_the_definition",
+         f"{LOGPROBS}compiled_layers_and_loss_compute_what_plain_ones_do"),
+    ),
+    Breakage(
         "lean-layers", "of the weight's gradient only the last piece is left", "models/logprobs.py",
         "total.addmm_(d.T, hidden)", "total.copy_(d.T @ hidden)",
         (f"{LOGPROBS}the_sum_in_pieces_has_the_value_and_gradients_of_the_definition",
@@ -692,6 +698,12 @@ BREAKAGES = [
         "sampler-logprobs", "the decoder turns a new token by the angle of the next one", "models/decoding.py",
         "positions[:, None])  # (B, 1, D)", "positions[:, None] + 1)  # (B, 1, D)",
         (f"{DECODING}it_computes_what_transformers_does",),
+    ),
+    Breakage(
+        "sampler-logprobs", "a recorded token is computed at the position of the first", "models/decoding.py",
+        "self.token[:rows], self.positions[:rows], self.place[:] = token, positions, place",
+        "self.token[:rows], self.place[:] = token, place",
+        (f"{DECODING}a_recorded_token_gives_what_a_plain_one_does_while_rows_leave",),
     ),
     Breakage(
         "left-padding", "the decoder sees padding", "models/decoding.py",

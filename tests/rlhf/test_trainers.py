@@ -294,7 +294,7 @@ def test_the_reference_is_frozen_and_never_changes(train, module, monkeypatch, n
     [(_, (policy, reference, _, _))] = loaded
     start = load_model("tiny-llama", device="cpu").state_dict()
     assert used and not any(flag for pair in used for flag in pair)
-    assert all(torch.equal(v, start[k]) for k, v in reference.state_dict().items())
+    assert all(torch.equal(v.cpu(), start[k]) for k, v in reference.state_dict().items())
     assert not torch.equal(flat(policy.parameters()), flat(reference.parameters()))
 
 
@@ -371,7 +371,7 @@ def test_only_what_the_length_cut_goes_on_at_its_last_value(train, module, monke
         return
     _, after_the_end = (x[2] for _, x in read if isinstance(x, tuple) and len(x) == 3)  # of the passes before updates
     order = samples[1].micro_batches(range(8), 64)[0]
-    cut = torch.tensor([not samples[1].stopped[i] for i in order])
+    cut = torch.tensor([not samples[1].stopped[i] for i in order], device=after_the_end.device)
     assert (after_the_end != 0).all()
     assert torch.equal(last_values, after_the_end * cut)
 

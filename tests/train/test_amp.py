@@ -59,7 +59,7 @@ def test_the_norm_is_that_of_the_unscaled_gradients_and_the_limit_holds(tmp_path
 
 
 def test_gradients_that_no_scale_makes_finite_end_the_run_with_a_message(tmp_path, monkeypatch):
-    def broken(model, batch):
+    def broken(model, batch, compiled):
         weight = model.get_input_embeddings().weight
         return (weight - weight.detach()).sum().sqrt(), batch["mask"].sum()  # 0, with an infinite gradient
 

@@ -1,11 +1,15 @@
 """An optimizer step of each loop, in one process: tokens weigh the same, however the step is split."""
 
+import functools
 import json
 
 import pytest
 import torch
 
+from configs.config import UserError
 from data.corpus import Corpus
+from models import logprobs
+from models.loader import compile_layers
 from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp
 
 
@@ -47,7 +51,7 @@ def run(script, monkeypatch, folder, texts, **options):
 @LOOPS
 @pytest.mark.statement("token-mean")
 def test_the_loss_of_micro_batches_with_1_and_9_tokens_and_losses_2_and_1_is_1_1(script, monkeypatch, tmp_path):
-    def two_or_one(model, batch):
+    def two_or_one(model, batch, compiled=False):
         count = batch["mask"].sum()
         weight = model.get_input_embeddings().weight
         return 0 * weight.sum() + (2.0 if count == 1 else 1.0) * count, count
@@ -72,3 +76,20 @@ def test_steps_do_not_depend_on_accumulation(script, monkeypatch, tmp_path):
         for key in ("loss", "lr"):
             assert [line[key] for line in its_lines] == pytest.approx([line[key] for line in lines])
     assert min(line["grad_norm"] for line in lines) > 0.5  # clipping was at work
+
+
+@pytest.mark.parametrize("script", [train_lm_ddp, train_lm_amp_ckpt])
+@pytest.mark.statement("lean-layers")
+def test_compiled_steps_are_the_plain_ones(script, monkeypatch, tmp_path):
+    texts, options = [LETTERS[: 1 + n % 9] for n in range(20)], {"max_length": 10, "lr": 0.5, "batch_size": 4}
+    plain, lines = run(script, monkeypatch, tmp_path / "plain", texts, **options)
+    with pytest.raises(UserError, match="compile = True is for GPUs"):
+        run(script, monkeypatch, tmp_path / "refused", texts, compile=True, **options)
+    torch._dynamo.reset()
+    asked, traced = [], functools.partial(torch.compile, backend="aot_eager")  # without a C++ compiler
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(logprobs, "compiled_nll", lambda: asked.append(1) or traced(logprobs.nll_of_logits))
+    monkeypatch.setattr(script, "compile_if_asked", lambda model, config: compile_layers(model))
+    compiled, its_lines = run(script, monkeypatch, tmp_path / "compiled", texts, compile=True, **options)
+    assert asked and (compiled - plain).abs().max() < 1e-12
+    assert [line["loss"] for line in its_lines] == pytest.approx([line["loss"] for line in lines])
