@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure, peers
-from benchmarks.flops import Cost, Part, row
+from benchmarks.flops import Cost, rows
 from benchmarks.texts import write_pairs
 from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device
 
@@ -61,9 +61,19 @@ def work(size, steps):
     policy, reference = Cost.of(size.model_name, size.lora_r), Cost.of(size.model_name)
     found = []
     for pairs in steps:
-        part = sum((row(len(p["prompt"]), [len(p["chosen"]), len(p["rejected"])]) for p in pairs), Part())
-        found.append({"tokens": part.tokens, "flops": policy.training(part) + reference.forward(part)})
+        part = pairs_part(pairs)
+        found.append({"tokens": tokens_of(pairs), "flops": policy.training(part) + reference.forward(part)})
     return found
+
+
+def pairs_part(pairs, head=True):
+    """The arithmetic of one pass over some pairs."""
+    return rows([p["prompt"] for p in pairs], [[len(p["chosen"]), len(p["rejected"])] for p in pairs], head)
+
+
+def tokens_of(pairs):
+    """Tokens of all prompts, each once, and of both answers."""
+    return sum(len(p[key]) for p in pairs for key in ("prompt", "chosen", "rejected"))
 
 
 def ours(size, folder):

@@ -1,10 +1,10 @@
 """How much arithmetic a job needs: the products that any implementation must do, and no more.
 
 Matrix products only, 2 FLOP for each multiply-add. Forward: every token that differs once (the prompt of a pair or a
-group once), the head only where a token's probability counts, attention only to what a token sees. Backward: twice the
-forward for weights that train; once for weights that are frozen under LoRA, which only pass the gradient on. What is
-computed again, for padding, or for a prompt a second time, is not counted, so a side's share of the matrix-product peak
-is what it makes of the machine for the job, not how busy it is.
+group once, and what all prompts of a step begin with), the head only where a token's probability counts, attention only
+to what a token sees. Backward: twice the forward for weights that train; once for weights that are frozen under LoRA,
+which only pass the gradient on. What is computed again, for padding, or for a prompt a second time, is not counted, so
+a side's share of the matrix-product peak is what it makes of the machine for the job, not how busy it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.generation import common_prefix
 from models.loader import model_config
 
 
@@ -28,19 +29,28 @@ class Part:
         return Part(self.tokens + other.tokens, self.pairs + other.pairs, self.head + other.head)
 
 
-def row(prompt, answers, head=True):
+def row(prompt, answers, head=True, known=0):
     """A prompt of so many tokens once, and answers of these lengths that each see it and themselves.
 
-    The head reads what predicts each token of the answers.
+    The head reads what predicts each token of the answers. known: tokens at the prompt's start that are counted
+    elsewhere.
     """
-    pairs = prompt * (prompt + 1) // 2 + sum(a * prompt + a * (a + 1) // 2 for a in answers)
-    return Part(prompt + sum(answers), pairs, sum(answers) if head else 0)
+    pairs = prompt * (prompt + 1) // 2 - known * (known + 1) // 2
+    pairs += sum(a * prompt + a * (a + 1) // 2 for a in answers)
+    return Part(prompt - known + sum(answers), pairs, sum(answers) if head else 0)
 
 
-def sampled(prompt, new, samples):
-    """Sampling: the prompt once, then so many new tokens in each answer, of which the last is not read again."""
-    read = row(prompt, [new - 1] * samples, head=False)
-    return Part(read.tokens, read.pairs, new * samples)
+def rows(prompts, answers, head=True):
+    """Those of a step: what all prompts (token ids) begin with once, then each with its answers (lists of lengths)."""
+    shared = common_prefix(prompts)
+    parts = [row(len(p), a, head, known=shared) for p, a in zip(prompts, answers, strict=True)]
+    return sum(parts, row(shared, []))
+
+
+def sampled(prompts, new, samples):
+    """Sampling: prompts (token ids) once, then so many new tokens an answer, of which the last is not read again."""
+    read = rows(prompts, [[new - 1] * samples] * len(prompts), head=False)
+    return Part(read.tokens, read.pairs, new * samples * len(prompts))
 
 
 @dataclass(frozen=True)

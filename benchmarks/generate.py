@@ -31,7 +31,8 @@ def start(size):
 def work(size):
     """Tokens and FLOP of a batch: new tokens are counted, prompts are computed."""
     cost = Cost.of(size.model_name)
-    flops = size.batch_size * cost.forward(sampled(size.prompt, size.new, 1))
+    prompts = [[i, *range(1, size.prompt)] for i in range(size.batch_size)]  # they share no beginning
+    flops = cost.forward(sampled(prompts, size.new, 1))
     return {"tokens": size.batch_size * size.new, "flops": flops}
 
 

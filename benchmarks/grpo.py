@@ -15,7 +15,7 @@ import dataclasses
 import torch
 
 from benchmarks import measure, peers
-from benchmarks.flops import Cost, Part, row, sampled
+from benchmarks.flops import Cost, rows, sampled
 from benchmarks.texts import LETTER, letter_e, passages, prompts_of_checks
 from models.loader import load_model, load_tokenizer, pick_device, prompt_ids
 
@@ -73,9 +73,9 @@ def work(size, config):
     cost, tokenizer = Cost.of(size.model_name), load_tokenizer(size.model_name)
     found = []
     for prompts in prompts_of_steps(config):
-        lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
-        drawn = sum((sampled(n, size.new, size.group) for n in lengths), Part())
-        learnt = sum((row(n, [size.new] * size.group) for n in lengths), Part())
+        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+        drawn = sampled(ids, size.new, size.group)
+        learnt = rows(ids, [[size.new] * size.group] * len(ids))
         flops = cost.forward(drawn) + cost.forward(learnt) + cost.training(learnt)
         found.append({"tokens": size.prompts * size.group * size.new, "flops": flops})
     return found

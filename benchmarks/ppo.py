@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure, peers
-from benchmarks.flops import Cost, Part, row, sampled
+from benchmarks.flops import Cost, rows, sampled
 from benchmarks.grpo import without_stop
 from models.loader import load_tokenizer, pick_device, prompt_ids, resolve_model
 
@@ -61,14 +61,14 @@ def work(size, config):
     from rlhf.rollouts import step_indices
 
     base, adapted = Cost.of(size.model_name), Cost.of(size.model_name, size.lora_r)
-    tokenizer, rows = load_tokenizer(size.model_name), prompts_of_checks()
+    tokenizer, prompts = load_tokenizer(size.model_name), prompts_of_checks()
     found = []
     for step in range(1, config.steps + 1):
-        chosen = step_indices(len(rows), size.prompts, step, config.seed)
-        lengths = [len(prompt_ids(tokenizer, rows[i]["prompt"])) for i in chosen]
-        drawn = sum((sampled(n, size.new, size.samples) for n in lengths), Part())
-        learnt = sum((row(n, [size.new] * size.samples) for n in lengths), Part())
-        scored = sum((row(n, [size.new] * size.samples, head=False) for n in lengths), Part())
+        chosen = step_indices(len(prompts), size.prompts, step, config.seed)
+        ids, answers = [prompt_ids(tokenizer, prompts[i]["prompt"]) for i in chosen], [[size.new] * size.samples]
+        drawn = sampled(ids, size.new, size.samples)
+        learnt = rows(ids, answers * len(ids))
+        scored = rows(ids, answers * len(ids), head=False)
         passes = adapted.forward(scored) + adapted.forward(learnt) + base.forward(learnt)
         flops = base.forward(drawn) + passes + adapted.training(learnt)
         found.append({"tokens": size.prompts * size.samples * size.new, "flops": flops})

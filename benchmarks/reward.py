@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import dpo, measure, peers
-from benchmarks.flops import Cost, Part, row
+from benchmarks.flops import Cost
 from benchmarks.texts import write_pairs
 from models.loader import load_tokenizer, pick_device
 
@@ -45,9 +45,8 @@ def work(size, steps):
     cost = Cost.of(size.model_name, size.lora_r)
     found = []
     for pairs in steps:
-        lengths = ((len(p["prompt"]), [len(p["chosen"]), len(p["rejected"])]) for p in pairs)
-        part = sum((row(prompt, answers, head=False) for prompt, answers in lengths), Part())
-        found.append({"tokens": part.tokens, "flops": cost.training(part)})
+        flops = cost.training(dpo.pairs_part(pairs, head=False))
+        found.append({"tokens": dpo.tokens_of(pairs), "flops": flops})
     return found
 
 

@@ -40,49 +40,69 @@ class Rows:
     """Where N tokens that lie end to end stand in R padded rows of T. Goes to the model as `rows=`, see `attends_here`.
 
     padded: (R * T,) the token of each place, any one where the place is padding. places: (N,) the place of each token.
+    The first `shared` tokens, with which all rows begin, are there once: they stand in every row, and what comes back
+    is that of the first.
     """
 
     padded: torch.Tensor
     places: torch.Tensor
     shape: tuple[int, int]  # R, T
+    shared: int = 0
 
     @staticmethod
-    def of(lengths, device):
-        """For rows of these lengths."""
+    def of(lengths, device, shared=0):
+        """For rows of these lengths, the `shared` tokens of each among them."""
         aligned = ALIGNED[torch.device(device).type]
         width, places = -(-max(lengths) // aligned) * aligned, []
         for r, length in enumerate(lengths):
-            places += range(r * width, r * width + length)
+            places += range(r * width + (shared if r else 0), r * width + length)
         places = torch.tensor(places, device=device)
-        padded = torch.zeros(len(lengths) * width, dtype=torch.long, device=device)
-        padded[places] = torch.arange(len(places), device=device)
-        return Rows(padded, places, (len(lengths), width))
+        padded = torch.zeros(len(lengths), width, dtype=torch.long, device=device)
+        padded[:, :shared] = torch.arange(shared, device=device)
+        padded.view(-1)[places] = torch.arange(len(places), device=device)
+        return Rows(padded.view(-1), places, (len(lengths), width), shared)
 
     def pad(self, x):
         """(1, heads, N, D) as (R, heads, T, D)."""
-        return _Moved.apply(x[0].transpose(0, 1), self.padded, self.places).unflatten(0, self.shape).transpose(1, 2)
+        return _Padded.apply(x[0].transpose(0, 1), self).unflatten(0, self.shape).transpose(1, 2)
 
     def unpad(self, x):
         """(R, T, ...) as (1, N, ...)."""
-        return _Moved.apply(x.flatten(0, 1), self.places, self.padded)[None]
+        return _Unpadded.apply(x.flatten(0, 1), self)[None]
 
 
-class _Moved(torch.autograd.Function):
-    """x[index], where index takes each token once: going back is to take `back`, of which padding gets no gradient."""
+class _Padded(torch.autograd.Function):
+    """x[rows.padded]: padding gives no gradient, a shared token gets that of all rows, added up in float32 at least."""
 
     @staticmethod
-    def forward(ctx, x, index, back):
-        ctx.save_for_backward(index, back)
-        return x.index_select(0, index)
+    def forward(ctx, x, rows):
+        ctx.rows = rows
+        return x.index_select(0, rows.padded)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        index, back = ctx.saved_tensors
-        if len(back) <= len(index):  # x was the tokens
-            return gradient.index_select(0, back), None, None
-        empty = gradient.new_zeros(len(back), *gradient.shape[1:])
-        return empty.index_copy_(0, index, gradient), None, None
+        rows = ctx.rows
+        found = gradient.index_select(0, rows.places)
+        if rows.shared:
+            exact = torch.promote_types(gradient.dtype, torch.float32)
+            found[: rows.shared] = gradient.unflatten(0, rows.shape)[:, : rows.shared].sum(0, dtype=exact)
+        return found, None
+
+
+class _Unpadded(torch.autograd.Function):
+    """x[rows.places], which takes each token once: of padding, and of a shared token but in the first row, nothing."""
+
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.rows = rows
+        return x.index_select(0, rows.places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        empty = gradient.new_zeros(len(ctx.rows.padded), *gradient.shape[1:])
+        return empty.index_copy_(0, ctx.rows.places, gradient), None
 
 
 def attends_here(model):

@@ -205,7 +205,7 @@ class _Batch:
         self.model, self.decoder, self.results = model, Recorded(decoder) if self.recorded else decoder, []
 
         # what all prompts begin with (a system message) runs once, and its keys and values serve every row
-        shared = _common_prefix(prompts)
+        shared = common_prefix(prompts)
         rest = [p[shared:] for p in prompts]
         width = max(map(len, rest))
         self.length = shared + width
@@ -308,7 +308,7 @@ class _PreallocatedCache(Cache):
             layer.keys, layer.values = (_moved(x, holes, movers, count) for x in (layer.keys, layer.values))
 
 
-def _common_prefix(prompts):
+def common_prefix(prompts):
     """How many tokens all prompts begin with; each keeps at least one of its own, and one prompt shares with nobody."""
     if len(prompts) < 2:
         return 0

@@ -2,8 +2,9 @@
 
 A row is [prompt, answer 1, answer 2, ...]. Each answer sees the prompt and itself, and its positions go on where the
 prompt ends, so every number is the one that the answer gets in a row of its own; with 8 short answers a prompt there
-are half as many tokens to compute. The rows lie end to end, so that only attention pads them to one width. What comes
-out is per answer again: (N, L), N answers, L tokens of the longest one.
+are half as many tokens to compute. What all prompts begin with, a chat template's first tokens or a system message, is
+computed once for all rows. The rows lie end to end, so that only attention pads them to one width. What comes out is
+per answer again: (N, L), N answers, L tokens of the longest one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from models.attention import Rows, attends_here
+from models.generation import common_prefix
 from models.logprobs import head_logprobs, hidden_states, unwrapped
 
 
 @dataclass
 class Packed:
-    """N answers in R rows, end to end in `tokens` tokens; T is the length of the longest row."""
+    """N answers in R rows, end to end in `tokens` tokens; T is the width to which attention pads the rows."""
 
     input_ids: torch.Tensor  # (1, tokens)
     position_ids: torch.Tensor  # (1, tokens)
@@ -42,19 +44,20 @@ class Packed:
 
 
 def pack(prompts, completions, pad_id, device):
-    """Pack answers; consecutive ones with the same prompt share a row.
+    """Pack answers; consecutive ones with the same prompt share a row, and all rows what all prompts begin with.
 
     prompts, completions: lists of token ids, one each an answer. Answers come back in the order given. Padding is told
     by length, never by token id.
     """
     rows, segments, positions, predictor, last = [], [], [], [], []
+    shared = common_prefix([p for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]])
     tokens = end_of_prompt = 0
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         if i == 0 or prompt != prompts[i - 1]:
+            tokens += len(prompt) - (shared if rows else 0)  # those that are shared are there with the first row
             rows.append(list(prompt))
             segments.append([0] * len(prompt))
             positions.append(list(range(len(prompt))))
-            tokens += len(prompt)
             end_of_prompt = tokens - 1
         predictor.append([end_of_prompt, *range(tokens, tokens + len(completion) - 1)])
         tokens += len(completion)
@@ -63,8 +66,11 @@ def pack(prompts, completions, pad_id, device):
         segments[-1] += [segments[-1][-1] + 1] * len(completion)
         positions[-1] += range(len(prompt), len(prompt) + len(completion))
 
-    where = Rows.of([len(row) for row in rows], device)
+    where = Rows.of([len(row) for row in rows], device, shared)
     width, longest = where.shape[1], max(map(len, completions))
+
+    def end_to_end(lists):
+        return torch.tensor([[x for r, row in enumerate(lists) for x in row[shared if r else 0 :]]], device=device)
 
     def filled(lists, value, to):
         return torch.tensor([[*x, *[value] * (to - len(x))] for x in lists], device=device)
@@ -74,8 +80,8 @@ def pack(prompts, completions, pad_id, device):
     same = segment[:, :, None] == segment[:, None, :]  # padding (-1) sees padding: a row without any key would be NaN
     sees_prompt = (segment[:, None, :] == 0) & (segment[:, :, None] >= 0)
     return Packed(
-        input_ids=torch.tensor([[x for row in rows for x in row]], device=device),
-        position_ids=torch.tensor([[x for row in positions for x in row]], device=device),
+        input_ids=end_to_end(rows),
+        position_ids=end_to_end(positions),
         rows=where,
         attention_mask=(causal & (same | sees_prompt))[:, None],
         targets=filled(completions, pad_id, longest),

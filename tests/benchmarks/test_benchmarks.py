@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import grpo, lm, measure, operations, page, run, scaling
-from benchmarks.flops import Cost, Part, row, sampled
+from benchmarks.flops import Cost, Part, row, rows, sampled
 from configs.config import ROOT, UserError, load_config
 from configs.memory import AT_START
 from models import loader
@@ -131,7 +131,10 @@ def test_the_clock_leaves_out_the_warm_up_and_counts_every_step():
 
 def test_flops_are_those_of_the_arithmetic():
     assert row(2, [3, 1]) == Part(6, 3 + (6 + 6) + (2 + 1), 4)  # prompt; each answer sees it, and itself causally
-    assert sampled(2, 3, 2) == Part(2 + 2 * 2, 3 + 2 * (4 + 3), 6)  # the last token is not read again
+    assert sampled([[5, 6]], 3, 2) == Part(2 + 2 * 2, 3 + 2 * (4 + 3), 6)  # the last token is not read again
+    # of prompts of 3 and 2 tokens the first is the same, 1 token that sees itself; then 2 and 1 of their own
+    assert rows([[5, 6, 7], [5, 8]], [[1], [2]]) == Part(1 + 2 + 1 + 1 + 2, 1 + (2 + 3) + 2 + 4 + (3 + 4), 3)
+    assert sampled([[5, 6, 7], [5, 8]], 2, 1) == Part(1 + 2 + 1 + 2, 1 + (2 + 3) + 2 + 4 + 3, 4)
     cost = Cost(body=10, head=5, attention=4)
     part = Part(tokens=3, pairs=6, head=2)
     assert cost.forward(part) == 2 * 10 * 3 + 4 * 6 + 2 * 5 * 2

@@ -188,6 +188,22 @@ def test_rows_go_there_and_back():
     torch.autograd.gradcheck(Rows.of([3, 3], "cpu").unpad, full)
 
 
+def test_rows_go_there_and_back_with_what_they_begin_with_once():
+    rows = Rows.of([3, 5, 4], "cpu", shared=2)  # 0 1 2, 0 1 3 4 5, 0 1 6 7
+    x = torch.randn(1, 3, 8, 5, dtype=torch.float64, requires_grad=True)
+    padded = rows.pad(x)
+    for r, tokens in enumerate([[0, 1, 2], [0, 1, 3, 4, 5], [0, 1, 6, 7]]):
+        assert torch.equal(padded[r, :, : len(tokens)], x[0, :, tokens])
+    assert torch.equal(rows.unpad(padded.transpose(1, 2)), x.transpose(1, 2))
+    real = torch.arange(5) < torch.tensor([3, 5, 4])[:, None]  # padding holds any token, and gives it no gradient
+    torch.autograd.gradcheck(lambda x: rows.pad(x) * real[:, None, :, None], x)
+    torch.autograd.gradcheck(lambda x: rows.unpad(rows.pad(x).transpose(1, 2).cumsum(1)), x)
+    half = torch.ones(1, 1, 8, 1, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.tensor([256.0, 1.0, 1.0], dtype=torch.bfloat16)[:, None, None, None]
+    (rows.pad(half) * weights).sum().backward()
+    assert half.grad[0, 0, 0, 0] == 258  # in bfloat16, 256 + 1 is 256
+
+
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.statement("packed-apart")

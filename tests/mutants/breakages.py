@@ -408,9 +408,16 @@ BREAKAGES = [
     ),
     Breakage(
         "packed-apart", "a row that lies end to end begins one place late", "models/attention.py",
-        "places += range(r * width, r * width + length)",
-        "places += [r * width + (t + (r > 0)) % width for t in range(length)]",
+        "places += range(r * width + (shared if r else 0), r * width + length)",
+        "places += [r * width + (t + (r > 0)) % width for t in range(shared if r else 0, length)]",
         (f"{ATTENTION}a_model_reads_rows_end_to_end_as_it_reads_them_padded",),
+    ),
+    Breakage(
+        "packed-apart", "what all prompts begin with learns from the first row alone", "models/attention.py",
+        "gradient.unflatten(0, rows.shape)[:, : rows.shared].sum(0, dtype=exact)",
+        "gradient[: rows.shared].to(exact)",
+        (f"{ATTENTION}rows_go_there_and_back_with_what_they_begin_with_once",
+         f"{MODELS}packed_gradients_equal_separate_ones"),
     ),
     Breakage(
         "adapter-off", "the adapter is in use when it is disabled", "models/lora.py",

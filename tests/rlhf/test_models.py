@@ -19,6 +19,8 @@ from rlhf.utils import as_reference, completion_batch, disable_dropout, pad_rows
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])  # rotary and learned positions
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9, 10, 11, 12], [8, 9, 10, 11, 12]]
 ANSWERS = [[1, 2, 3], [4], [9, 2], [3, 3, 3, 5, 2]]
+BEGIN = pytest.mark.parametrize("begin", [[], [20, 21, 22]])  # what all prompts begin with: once for all rows
+HERE = pytest.mark.parametrize("here", [False, True])  # whether attention alone pads the rows
 close = torch.testing.assert_close
 
 
@@ -54,15 +56,18 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone_in_forward(tiny, na
 
 
 @BOTH
+@BEGIN
+@HERE
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.statement("packed-apart")
-def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, temperature):
-    model = tiny(name)
-    packed = pack(PROMPTS, ANSWERS, 2, "cpu")
-    assert packed.rows.shape == (2, 12)  # of 3 + 3 + 1 and 5 + 2 + 5 tokens
-    assert packed.input_ids.shape == (1, packed.tokens) == (1, 19)
+def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, begin, here, temperature):
+    model = use_products(tiny(name)) if here else tiny(name)
+    prompts, n = [begin + p for p in PROMPTS], len(begin)
+    packed = pack(prompts, ANSWERS, 2, "cpu")
+    assert packed.rows.shape == (2, n + 12)  # of 3 + 3 + 1 and 5 + 2 + 5 tokens
+    assert packed.input_ids.shape == packed.position_ids.shape == (1, packed.tokens) == (1, n + 19)
     found, entropy = answer_logprobs(model, packed, temperature, entropy=True)
-    for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS)):
+    for i, (p, a) in enumerate(zip(prompts, ANSWERS)):
         close(found[i, : len(a)], plain_logprobs(model, p, a, temperature), atol=1e-12, rtol=0)
         assert (found[i, len(a) :] == 0).all()
         logits = model(torch.tensor([p + a])).logits[0, len(p) - 1 : -1] / temperature
@@ -97,14 +102,17 @@ def test_packed_answers_do_not_see_each_other(tiny, name):
 
 
 @BOTH
+@BEGIN
+@HERE
 @pytest.mark.statement("packed-apart")
-def test_packed_gradients_equal_separate_ones(tiny, name):
-    model = tiny(name)
-    packed = pack(PROMPTS, ANSWERS, 2, "cpu")
+def test_packed_gradients_equal_separate_ones(tiny, name, begin, here):
+    model = use_products(tiny(name)) if here else tiny(name)
+    prompts = [begin + p for p in PROMPTS]
+    packed = pack(prompts, ANSWERS, 2, "cpu")
     answer_logprobs(model, packed).double().square().sum().backward()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    sum(plain_logprobs(model, p, a).square().sum() for p, a in zip(PROMPTS, ANSWERS)).backward()
+    sum(plain_logprobs(model, p, a).square().sum() for p, a in zip(prompts, ANSWERS)).backward()
     for a, b in zip(found, model.parameters()):
         close(a, b.grad, atol=1e-5, rtol=1e-5)
 
@@ -208,13 +216,14 @@ def test_the_score_is_read_at_the_last_real_token(name):
         close(reward_model.head(hidden[0, -1]), alone)
 
 
+@BEGIN
 @pytest.mark.statement("score-at-end")
-def test_packed_scores_equal_separate_ones():
+def test_packed_scores_equal_separate_ones(begin):
     from rlhf.packing import score_answers
 
-    reward_model = classifier()
-    found = score_answers(reward_model, PROMPTS, ANSWERS, 2)
-    for p, a, score in zip(PROMPTS, ANSWERS, found):
+    reward_model, prompts = classifier(), [begin + p for p in PROMPTS]
+    found = score_answers(reward_model, prompts, ANSWERS, 2)
+    for p, a, score in zip(prompts, ANSWERS, found):
         row = torch.tensor([p + a])
         assert reward_model.score(row, torch.ones_like(row)).item() == pytest.approx(score, abs=1e-6)
 
