@@ -2,8 +2,9 @@
 
 Both train all weights in float32 under autocast on the same blocks of tokens: without gradient checkpointing, in one
 forward pass a step. TRL gets the token ids, so that nothing is tokenised in its steps. On a GPU the model has the shape
-of GPT-2 (124 M, with SmolLM2's tokens), and ours compiles its layers, as configs/gpu/train_base.yaml has it; the first
-step, in which that happens, is not timed. TRL runs as its users get it.
+of GPT-2 (124 M, with SmolLM2's tokens), and ours compiles its layers, as an H100's command in
+configs/gpu/train_base.yaml does; the first step, in which that happens, is not timed. What the step with the end of the
+text in it takes to compile for its mask is. TRL runs as its users get it.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ from models.loader import PRECISIONS, pick_device, pick_precision
 CHILD = "from benchmarks import measure; measure.run_side()"
 SHAPES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of the square matrix products whose speed is the limit
 IN_PRECISION = "BENCHMARK_PRECISION"  # an environment variable of a side's process
-# On some GPUs torch lets cuDNN attend, which plans a second for each new shape: not ours (models/attention.py), so here
-# not the peer
-CUDNN_LAST = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+# Under a mask torch lets cuDNN attend on some GPUs, which plans a second for each new shape: ours does not
+# (models/attention.py), so in these jobs the peer need not either
+MASKED, CUDNN_LAST = ("dpo", "reward", "grpo"), "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 WARM_UP = 1  # steps that are not timed
 
 
@@ -100,9 +100,9 @@ def start_side(module, side, size, folder, environment=None):
     result, log = folder / "result.json", folder / "log.txt"
     task = {"module": module, "side": side, "size": size, "folder": str(folder), "result": str(result)}
     both = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    both |= {CUDNN_LAST: "1"} if side == "peer" else {}
+    theirs = {CUDNN_LAST: "1"} if side == "peer" and module in MASKED else {}
     # for the peer, too: torch's large pages, and what only a process's start can set
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **AT_START, **os.environ, **both, **(environment or {})}
+    environment = {"THP_MEM_ALLOC_ENABLE": "1", **AT_START, **os.environ, **both, **theirs, **(environment or {})}
     with open(log, "w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD], cwd=ROOT, env=environment, text=True,

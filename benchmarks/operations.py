@@ -61,7 +61,7 @@ def main(config):
         side |= {"size": size, "precision": measure.precision(), "peak": peak, "machine": machine()}
         found[name] = side | {"versions": versions(), "git_commit": git_commit()}
         show(name, found[name])
-    if not (config.job or config.smoke):
+    if not config.job and page.holds(config):
         page.update(operations=found)
     return found
 

@@ -9,6 +9,7 @@ import json
 
 from configs.config import ROOT
 from configs.run import read_json, say, write_atomically
+from models.loader import pick_device
 from report.plots import new_figure
 
 FIGURES = "report/benchmarks.json"
@@ -50,6 +51,16 @@ def update(jobs=None, gpu_jobs=None, **parts):
     (ROOT / "report" / "figures").mkdir(exist_ok=True)
     write_atomically(ROOT / PAGE, write(found))
     say(f"written to {FIGURES} and {PAGE}")
+
+
+def holds(config):
+    """Whether the page receives what scaling.py and operations.py measured: those sections are a CPU's."""
+    if config.smoke:
+        return False
+    if pick_device().type == "cuda":
+        say(f"not written to {PAGE}, whose section on this is of a CPU")
+        return False
+    return True
 
 
 def write(found):

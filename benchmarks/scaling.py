@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks import grpo, lm, measure, page
 from configs.config import UserError, cli, option
 from configs.run import git_commit, machine, say, versions
@@ -61,6 +63,8 @@ class Config:
             raise UserError("ddp = False and sweeps = False: nothing is left to measure")
         if self.ddp and (os.cpu_count() or 1) < 2:
             raise UserError("two processes need two cores: --ddp false measures the rest")
+        if self.ddp and torch.cuda.device_count() == 1:
+            raise UserError("two processes need two GPUs or none: --ddp false measures the rest")
 
 
 def main(config):
@@ -72,10 +76,12 @@ def main(config):
         if config.sweeps:
             swept = SMOKE if config.smoke else SWEEPS
             found["scaling"] = about() | {"sweeps": [run_sweep(s, config, peak, folder / s.key) for s in swept]}
+            if page.holds(config):
+                page.update(scaling=found["scaling"])
         if config.ddp:
             found["ddp"] = about() | run_ddp(config, folder / "ddp")
-    if not config.smoke:
-        page.update(**found)
+            if page.holds(config):
+                page.update(ddp=found["ddp"])
     return found
 
 

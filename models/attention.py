@@ -1,11 +1,12 @@
-"""Attention on a CPU as plain matrix products, in the two places where PyTorch's fused kernel is slow.
+"""Attention as PyTorch's fused kernels do it, but for where they are slow: there on a CPU as plain matrix products.
 
 - One new token a row, as in decoding: two batched products over the key-value heads are several times as fast.
 - bf16 and fp16: for rows of some hundred tokens the kernel's backward pass takes four times as long as the products.
   They go over the queries in blocks, each with the keys that it can see: of a causal row of 512 tokens, five eighths;
   of a row of a prompt and eight answers, the prompt and the block's own.
 
-Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU.
+Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU; there not to
+cuDNN's kernel where a mask says that shapes will change.
 
 Rows of different length may come end to end (`Rows`): then attention alone pads them, and no linear layer does.
 """
@@ -30,6 +31,7 @@ MOST_WITH_GAPS = 0.75  # of the keys from the first to the last that a block see
 ALIGNED = {"cpu": 1, "cuda": 16}  # places of a padded row: a multiple of it, or the kernel pads each layer's mask
 HALVES = (torch.bfloat16, torch.float16)
 NAME = "products"  # of this implementation in transformers' table of them
+HAS_CUDNN = ("cuda",)
 # PyTorch's kernels but cuDNN's, which makes a plan for each new shape: seconds for every batch of other lengths
 OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may ask for and the products do not do
@@ -137,8 +139,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     here = query.device.type == "cpu" and (decoding or dtype in HALVES)
     beyond = dropout or getattr(module, "is_causal", True) is False or any(kwargs.get(x) is not None for x in BEYOND)
     if beyond or not here:
-        masked_on_gpu = query.device.type == "cuda" and attention_mask is not None
-        with sdpa_kernel(OF_ANY_SHAPE) if masked_on_gpu else contextlib.nullcontext():
+        varied = query.device.type in HAS_CUDNN and attention_mask is not None
+        with sdpa_kernel(OF_ANY_SHAPE) if varied else contextlib.nullcontext():
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )

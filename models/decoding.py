@@ -11,6 +11,7 @@ are those of transformers' forward pass, but for the order of sums.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -53,6 +54,8 @@ class Decoder:
     def __init__(self, model):
         body, config = model.model, model.config
         self.embedding, self.angles, self.norm = body.embed_tokens.weight, body.rotary_emb, body.norm
+        # whether a token's operations are the same each time: angles that depend on the length ask for it
+        self.recordable = body.rotary_emb.rope_type not in ("dynamic", "longrope")
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scaling, self.size = body.layers[0].self_attn.scaling, body.layers[0].self_attn.head_dim
         self.head = _product(model.lm_head)
@@ -87,39 +90,54 @@ class Decoder:
 class Recorded:
     """A decoder whose operations on a GPU are recorded once, as a CUDA graph, and then started as one.
 
-    To start a thousand kernels takes Python 20 ms, and the GPU a tenth of that to run them. A graph reads and writes
-    fixed memory: the arguments are copied into it, `seen` and the cache are that of one batch. Rows that have left its
-    end are computed on; once half of them have, a smaller graph is recorded.
+    To start a thousand kernels takes Python three times as long as the GPU takes to run them. A graph reads and writes
+    fixed memory: the arguments are copied into it, `seen` and the cache are that of one batch, whose rows may leave at
+    its end; then a smaller graph is recorded.
     """
 
     def __init__(self, decoder):
-        self.decoder, self.rows = decoder, 0
+        self.decoder, self.given = decoder, None
 
     def __call__(self, token, positions, place, seen, layers):
-        rows = len(token)
-        if 2 * rows <= self.rows or not self.rows:
-            self.token, self.positions, self.place = given = [x.clone() for x in (token, positions, place)]
-            self.rows = rows
-            self.replay, self.logits = record(lambda: self.decoder(*given, seen, layers))
-        self.token[:rows], self.positions[:rows], self.place[:] = token, positions, place
+        new = (token, positions, place)
+        if self.given is None or len(token) != len(self.given[0]):
+            self.given = given = [x.clone() for x in new]
+            self.replay, self.logits = record(lambda: self.decoder(*given, seen, layers), token.device)
+        for mine, x in zip(self.given, new):
+            mine.copy_(x)
         self.replay()
-        return self.logits[:rows]
+        return self.logits
 
 
-def record(run):
-    """(replay, result): replay() does the GPU's work of run() again, in the same memory, and writes the result anew."""
-    graph, stream, kind = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.get_autocast_dtype("cuda")
-    stream.wait_stream(torch.cuda.current_stream())
+def record(run, device):
+    """(replay, result): replay() does the GPU's work of run() again, in the same memory, and writes the result anew.
+
+    As `torch.cuda.graph` does it, but for emptying the allocator's cache, which the passes after sampling would fill
+    again.
+    """
+    graph, stream, kind = torch.cuda.CUDAGraph(), side_stream(device), torch.get_autocast_dtype("cuda")
+    stream.wait_stream(torch.cuda.current_stream(device))
     # casts of weights belong into the graph: of those that autocast keeps, it would read memory that is gone
     autocast = torch.autocast("cuda", kind, torch.is_autocast_enabled("cuda"), cache_enabled=False)
     with torch.cuda.stream(stream), autocast:
         run()  # what libraries set up at their first use cannot be recorded
         stream.synchronize()
         graph.capture_begin()
-        result = run()
+        try:
+            result = run()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the recording is spoilt; what spoilt it is said
+                graph.capture_end()
+            raise
         graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay, result
+
+
+@functools.cache
+def side_stream(device):
+    """One stream for all recordings: each that is used keeps a workspace of cuBLAS for good."""
+    return torch.cuda.Stream(device)
 
 
 def _normed(x, norm):

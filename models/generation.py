@@ -7,7 +7,8 @@ This is the loop in which reinforcement learning spends most of its time on a CP
 2. their keys and values are repeated for the samples;
 3. each step draws one token a row by inverse CDF, from one uniform number that belongs to that row and step alone, so
    that a row's answer does not depend on which rows share its batch;
-4. rows that stopped leave the batch: at once, or on a GPU, where a smaller batch is hardly faster, half of it together.
+4. rows that stopped leave the batch: at once, or half of it together where a token is recorded (on a GPU, for models
+   that models/decoding.py takes), as a smaller batch is hardly faster there and has to be recorded anew.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class _Batch:
 
     def __init__(self, model, prompts, samples, max_new_tokens, decoder=None):
         device = model.get_input_embeddings().weight.device
-        self.recorded = decoder is not None and device.type in RECORDED
+        self.recorded = decoder is not None and decoder.recordable and device.type in RECORDED
         self.model, self.decoder, self.results = model, Recorded(decoder) if self.recorded else decoder, []
 
         # what all prompts begin with (a system message) runs once, and its keys and values serve every row

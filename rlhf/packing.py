@@ -20,15 +20,18 @@ from models.logprobs import head_logprobs, hidden_states, unwrapped
 
 @dataclass
 class Packed:
-    """N answers in R rows, end to end in `tokens` tokens; T is the width to which attention pads the rows."""
+    """N answers in R rows, of `tokens` tokens together; T is the width to which attention pads the rows.
 
-    input_ids: torch.Tensor  # (1, tokens)
-    position_ids: torch.Tensor  # (1, tokens)
+    End to end there are fewer: what all rows begin with lies there once.
+    """
+
+    input_ids: torch.Tensor  # (1, end to end)
+    position_ids: torch.Tensor  # (1, end to end)
     rows: Rows
     attention_mask: torch.Tensor  # (R, 1, T, T), True where a token (third axis) sees another (fourth)
     targets: torch.Tensor  # (N, L) the answers' ids
     mask: torch.Tensor  # (N, L) 1 on the answers' tokens
-    predictor: torch.Tensor  # (N, L) index among the tokens of the one that predicts each target
+    predictor: torch.Tensor  # (N, L) index among the tokens end to end of the one that predicts each target
     last: torch.Tensor  # (N,) index of each answer's last token
     tokens: int
 
@@ -88,12 +91,12 @@ def pack(prompts, completions, pad_id, device):
         mask=filled([[1] * len(c) for c in completions], 0, longest),
         predictor=filled(predictor, 0, longest),
         last=torch.tensor(last, device=device),
-        tokens=tokens,
+        tokens=sum(map(len, rows)),
     )
 
 
 def token_states(model, packed):
-    """The hidden states (tokens, H) of all rows, end to end."""
+    """The hidden states (end to end, H) of all rows."""
     rows, ids, positions = packed.rows, packed.input_ids, packed.position_ids
     if attends_here(unwrapped(model)):
         return hidden_states(model, ids, packed.attention_mask, positions, rows=rows)[0]

@@ -45,7 +45,7 @@ class Config(LMConfig):
     out: str = "models/lm_amp_ckpt"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "AMP: of the matrix products")
     gradient_checkpointing: bool = option(True, "CKPT: compute activations again instead of keeping them")
-    compile: bool = option(False, "COMPILE: fused kernels on a GPU: a minute at the start, then less time a step")
+    compile: bool = option(False, "COMPILE: fused kernels, on a GPU: the first step takes longer, the others less")
     measure_steps: int = option(2, "steps by which AMP and CKPT are measured before training; 0 = none", at_least=0)
 
 

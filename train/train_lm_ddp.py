@@ -49,7 +49,7 @@ class Config(LMConfig):
     out: str = "models/lm_ddp"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "AMP: of the matrix products")
     gradient_checkpointing: bool = option(False, "CKPT: compute activations again instead of keeping them")
-    compile: bool = option(False, "COMPILE: fused kernels on a GPU: a minute at the start, then less time a step")
+    compile: bool = option(False, "COMPILE: fused kernels, on a GPU: the first step takes longer, the others less")
     lora_r: int = option(0, "rank of a LoRA adapter; 0 trains all weights", at_least=0)
 
     def check(self):
@@ -136,7 +136,7 @@ def train(config):
                 f"accumulation_steps = {config.accumulation_steps}: the forward passes of a step are dealt to the "
                 f"{processes} processes; set it to {processes} or more"
             )
-    summed_loss = SummedLoss(model, config.compile)
+    summed_loss = SummedLoss(model, config.compile)  # DDP: which then hangs its all-reduce on it
     summed_loss = DistributedDataParallel(summed_loss)  # DDP: copies the weights of process 0 to all
     optimizer = make_optimizer(model.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # AMP: fp16 gradients underflow unscaled

@@ -188,6 +188,7 @@ def test_rows_go_there_and_back():
     torch.autograd.gradcheck(Rows.of([3, 3], "cpu").unpad, full)
 
 
+@pytest.mark.statement("packed-apart")
 def test_rows_go_there_and_back_with_what_they_begin_with_once():
     rows = Rows.of([3, 5, 4], "cpu", shared=2)  # 0 1 2, 0 1 3 4 5, 0 1 6 7
     x = torch.randn(1, 3, 8, 5, dtype=torch.float64, requires_grad=True)
@@ -257,3 +258,20 @@ def test_rows_padded_to_a_multiple_give_the_same_log_probs_and_gradients(tiny, m
         found.append([logprobs, *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*found):
         assert (a - b).abs().max() < 1e-12
+
+
+def test_under_a_mask_a_gpu_attends_without_cudnn(monkeypatch):
+    seen = []
+
+    def kernel(*args, **kwargs):
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
+        return None, None
+
+    monkeypatch.setattr(module, "sdpa_attention_forward", kernel)
+    single, mask = inputs(torch.float32), torch.ones(1, 1, T, T, dtype=torch.bool)
+    for kinds in (("cuda",), ("cpu",)):
+        monkeypatch.setattr(module, "HAS_CUDNN", kinds)
+        attention(None, *single, mask)
+        attention(None, *single, None)
+    assert seen == [(True, True), (True, True), (False, True), (True, True)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -214,6 +214,8 @@ def test_compiled_layers_and_loss_compute_what_plain_ones_do(tiny, monkeypatch, 
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     for a, b in zip(compiled, plain):
         close(a, b, atol=1e-10, rtol=1e-10)
+    monkeypatch.undo()
+    assert callable(logprobs.compiled_nll())  # its options are Inductor's
     with torch.no_grad():  # evaluation is not compiled: its shapes would be new ones
         lm_loss(model, {key: x[:3] for key, x in batches[0].items()})
     assert counters["stats"]["unique_graphs"] == 3

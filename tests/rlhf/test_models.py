@@ -65,7 +65,7 @@ def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, begin, here
     prompts, n = [begin + p for p in PROMPTS], len(begin)
     packed = pack(prompts, ANSWERS, 2, "cpu")
     assert packed.rows.shape == (2, n + 12)  # of 3 + 3 + 1 and 5 + 2 + 5 tokens
-    assert packed.input_ids.shape == packed.position_ids.shape == (1, packed.tokens) == (1, n + 19)
+    assert packed.input_ids.shape == packed.position_ids.shape == (1, n + 19) and packed.tokens == 2 * n + 19
     found, entropy = answer_logprobs(model, packed, temperature, entropy=True)
     for i, (p, a) in enumerate(zip(prompts, ANSWERS)):
         close(found[i, : len(a)], plain_logprobs(model, p, a, temperature), atol=1e-12, rtol=0)
