@@ -23,17 +23,17 @@ from configs.run import duration, in_root, say
 
 # Seconds that each stage took on two cores of an AMD EPYC with avx512_bf16. The pace of this machine rescales them.
 MEASURED = {
-    "fetch": 27,
-    "preferences": 107,
-    "groups": 40,
-    "lm": 43,
-    "sft": 60,
-    "reward": 111,
-    "dpo": 140,
-    "ppo": 155,
-    "grpo_offline": 67,
-    "grpo": 114,
-    "compare": 215,
+    "fetch": 26,
+    "preferences": 108,
+    "groups": 32,
+    "lm": 41,
+    "sft": 62,
+    "reward": 118,
+    "dpo": 143,
+    "ppo": 158,
+    "grpo_offline": 66,
+    "grpo": 124,
+    "compare": 220,
 }
 THERE = 444e9  # FLOP/s of those cores in a bf16 matrix product
 # The stages are not all matrix products: one core with 86e9 FLOP/s in fp32 took 1 / 0.43 of the time of 390e9 in bf16
