@@ -18,7 +18,6 @@ from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device
 SIZE = {"model_name": "smollm2-135m", "pairs": 8, "prompt": 28, "answer": 60, "steps": 3, "lr": 1e-5, "lora_r": 0}
 ON_GPU = {"pairs": 64, "prompt": 64, "answer": 192, "steps": 8}
 SMOKE = {"model_name": "tiny-llama", "pairs": 4, "prompt": 20, "answer": 40, "steps": 2, "lr": 1e-3, "lora_r": 0}
-LORA = {"lora_r": 16, "lr": 1e-4}
 
 
 def settings(size, folder):

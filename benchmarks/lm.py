@@ -22,16 +22,13 @@ SIZE = {
 }  # fmt: skip
 GPT2 = "gpt2-124m"
 ON_GPU = {"model_name": GPT2, "batch_size": 32, "accumulation": 4, "length": 1024, "steps": 6, "compile": True}
-SMOKE = {"model_name": "tiny-llama", "batch_size": 2, "accumulation": 1, "length": 64, "steps": 2, "lr": 1e-3}
-SMOKE |= {"compile": False}
+SMOKE = SIZE | {"model_name": "tiny-llama", "batch_size": 2, "length": 64, "steps": 2, "lr": 1e-3}
 
 
 def prepare(size, folder):
     """Write what GPT2 names: that shape, random weights and SmolLM2's tokenizer; a process of its own."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    if size.model_name != GPT2:
-        return {}
     tokenizer = load_tokenizer("smollm2-135m")
     options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": len(tokenizer)}
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}

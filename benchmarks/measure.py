@@ -138,9 +138,11 @@ def precision():
     return os.environ.get(IN_PRECISION) or pick_precision("auto", pick_device())
 
 
-def measure_peak(shapes, folder):
+def measure_peak(smoke, folder):
     """What `peak` reports: on a CPU of a process of its own; on a GPU, which does not mind others, of this one."""
-    if pick_device().type == "cuda":
+    kind = pick_device().type
+    shapes = [128] if smoke else SHAPES[kind]
+    if kind == "cuda":
         return peak(SimpleNamespace(shapes=shapes), folder)
     return measure_side("measure", "peak", {"shapes": shapes}, folder)
 

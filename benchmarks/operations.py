@@ -22,7 +22,6 @@ import torch
 from benchmarks import measure, page, run
 from configs.config import cli, option
 from configs.run import git_commit, machine, say, versions
-from models.loader import pick_device
 
 ON_THE_PAGE = ("lm", "grpo", "generate")
 REST = "starting operations, and Python"
@@ -53,8 +52,7 @@ def main(config):
     for name in names:
         size = run.sizes(name, run.Config(job=name, smoke=config.smoke))
         with tempfile.TemporaryDirectory(prefix="operations-") as folder:
-            shapes = [128] if config.smoke else measure.SHAPES[pick_device().type]
-            peak = measure.measure_peak(shapes, Path(folder) / "peak")["flops_per_second"]
+            peak = measure.measure_peak(config.smoke, Path(folder) / "peak")["flops_per_second"]
             run.prepare(name, size, Path(folder))
             side = measure.measure_side("operations", "watched", size | {"job": name}, Path(folder) / "ours")
         size.pop("prepared", None)

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import measure, page
+from benchmarks import lm, measure, page
 from configs.claim import check_place
 from configs.config import UserError, cli, option
 from configs.run import duration, git_commit, in_root, machine, say, shown, versions, write_atomically
@@ -55,7 +55,6 @@ JOBS = {
     "ppo": Job("ppo", None),
     "generate": Job("generate", "transformers generate"),
 }
-PREPARED = ("lm", "ppo")  # jobs whose model a process of its own writes first
 
 
 @dataclass
@@ -120,8 +119,7 @@ def run_job(name, config):
     rounds = {"ours": [], "peer": []} if job.peer else {"ours": []}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         folder = Path(folder)
-        shapes = [128] if config.smoke else measure.SHAPES[pick_device().type]
-        peaks = [measure.measure_peak(shapes, folder / "peak-before")]
+        peaks = [measure.measure_peak(config.smoke, folder / "peak-before")]
         prepare(name, size, folder)
         for i in range(config.rounds):
             for side, found in rounds.items():
@@ -129,7 +127,7 @@ def run_job(name, config):
             if name == "generate":
                 module.settle(rounds["ours"][-1], rounds["peer"][-1])
             say(round_line(i + 1, config.rounds, {side: found[-1] for side, found in rounds.items()}))
-        peaks.append(measure.measure_peak(shapes, folder / "peak-after"))
+        peaks.append(measure.measure_peak(config.smoke, folder / "peak-after"))
         found = figures(name, size, rounds, max(p["flops_per_second"] for p in peaks))
         if found["losses_agree"] is False and found["precision"] != "fp32":
             say(f"  in {found['precision']} the losses are {found['loss_difference']:.1e} apart: once more in fp32")
@@ -148,7 +146,7 @@ def run_job(name, config):
 
 def prepare(name, size, folder):
     """Let a process of its own write the model of a job that needs one: size["prepared"] is its folder."""
-    if name in PREPARED:
+    if name == "ppo" or (name, size["model_name"]) == ("lm", lm.GPT2):
         size["prepared"] = str(folder / "prepared")
         measure.measure_side(JOBS[name].module, "prepare", size, folder / "prepare")
 

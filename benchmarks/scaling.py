@@ -21,7 +21,6 @@ import torch
 from benchmarks import grpo, lm, measure, page
 from configs.config import UserError, cli, option
 from configs.run import git_commit, machine, say, versions
-from models.loader import pick_device
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,10 @@ class Config:
 
 
 def main(config):
-    found, device = {}, pick_device().type
+    found = {}
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         folder = Path(folder)
-        shapes = [128] if config.smoke else measure.SHAPES[device]
-        peak = measure.measure_peak(shapes, folder / "peak")["flops_per_second"]
+        peak = measure.measure_peak(config.smoke, folder / "peak")["flops_per_second"]
         if config.sweeps:
             swept = SMOKE if config.smoke else SWEEPS
             found["scaling"] = about() | {"sweeps": [run_sweep(s, config, peak, folder / s.key) for s in swept]}
