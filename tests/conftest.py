@@ -2,8 +2,11 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # on the CPU, where the numbers are the same on every machine; CUDA_VISIBLE_DEVICES=0 before pytest runs them on a GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -34,6 +37,22 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def written_in_the_tree():
+    """Files and folders where runs write by default; the tiny models are made there on first use."""
+    places = (ROOT / "models", ROOT / "data", ROOT / "report" / "runs")
+    found = {path for place in places if place.is_dir() for path in place.iterdir()}
+    return {path for path in found if not path.name.startswith(("tiny-", ".cache", "__pycache__"))}
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_in_the_tree():
+    """A run of a test in a default folder would be in the way of a user's: its configuration is another."""
+    before = written_in_the_tree()
+    yield
+    left = sorted(str(path.relative_to(ROOT)) for path in written_in_the_tree() - before)
+    assert not left, f"the test wrote {', '.join(left)}: give it an `out` in tmp_path"
 
 
 @pytest.fixture

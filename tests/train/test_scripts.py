@@ -124,8 +124,9 @@ def test_a_user_error_is_one_message_and_exit_status_2(tmp_path):
     assert "Traceback" not in error + output
 
 
-def test_a_stage_without_its_data_says_which_command_makes_it():
-    config = train_lm_lora.Config(model_name="tiny-llama", data="data/no/preferences.jsonl")
+def test_a_stage_without_its_data_says_which_command_makes_it(tmp_path):
+    data, out = "data/no/preferences.jsonl", str(tmp_path / "out")
+    config = train_lm_lora.Config(model_name="tiny-llama", data=data, out=out)
     with pytest.raises(UserError, match="python data/generate_preferences.py"):
         train_lm_lora.main(config)
 
