@@ -2,11 +2,10 @@
 
 import os
 import socket
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from configs.config import ROOT
 
 # on the CPU, where the numbers are the same on every machine; CUDA_VISIBLE_DEVICES=0 before pytest runs them on a GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -46,13 +45,20 @@ def written_in_the_tree():
     return {path for path in found if not path.name.startswith(("tiny-", ".cache", "__pycache__"))}
 
 
+@pytest.fixture(scope="session")
+def seen_in_the_tree():
+    """What was there before the first test and its fixtures, those of whole modules among them."""
+    return written_in_the_tree()
+
+
 @pytest.fixture(autouse=True)
-def nothing_stays_in_the_tree():
+def nothing_stays_in_the_tree(seen_in_the_tree):
     """A run of a test in a default folder would be in the way of a user's: its configuration is another."""
-    before = written_in_the_tree()
     yield
-    left = sorted(str(path.relative_to(ROOT)) for path in written_in_the_tree() - before)
-    assert not left, f"the test wrote {', '.join(left)}: give it an `out` in tmp_path"
+    left = written_in_the_tree() - seen_in_the_tree
+    seen_in_the_tree |= left  # the next test is not to blame
+    names = ", ".join(sorted(str(path.relative_to(ROOT)) for path in left))
+    assert not left, f"the test or its fixtures wrote {names}: give it an `out` in tmp_path"
 
 
 @pytest.fixture
