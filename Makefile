@@ -14,7 +14,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 verify: $(VENV)/installed
-	$(BIN)/python report/verify.py
+	$(BIN)/python proof/verify.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python models/fetch.py

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import measure, peers
+from benchmarks import baselines, measure
 from benchmarks.flops import Cost, rows
 from benchmarks.texts import write_pairs
-from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device
+from models.device import frozen_dtype, pick_device
+from models.loader import load_model, load_tokenizer
 
 SIZE = {"model_name": "smollm2-135m", "pairs": 8, "prompt": 28, "answer": 60, "steps": 3, "lr": 1e-5, "lora_r": 0}
 ON_GPU = {"pairs": 64, "prompt": 64, "answer": 192, "steps": 8}
@@ -38,15 +39,15 @@ def settings(size, folder):
         lora_r=size.lora_r,
         precision=measure.precision(),
         out=str(folder / "run"),
-        **peers.LR_CONSTANT,
-        **peers.NO_CHECKPOINTS,
+        **baselines.LR_CONSTANT,
+        **baselines.NO_CHECKPOINTS,
     )
 
 
 def pairs_of_steps(config):
     """The pairs of each step as token ids: those that our script, this or the reward model's, takes in its order."""
-    from rlhf.dataset import count_steps, load_pairs, pair_length, split_by_prompt
-    from rlhf.rollouts import step_indices
+    from data.order import step_indices
+    from data.pairs import count_steps, load_pairs, pair_length, split_by_prompt
 
     pairs, _, _ = load_pairs(config.data, load_tokenizer(config.model_name), config.max_length)
     train, _ = split_by_prompt(pairs, config.heldout_fraction, config.seed)
@@ -102,10 +103,10 @@ def peer(size, folder):
     ) if size.lora_r else None  # fmt: skip
     dtype = frozen_dtype(measure.precision()) if size.lora_r else torch.float32
     trainer = Tokenised(
-        peers.plain(load_model(size.model_name, dtype=dtype, device=pick_device())),
-        args=peers.arguments(DPOConfig, folder, size.steps, size.pairs, size.lr, beta=config.beta),
+        baselines.plain(load_model(size.model_name, dtype=dtype, device=pick_device())),
+        args=baselines.arguments(DPOConfig, folder, size.steps, size.pairs, size.lr, beta=config.beta),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(size.model_name),
         peft_config=lora,
     )
-    return peers.train(trainer, measure.Clock(), work(size, steps))
+    return baselines.train(trainer, measure.Clock(), work(size, steps))

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import measure, peers
+from benchmarks import baselines, measure
 from benchmarks.flops import Cost, sampled
 from benchmarks.texts import passages
-from models.loader import frozen_dtype, load_model, load_tokenizer, pick_device
+from models.device import frozen_dtype, pick_device
+from models.loader import load_model, load_tokenizer
 
 SIZE = {"model_name": "smollm2-135m", "batch_size": 32, "prompt": 64, "new": 64, "steps": 3}
 ON_GPU = {"batch_size": 256, "new": 128}
@@ -64,7 +65,7 @@ def ours(size, folder):
 
 def peer(size, folder):
     model, prompts = start(size)
-    model = peers.plain(model)
+    model = baselines.plain(model)
     model.generation_config.eos_token_id = None  # nothing stops an answer
     input_ids = torch.tensor(prompts, device=pick_device())
     shape = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": size.new, "pad_token_id": 0}

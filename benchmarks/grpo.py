@@ -14,10 +14,12 @@ import dataclasses
 
 import torch
 
-from benchmarks import measure, peers
+from benchmarks import baselines, measure
 from benchmarks.flops import Cost, rows, sampled
 from benchmarks.texts import LETTER, letter_e, passages, prompts_of_checks
-from models.loader import load_model, load_tokenizer, pick_device, prompt_ids
+from models.device import pick_device
+from models.loader import load_model, load_tokenizer
+from models.tokens import prompt_ids
 
 SIZE = {
     "model_name": "smollm2-135m", "prompts": 4, "group": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-5,
@@ -45,14 +47,14 @@ def settings(size, folder):
         lora_r=0,
         precision=measure.precision(),
         out=str(folder / "run"),
-        **peers.LR_CONSTANT,
-        **peers.NO_CHECKPOINTS,
+        **baselines.LR_CONSTANT,
+        **baselines.NO_CHECKPOINTS,
     )
 
 
 def prompts_of_steps(config):
     """The prompts of each step, as texts: those that our script takes, in its order."""
-    from rlhf.rollouts import step_indices
+    from data.order import step_indices
 
     rows = prompts_of_checks()
     steps = range(1, config.steps + 1)
@@ -126,17 +128,17 @@ def peer(size, folder):
 
     rows = [{"prompt": [{"role": "user", "content": text}]} for prompts in prompts_of_steps(config) for text in prompts]
     accumulation = size.prompts * size.group // size.micro_batch
-    arguments = peers.arguments(
+    arguments = baselines.arguments(
         GRPOConfig, folder, size.steps, size.micro_batch, size.lr, accumulation,
         num_generations=size.group, max_completion_length=size.new, beta=config.kl_coef, temperature=config.temperature,
         shuffle_dataset=False, generation_kwargs={"min_new_tokens": size.new},
     )  # fmt: skip
     tokenizer = load_tokenizer(size.model_name)
     trainer = Fixed(
-        peers.plain(load_model(size.model_name, dtype=torch.float32, device=pick_device())),
+        baselines.plain(load_model(size.model_name, dtype=torch.float32, device=pick_device())),
         reward_funcs=reward,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    return peers.train(trainer, measure.Clock(), work(size, config))
+    return baselines.train(trainer, measure.Clock(), work(size, config))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import measure, peers
+from benchmarks import baselines, measure
 from benchmarks.flops import Cost, row
 from benchmarks.texts import plays
 from models.loader import load_tokenizer
@@ -64,8 +64,8 @@ def settings(size, folder):
         measure_steps=0,
         precision=measure.precision(),
         out=str(folder / "run"),
-        **peers.LR_CONSTANT,
-        **peers.NO_CHECKPOINTS,
+        **baselines.LR_CONSTANT,
+        **baselines.NO_CHECKPOINTS,
     )
 
 
@@ -110,11 +110,11 @@ def peer(size, folder):
     chosen = [i for step in range(config.max_steps) for batch in step_rows(step, len(blocks), config) for i in batch]
     rows = [{"input_ids": blocks.input_ids[i, : blocks.tokens[i]].tolist()} for i in chosen]
 
-    arguments = peers.arguments(
+    arguments = baselines.arguments(
         SFTConfig, folder, size.steps, size.batch_size, size.lr, size.accumulation,
         weight_decay=config.weight_decay, max_length=size.length,
     )  # fmt: skip
     trainer = SFTTrainer(
-        peers.plain(model), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        baselines.plain(model), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
-    return peers.train(trainer, measure.Clock(), work(size))
+    return baselines.train(trainer, measure.Clock(), work(size))

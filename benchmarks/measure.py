@@ -22,15 +22,16 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from configs.config import ROOT, UserError
-from configs.memory import AT_START, keep_freed_memory
-from configs.run import peak_memory_gb, quiet_libraries
-from models.loader import PRECISIONS, pick_device, pick_precision
+from models.device import PRECISIONS, pick_device, pick_precision
+from runtime.console import quiet_libraries
+from runtime.memory import AT_START, keep_freed_memory
+from runtime.provenance import peak_memory_gb
 
 CHILD = "from benchmarks import measure; measure.run_side()"
 SHAPES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of the square matrix products whose speed is the limit
 IN_PRECISION = "BENCHMARK_PRECISION"  # an environment variable of a side's process
 # Under a mask torch lets cuDNN attend on some GPUs, which plans a second for each new shape: ours does not
-# (models/attention.py), so in these jobs the peer need not either
+# (models/fast/attention.py), so in these jobs the peer need not either
 MASKED, CUDNN_LAST = ("dpo", "reward", "grpo"), "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 WARM_UP = 1  # steps that are not timed
 

@@ -20,8 +20,10 @@ from typing import Literal
 import torch
 
 from benchmarks import measure, page, run
-from configs.config import cli, option
-from configs.run import git_commit, machine, say, versions
+from configs.config import option
+from runtime.cli import cli
+from runtime.console import say
+from runtime.provenance import git_commit, machine, versions
 
 ON_THE_PAGE = ("lm", "grpo", "generate")
 REST = "starting operations, and Python"

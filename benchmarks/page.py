@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 
 from configs.config import ROOT
-from configs.run import read_json, say, write_atomically
-from models.loader import pick_device
+from models.device import pick_device
 from report.plots import new_figure
+from runtime.console import say
+from runtime.files import read_json, write_atomically
 
 FIGURES = "report/benchmarks.json"
 PAGE = "report/benchmarks.md"

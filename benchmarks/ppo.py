@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import measure, peers
+from benchmarks import baselines, measure
 from benchmarks.flops import Cost, rows, sampled
 from benchmarks.grpo import without_stop
-from models.loader import load_tokenizer, pick_device, prompt_ids, resolve_model
+from models.device import pick_device
+from models.loader import load_tokenizer, resolve_model
+from models.tokens import prompt_ids
 
 SIZE = {
     "model_name": "smollm2-135m", "prompts": 4, "samples": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-4,
@@ -39,8 +41,8 @@ def settings(size, folder):
         lr=size.lr,
         lora_r=size.lora_r,
         out=str(folder / "run"),
-        **peers.LR_CONSTANT,
-        **peers.NO_CHECKPOINTS,
+        **baselines.LR_CONSTANT,
+        **baselines.NO_CHECKPOINTS,
     )
 
 
@@ -58,7 +60,7 @@ def prepare(size, folder):
 def work(size, config):
     """Tokens (new ones) and FLOP of each step: sampling, three forward passes, forward and backward of the policy."""
     from benchmarks.texts import prompts_of_checks
-    from rlhf.rollouts import step_indices
+    from data.order import step_indices
 
     base, adapted = Cost.of(size.model_name), Cost.of(size.model_name, size.lora_r)
     tokenizer, prompts = load_tokenizer(size.model_name), prompts_of_checks()

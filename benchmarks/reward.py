@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import dpo, measure, peers
+from benchmarks import baselines, dpo, measure
 from benchmarks.flops import Cost
 from benchmarks.texts import write_pairs
-from models.loader import load_tokenizer, pick_device
+from models.device import pick_device
+from models.loader import load_tokenizer
 
 SIZE = dpo.SIZE | {"lora_r": 16, "lr": 2e-4}
 ON_GPU = dpo.ON_GPU
@@ -35,8 +36,8 @@ def settings(size, folder):
         lora_r=size.lora_r,
         precision=measure.precision(),
         out=str(folder / "run"),
-        **peers.LR_CONSTANT,
-        **peers.NO_CHECKPOINTS,
+        **baselines.LR_CONSTANT,
+        **baselines.NO_CHECKPOINTS,
     )
 
 
@@ -70,12 +71,12 @@ def peer(size, folder):
     steps = dpo.pairs_of_steps(config)
     rows = [{f"{key}_ids": p["prompt"] + p[key] for key in ("chosen", "rejected")} for pairs in steps for p in pairs]
     torch.manual_seed(config.seed)
-    model = peers.plain(build(config, pick_device(), measure.precision()).model)
+    model = baselines.plain(build(config, pick_device(), measure.precision()).model)
     tokenizer = load_tokenizer(size.model_name)
     tokenizer.pad_token = tokenizer.unk_token
-    arguments = peers.arguments(
+    arguments = baselines.arguments(
         RewardConfig, folder, size.steps, size.pairs, size.lr,
         center_rewards_coefficient=config.center_coef, max_length=None,
     )  # fmt: skip
     trainer = RewardTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    return peers.train(trainer, measure.Clock(), work(size, steps))
+    return baselines.train(trainer, measure.Clock(), work(size, steps))

@@ -28,10 +28,13 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import lm, measure, page
-from configs.claim import check_place
-from configs.config import UserError, cli, option
-from configs.run import duration, git_commit, in_root, machine, say, shown, versions, write_atomically
-from models.loader import pick_device
+from configs.config import UserError, option
+from models.device import pick_device
+from runtime.cli import cli
+from runtime.console import duration, say
+from runtime.files import in_root, shown, write_atomically
+from runtime.provenance import git_commit, machine, versions
+from runtime.run_folder import check_place
 
 IN_FP32 = {measure.IN_PRECISION: "fp32"}
 ALLOWED = 1e-2  # how far the losses of both sides may lie apart, nats

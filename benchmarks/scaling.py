@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import grpo, lm, measure, page
-from configs.config import UserError, cli, option
-from configs.run import git_commit, machine, say, versions
+from configs.config import UserError, option
+from runtime.cli import cli
+from runtime.console import say
+from runtime.provenance import git_commit, machine, versions
 
 
 @dataclass(frozen=True)

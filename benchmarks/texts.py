@@ -6,8 +6,8 @@ import functools
 import json
 from pathlib import Path
 
-from data.checks import load_prompts
 from data.corpus import load_corpus
+from data.prompts import load_prompts
 from models.loader import load_tokenizer
 
 LETTER = "benchmarks.texts:letter_e"  # as a judge for our scripts

@@ -17,9 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import sys
-import time
 import types
 import typing
 from dataclasses import field
@@ -27,11 +25,8 @@ from pathlib import Path
 
 import yaml
 
-from configs.memory import keep_freed_memory
-
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 2**32 - 1  # of whole numbers: seeds and steps are multiplied in 64 bits
-on_refusal = []  # functions that `cli` calls when a run ends in a UserError: they take back what was begun
 
 
 class UserError(ValueError):
@@ -112,59 +107,6 @@ def config_to_dict(config):
 def format_config(config):
     """`key: value` lines that `read_yaml` reads back to the same configuration."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, default_flow_style=False)
-
-
-def cli(main, Config):
-    """Run `main(load_config(Config))` as a command: a UserError becomes one message and exit status 2.
-
-    So does what the machine does to a run (no memory, no disk, a lost process): see configs/failures.py.
-    """
-    config = None
-    on_refusal.clear()
-    keep_freed_memory()
-    try:
-        config = load_config(Config)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # launchers that may start all processes again
-            from configs.meeting import meet_anew
-
-            meet_anew()
-        main(config)
-    except UserError as error:
-        while on_refusal:
-            on_refusal.pop()()
-        if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and the launcher then ends this process
-            time.sleep(3)
-        print(f"error: {error}", file=sys.stderr)
-        leave_processes()
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except SystemExit:
-        leave_processes()
-        raise
-    except Exception as error:
-        from configs.failures import explain
-
-        message = config and explain(error, config)
-        if not message:
-            raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            os._exit(2)  # at once: the others may be gone, and the launcher waits to start all again
-        sys.exit(2)
-    leave_processes()
-
-
-def leave_processes():
-    """Close the connections to the other processes: gloo's threads abort an interpreter that ends without."""
-    if "torch.distributed" in sys.modules:
-        dist = sys.modules["torch.distributed"]
-        if dist.is_available() and dist.is_initialized():
-            # gloo's threads let go of their last tensors, for which they need the interpreter; destroying holds it
-            # and waits for them: without this pause, and with a DDP wrapper still alive, that can be for ever
-            time.sleep(0.2)
-            dist.destroy_process_group()
 
 
 def _parse_command_line(Config, argv):

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from configs.config import UserError
-from configs.run import say
-from models.loader import completion_ids, prompt_ids
+from models.tokens import completion_ids, prompt_ids
+from runtime.console import say
 
 
 @dataclass

@@ -7,22 +7,9 @@ gold score of an answer. `--judge module:function` puts a user's own function in
 Before a check looks at an answer, white space at both ends is dropped and curly quotes become straight ones.
 """
 
-import difflib
-import importlib
-import importlib.util
-import inspect
-import json
-import math
 import re
-import sys
 import unicodedata
 from collections import Counter
-from pathlib import Path
-
-from configs.config import UserError
-
-PROMPTS = "data/prompts.json"
-SPLITS = ("train", "heldout")
 
 QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "\u00a0": " "})
 ALNUM = r"[^\W_]"
@@ -212,13 +199,6 @@ CHECKS = {
     )
 }  # fmt: skip
 
-ARGUMENTS = {  # argument: (whether a value is allowed, what is allowed)
-    "n": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
-    "word": (lambda v: isinstance(v, str) and len(words(v)) == 1, "one word"),
-    "phrase": (lambda v: isinstance(v, str) and len(words(v)) >= 1, "a text of at least one word"),
-    "letter": (lambda v: isinstance(v, str) and len(v) == 1 and v.isalpha(), "one letter"),
-}
-
 
 def is_degenerate(text: str) -> bool:
     """Whether an answer loops. True in four cases, each about most of the answer:
@@ -262,130 +242,3 @@ def score(text: str, checks: list[dict]) -> float:
     if not checks:
         raise ValueError("score needs at least one check, got none")
     return 0.0 if is_degenerate(text) else sum(passed(text, checks)) / len(checks)
-
-
-def validate_checks(checks: list[dict], where: str) -> None:
-    """Raise UserError, which names `where` (a prompt's id) and what is allowed, unless every check can be called."""
-    if not isinstance(checks, list) or not checks:
-        raise UserError(f'{where}: checks must be a list of at least one {{"name": ..., arguments}}, got {checks!r}')
-    for check in checks:
-        if not isinstance(check, dict) or not isinstance(check.get("name"), str):
-            raise UserError(f'{where}: a check must be an object with a "name", got {check!r}')
-        name = check["name"]
-        if name not in CHECKS:
-            near = difflib.get_close_matches(name, CHECKS, n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(f"{where}: unknown check {name!r}{hint}; known checks: {', '.join(sorted(CHECKS))}")
-        allowed = list(inspect.signature(CHECKS[name]).parameters)[1:]
-        takes = f"{name} takes " + (", ".join(f"{a} ({ARGUMENTS[a][1]})" for a in allowed) or "no arguments")
-        given = [key for key in check if key != "name"]
-        for key in given:
-            if key not in allowed:
-                raise UserError(f"{where}: check {name!r} has an unknown argument {key!r}; {takes}")
-        for key in allowed:
-            if key not in given:
-                raise UserError(f"{where}: check {name!r} lacks the argument {key!r}; {takes}")
-            if not ARGUMENTS[key][0](check[key]):
-                raise UserError(f"{where}: check {name!r} got {key}={check[key]!r}; {takes}")
-
-
-def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_checks: bool = True) -> list[dict]:
-    """Read and validate a prompt file; return its prompts, or those of one split.
-
-    The default file is the repository's, from wherever a script runs; any other relative path starts at the
-    working directory. With `need_checks=False` (a judge scores the answers) "checks" may be absent or empty.
-    Raises UserError, naming the file and the prompt's id, for whatever is wrong.
-    """
-    if split is not None and split not in SPLITS:
-        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    file = Path(__file__).resolve().parent.parent / PROMPTS if str(path) == PROMPTS else Path(path)
-    if not file.is_file():
-        raise UserError(f"no prompt file at {file.absolute()}")
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file}: must be a list of at least one prompt, not {str(rows)[:40]}")
-
-    seen: dict[str, str] = {}  # prompt text without case and spacing -> its split
-    ids = set()
-    for i, row in enumerate(rows):
-        where = f"{file}: prompt {row['id']!r}" if isinstance(row, dict) and "id" in row else f"{file}: entry {i + 1}"
-        needed = ("id", "prompt", "split", "checks") if need_checks else ("id", "prompt", "split")
-        missing = [key for key in needed if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise UserError(f"{where}: lacks {', '.join(missing)}; every prompt is an object with {', '.join(needed)}")
-        for key in ("id", "prompt"):
-            if not isinstance(row[key], str) or not row[key].strip():
-                raise UserError(f"{where}: {key} must be a text that is not empty, got {row[key]!r}")
-        if row["id"] in ids:
-            raise UserError(f"{where}: this id stands twice")
-        ids.add(row["id"])
-        if row["split"] not in SPLITS:
-            raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}, got {row['split']!r}")
-        if need_checks or row.get("checks"):
-            validate_checks(row["checks"], where)
-        text = " ".join(row["prompt"].casefold().split())
-        if text in seen and seen[text] != row["split"]:
-            raise UserError(f"{where}: the same prompt stands in both splits")
-        if text in seen and row["split"] == "heldout":
-            raise UserError(f"{where}: the same prompt is held out twice, and would count twice; take one out")
-        seen[text] = row["split"]
-
-    rows = [row for row in rows if split in (None, row["split"])]
-    if not rows:
-        raise UserError(f"{file}: no prompt has split {split!r}")
-    return rows
-
-
-def load_judge(spec: str):
-    """`module:function` -> a callable judge(prompt, completion) -> float.
-
-    The module is looked for in the working directory first, then among what Python can import. Raises UserError.
-    """
-    module_name, _, function_name = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
-        raise UserError(f"judge must be module:function, such as my_judge:judge, got {spec!r}")
-    stem = Path.cwd().joinpath(*module_name.split("."))
-    own = [file for file in (stem.with_name(stem.name + ".py"), stem / "__init__.py") if file.is_file()]
-    try:
-        if own:
-            module_spec = importlib.util.spec_from_file_location(module_name, own[0])
-            module = importlib.util.module_from_spec(module_spec)
-            sys.modules[module_name] = module  # dataclasses and pickle look it up by name
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        reason = (
-            f"{own[0]} imports it; for modules beside it set PYTHONPATH=." if own else f"{stem}.py is no file either"
-        )
-        raise UserError(f"judge {spec!r}: Python finds no module {error.name!r}, and {reason}") from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"judge {spec!r}: importing {module_name} failed: {type(error).__name__}: {error}") from error
-    if function_name not in vars(module):
-        raise UserError(f"judge {spec!r}: {module.__file__} has no {function_name!r}")
-    judge = vars(module)[function_name]
-    if not callable(judge):
-        raise UserError(f"judge {spec!r}: {function_name} is a {type(judge).__name__}, not a function")
-    return judge
-
-
-def call_judge(judge, prompt: str, completion: str) -> float:
-    """The judge's score as a finite float; UserError, naming judge, prompt and answer, for anything else it does."""
-    name = getattr(judge, "__qualname__", repr(judge))
-    where = f"judge {name} on prompt {prompt!r} and completion {completion!r}"
-    try:
-        value = judge(prompt, completion)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
-    try:
-        result = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except Exception as error:
-        raise UserError(f"{where} returned {value!r}, which is not a number") from error
-    if not math.isfinite(result):
-        raise UserError(f"{where} returned {value!r}, which is not a finite number")
-    return result

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.config import UserError
-from configs.run import json_error
 from models.fetch import EMBEDDED_TEXTS, fetch_source
+from runtime.files import json_error
 
 # Whole plays and books, so that evaluation is on works of which training saw no line.
 HELDOUT_PLAYS = ("macbeth", "richard-ii", "twelfth-night")

@@ -19,8 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-from configs.config import UserError, cli, option
-from configs.run import say
+from configs.config import UserError, option
 from data.preferences import (
     SamplingConfig,
     claim,
@@ -32,6 +31,8 @@ from data.preferences import (
     show_match,
     summarise,
 )
+from runtime.cli import cli
+from runtime.console import say
 
 
 @dataclass

@@ -21,37 +21,19 @@ from typing import Literal
 
 import torch
 
-from configs.claim import check_place
 from configs.config import UserError, config_to_dict, option
-from configs.run import (
-    duration,
-    files_read,
-    git_commit,
-    in_root,
-    machine,
-    peak_memory_gb,
-    quiet_libraries,
-    read_json,
-    say,
-    sha256_file,
-    shown,
-    versions,
-    write_atomically,
-)
-from data.checks import PROMPTS, call_judge, is_degenerate, load_judge, load_prompts, passed, score
-from data.prompts import read_prompts, text_of
-from models.answers import Answer, as_answers, mean, progress_line, rate
-from models.kept import forget, generate_kept, partial_path
-from models.loader import (
-    cast_weights,
-    frozen_dtype,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_precision,
-    prompt_ids,
-    weights_hash,
-)
+from data.checks import is_degenerate, passed, score
+from data.prompts import PROMPTS, load_prompts, read_prompts, text_of
+from data.rewards import call_judge, load_judge
+from models.completions import Answer, as_answers, mean, progress_line, rate
+from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
+from models.loader import load_model, load_tokenizer, weights_hash
+from models.resumable import forget, generate_kept, partial_path
+from models.tokens import prompt_ids
+from runtime.console import duration, quiet_libraries, say
+from runtime.files import in_root, read_json, sha256_file, shown, write_atomically
+from runtime.provenance import files_read, git_commit, machine, peak_memory_gb, versions
+from runtime.run_folder import check_place
 
 
 @dataclass

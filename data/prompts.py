@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import sys
+from pathlib import Path
 
 from configs.config import UserError
-from configs.run import in_root, json_error
-from data.checks import load_prompts, validate_checks
+from data.checks import CHECKS, words
+from runtime.files import in_root, json_error
 
 
 def read_prompts(source, split="heldout", need_checks=False):
@@ -78,3 +81,94 @@ def _decoded(content, where):
 def text_of(prompt):
     """The plain text of a prompt (a text, or a list of messages), for judges and for the terminal."""
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+
+
+PROMPTS = "data/prompts.json"
+
+
+SPLITS = ("train", "heldout")
+
+
+ARGUMENTS = {  # argument: (whether a value is allowed, what is allowed)
+    "n": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
+    "word": (lambda v: isinstance(v, str) and len(words(v)) == 1, "one word"),
+    "phrase": (lambda v: isinstance(v, str) and len(words(v)) >= 1, "a text of at least one word"),
+    "letter": (lambda v: isinstance(v, str) and len(v) == 1 and v.isalpha(), "one letter"),
+}
+
+
+def validate_checks(checks: list[dict], where: str) -> None:
+    """Raise UserError, which names `where` (a prompt's id) and what is allowed, unless every check can be called."""
+    if not isinstance(checks, list) or not checks:
+        raise UserError(f'{where}: checks must be a list of at least one {{"name": ..., arguments}}, got {checks!r}')
+    for check in checks:
+        if not isinstance(check, dict) or not isinstance(check.get("name"), str):
+            raise UserError(f'{where}: a check must be an object with a "name", got {check!r}')
+        name = check["name"]
+        if name not in CHECKS:
+            near = difflib.get_close_matches(name, CHECKS, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise UserError(f"{where}: unknown check {name!r}{hint}; known checks: {', '.join(sorted(CHECKS))}")
+        allowed = list(inspect.signature(CHECKS[name]).parameters)[1:]
+        takes = f"{name} takes " + (", ".join(f"{a} ({ARGUMENTS[a][1]})" for a in allowed) or "no arguments")
+        given = [key for key in check if key != "name"]
+        for key in given:
+            if key not in allowed:
+                raise UserError(f"{where}: check {name!r} has an unknown argument {key!r}; {takes}")
+        for key in allowed:
+            if key not in given:
+                raise UserError(f"{where}: check {name!r} lacks the argument {key!r}; {takes}")
+            if not ARGUMENTS[key][0](check[key]):
+                raise UserError(f"{where}: check {name!r} got {key}={check[key]!r}; {takes}")
+
+
+def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_checks: bool = True) -> list[dict]:
+    """Read and validate a prompt file; return its prompts, or those of one split.
+
+    The default file is the repository's, from wherever a script runs; any other relative path starts at the
+    working directory. With `need_checks=False` (a judge scores the answers) "checks" may be absent or empty.
+    Raises UserError, naming the file and the prompt's id, for whatever is wrong.
+    """
+    if split is not None and split not in SPLITS:
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    file = Path(__file__).resolve().parent.parent / PROMPTS if str(path) == PROMPTS else Path(path)
+    if not file.is_file():
+        raise UserError(f"no prompt file at {file.absolute()}")
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: must be a list of at least one prompt, not {str(rows)[:40]}")
+
+    seen: dict[str, str] = {}  # prompt text without case and spacing -> its split
+    ids = set()
+    for i, row in enumerate(rows):
+        where = f"{file}: prompt {row['id']!r}" if isinstance(row, dict) and "id" in row else f"{file}: entry {i + 1}"
+        needed = ("id", "prompt", "split", "checks") if need_checks else ("id", "prompt", "split")
+        missing = [key for key in needed if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise UserError(f"{where}: lacks {', '.join(missing)}; every prompt is an object with {', '.join(needed)}")
+        for key in ("id", "prompt"):
+            if not isinstance(row[key], str) or not row[key].strip():
+                raise UserError(f"{where}: {key} must be a text that is not empty, got {row[key]!r}")
+        if row["id"] in ids:
+            raise UserError(f"{where}: this id stands twice")
+        ids.add(row["id"])
+        if row["split"] not in SPLITS:
+            raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}, got {row['split']!r}")
+        if need_checks or row.get("checks"):
+            validate_checks(row["checks"], where)
+        text = " ".join(row["prompt"].casefold().split())
+        if text in seen and seen[text] != row["split"]:
+            raise UserError(f"{where}: the same prompt stands in both splits")
+        if text in seen and row["split"] == "heldout":
+            raise UserError(f"{where}: the same prompt is held out twice, and would count twice; take one out")
+        seen[text] = row["split"]
+
+    rows = [row for row in rows if split in (None, row["split"])]
+    if not rows:
+        raise UserError(f"{file}: no prompt has split {split!r}")
+    return rows

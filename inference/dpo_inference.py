@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.config import cli, option
-from configs.run import say
+from configs.config import option
 from data.prompts import text_of
-from models.answers import lengths, mean, show_answer, show_table, write_rows
+from models.completions import lengths, mean, show_answer, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide, run_value
+from runtime.cli import cli
+from runtime.console import say
 
 
 @dataclass

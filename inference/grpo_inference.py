@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.config import cli, option
-from configs.run import say
-from data.checks import call_judge, load_judge, score
+from configs.config import option
+from data.checks import score
 from data.prompts import text_of
-from models.answers import lengths, mean, show_table, write_rows
+from data.rewards import call_judge, load_judge
+from models.completions import lengths, mean, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide
+from runtime.cli import cli
+from runtime.console import say
 
 
 @dataclass

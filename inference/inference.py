@@ -21,20 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from configs.config import UserError, cli, option, refuse_unused
-from configs.run import quiet_libraries, say
+from configs.config import UserError, option, refuse_unused
 from data.prompts import parse_prompts, read_prompts, text_of
-from models.answers import TextStream, check_out, rate, sample_answers, sampling, synchronize, write_rows
+from models.completions import TextStream, check_out, rate, sample_answers, sampling, synchronize, write_rows
+from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
-from models.loader import (
-    frozen_dtype,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_precision,
-    prompt_ids,
-    resolve_model,
-)
+from models.loader import load_model, load_tokenizer, resolve_model
+from models.tokens import prompt_ids
+from runtime.cli import cli
+from runtime.console import quiet_libraries, say
 
 EXAMPLES = (
     "What is gravity?",

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.config import cli, option
-from configs.run import say
+from configs.config import option
 from data.checks import score
 from data.prompts import text_of
-from models.answers import lengths, mean, show_answer, show_table, write_rows
+from models.completions import lengths, mean, show_answer, show_table, write_rows
 from models.loader import same_tokens
 from rlhf.packing import score_answers
 from rlhf.reward_model import RewardModel
 from rlhf.side_by_side import CompareConfig, SideBySide, run_folder, run_value
 from rlhf.utils import kl_estimate
+from runtime.cli import cli
+from runtime.console import say
 
 
 @dataclass

@@ -8,7 +8,7 @@ This is the loop in which reinforcement learning spends most of its time on a CP
 3. each step draws one token a row by inverse CDF, from one uniform number that belongs to that row and step alone, so
    that a row's answer does not depend on which rows share its batch;
 4. rows that stopped leave the batch: at once, or half of it together where a token is recorded (on a GPU, for models
-   that models/decoding.py takes), as a smaller batch is hardly faster there and has to be recorded anew.
+   that models/fast/decoder.py takes), as a smaller batch is hardly faster there and has to be recorded anew.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from configs.config import UserError
-from models.attention import ALIGNED, use_products
-from models.decoding import Recorded, decoder_for
-from models.logprobs import unwrapped
+from models.fast.attention import ALIGNED, use_products
+from models.fast.decoder import Recorded, decoder_for
+from models.fast.head import unwrapped
 
 RECORDED = ("cuda",)  # devices on which a token's operations are started as one
 BLOCK = 256  # tokens of the vocabulary; see inverse_cdf
@@ -320,7 +320,7 @@ def common_prefix(prompts):
 
 @contextlib.contextmanager
 def _decode_attention(model):
-    """Use models/attention.py while answers are sampled, whoever loaded the model."""
+    """Use models/fast/attention.py while answers are sampled, whoever loaded the model."""
     inner = unwrapped(model)
     before = inner.config._attn_implementation
     use_products(inner)

@@ -7,22 +7,18 @@ full model or a PEFT adapter that names its base. Weights are read from safetens
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 
 from configs.config import UserError
-from configs.run import in_root, read_json, shown
-from models.attention import use_products
+from models.device import pick_device
+from models.fast.attention import use_products
+from models.fast.layers import make_lean
 from models.fetch import EMBEDDED_MODELS, fetch_model
-from models.lean import make_lean
 from models.tiny import TINY_MODELS, build_tiny
-
-CPUINFO = Path("/proc/cpuinfo")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from runtime.files import in_root, read_json, shown
 
 
 def resolve_model(name):
@@ -149,7 +145,7 @@ def _with_adapter(model, folder, trainable):
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    from models.lora import lean_adapters
+    from models.fast.lora import lean_adapters
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -247,138 +243,3 @@ def weights_hash(model):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def pick_device():
-    """This process's GPU if there is one, else the CPU. Raises UserError for more processes here than GPUs."""
-    if torch.cuda.is_available():
-        rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if rank >= gpus:
-            raise UserError(
-                f"process {rank + 1} on this machine has no GPU: {gpus} can be seen. Start {gpus} here, or all on the "
-                "CPU with CUDA_VISIBLE_DEVICES= before the command"
-            )
-        return torch.device("cuda", rank)
-    return torch.device("cpu")
-
-
-def pick_precision(precision, device):
-    """`auto` as fp32, bf16 or fp16: bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-
-
-def autocast(device, precision):
-    """The context in which a forward pass runs in `precision` (one of fp32, bf16, fp16); float32 weights stay."""
-    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
-
-
-def frozen_dtype(precision):
-    """The dtype in which weights that are never trained are kept: half the memory, and no cast in each forward pass."""
-    return PRECISIONS[precision]
-
-
-def cast_weights(model, dtype):
-    """Put the weights of `model` into `dtype`; returns it.
-
-    model.to(dtype) would also round the frequencies of rotary positions, which are no weights: by 0.3 % in bf16.
-    """
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
-    return model
-
-
-def checkpoint_activations(model):
-    """Make each layer compute its activations again in the backward pass instead of keeping them (while training)."""
-    # the newer name of the two, so that transformers does not say that the older one will go
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # which also works where the inputs need no gradient, as under LoRA
-
-
-def compile_layers(model):
-    """Let torch.compile make fused kernels of each layer, for passes with gradients; all layers share what it makes.
-
-    Evaluation and sampling, whose shapes change from pass to pass, stay as they are.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = _compiled_with_gradients(layer.forward)
-
-
-def _compiled_with_gradients(plain):
-    compiled = torch.compile(plain)
-    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
-
-
-def prompt_ids(tokenizer, prompt):
-    """The one place where a prompt becomes token ids: for training, rollout, evaluation and inference.
-
-    prompt: a list of chat messages, or a plain text. With a chat template, a text is one user message; without one
-    (GPT-2), a text is taken as it stands and messages are joined as `role: content` lines.
-    Exactly one BOS where the tokenizer has one. Raises UserError for a prompt of the wrong form.
-    """
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    elif (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in prompt)
-    ):
-        messages = prompt
-    else:
-        raise UserError(f"a prompt must be text or a list of {{role, content}} messages, not {str(prompt)[:80]!r}")
-    for message in messages:
-        _encodable(message["content"])
-    if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"the chat template of the tokenizer does not take this prompt: {error}") from None
-    elif isinstance(prompt, str):
-        text = prompt
-    else:
-        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    if bos is not None and not tokenizer.chat_template and _adds_bos(tokenizer) and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    return ids
-
-
-def completion_ids(tokenizer, completion):
-    """Token ids of an answer, ended by the stop token. Tokenised apart from the prompt, so no boundary can merge.
-
-    completion: a text, or a list of one assistant message.
-    """
-    if isinstance(completion, list):
-        if len(completion) != 1 or not isinstance(completion[0], dict) or "content" not in completion[0]:
-            raise UserError(
-                f"a completion must be text or a list of one assistant message, not {str(completion)[:80]!r}"
-            )
-        completion = completion[0]["content"]
-    if not isinstance(completion, str):
-        raise UserError(f"a completion must be text, not {type(completion).__name__}")
-    _encodable(completion)
-    return [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-
-
-def _encodable(text):
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"half of a surrogate pair stands at character {error.start} of {text[:80]!r}") from None
-
-
-def _adds_bos(tokenizer):
-    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-
-def answer_text(tokenizer, ids):
-    """The text of sampled ids, without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from configs.config import UserError
-from models.attention import use_products
-from models.lean import make_lean
+from models.fast.attention import use_products
+from models.fast.layers import make_lean
 from models.tiny import CHAT_TEMPLATE
 
 

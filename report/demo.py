@@ -17,9 +17,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-from configs.config import ROOT, UserError, cli, option
-from configs.memory import AT_START
-from configs.run import duration, in_root, say
+from configs.config import ROOT, UserError, option
+from runtime.cli import cli
+from runtime.console import duration, say
+from runtime.files import in_root
+from runtime.memory import AT_START
 
 # Seconds that each stage took on two cores of an AMD EPYC with avx512_bf16. The pace of this machine rescales them.
 MEASURED = {
@@ -95,7 +97,7 @@ def first_pace():
     """The pace to expect of this machine before a stage has been timed: from its speed in matrix products."""
     import torch  # late, as the stages have processes of their own
 
-    from models.loader import frozen_dtype, pick_device, pick_precision
+    from models.device import frozen_dtype, pick_device, pick_precision
 
     device = pick_device()
     x = torch.randn(1024, 1024, device=device).to(frozen_dtype(pick_precision("auto", device)))

@@ -18,22 +18,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from configs.checkpoint import Checkpoints, Saving
-from configs.config import UserError, cli, option
-from configs.run import Run, quiet_libraries, say
-from models.loader import autocast, check_length, pick_device, pick_precision
-from rlhf.dataset import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
+from configs.config import UserError, option
+from data.order import step_indices
+from data.pairs import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
+from models.device import autocast, pick_device, pick_precision
+from models.loader import check_length
 from rlhf.packing import answer_logprobs, pack
-from rlhf.rollouts import step_indices
-from rlhf.utils import (
-    Meter,
-    as_reference,
-    in_words,
-    load_policy,
-    optimizer_step,
-    save_policy,
-)
-from train.common import lr_at, make_optimizer
+from rlhf.policy import as_reference, load_policy, save_policy
+from rlhf.steps import Meter, in_words, optimizer_step
+from runtime.checkpoint import Checkpoints, Saving
+from runtime.cli import cli
+from runtime.console import quiet_libraries, say
+from runtime.run import Run
+from train.updates import lr_at, make_optimizer
 
 
 @dataclass

@@ -17,26 +17,21 @@ from typing import ClassVar, Literal
 import torch
 from accelerate import Accelerator
 
-from configs.checkpoint import Checkpoints, Saving
-from configs.config import UserError, cli, option, refuse_unused
-from configs.run import Run, quiet_libraries, say
-from models.loader import autocast, check_length, pick_device, pick_precision
-from rlhf.dataset import load_groups
+from configs.config import UserError, option, refuse_unused
+from data.order import step_indices
+from data.pairs import load_groups
+from models.device import autocast, pick_device, pick_precision
+from models.loader import check_length
 from rlhf.packing import answer_logprobs
-from rlhf.rollouts import PromptStream, Rollout, Sampler, Scorer, check_room, step_indices
-from rlhf.utils import (
-    Meter,
-    as_reference,
-    in_words,
-    kl_estimate,
-    load_policy,
-    masked_mean,
-    measure_kl,
-    optimizer_step,
-    save_policy,
-    sum_over_ranks,
-)
-from train.common import lr_at, make_optimizer
+from rlhf.policy import as_reference, load_policy, save_policy
+from rlhf.rollouts import PromptStream, Rollout, Sampler, Scorer, check_room
+from rlhf.steps import Meter, in_words, measure_kl, optimizer_step, sum_over_ranks
+from rlhf.utils import kl_estimate, masked_mean
+from runtime.checkpoint import Checkpoints, Saving
+from runtime.cli import cli
+from runtime.console import quiet_libraries, say
+from runtime.run import Run
+from train.updates import lr_at, make_optimizer
 
 
 @dataclass

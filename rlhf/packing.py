@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.attention import Rows, attends_here
+from models.fast.attention import Rows, attends_here
+from models.fast.head import head_logprobs, hidden_states, unwrapped
 from models.generation import common_prefix
-from models.logprobs import head_logprobs, hidden_states, unwrapped
 
 
 @dataclass

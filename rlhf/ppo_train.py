@@ -22,28 +22,22 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from configs.checkpoint import Checkpoints, Saving
-from configs.config import UserError, cli, option, refuse_unused
-from configs.run import Run, quiet_libraries, read_json, say, shown
-from models.loader import autocast, pick_device, pick_precision, same_tokens
-from models.lora import lean_adapters
+from configs.config import UserError, option, refuse_unused
+from models.device import autocast, pick_device, pick_precision
+from models.fast.lora import lean_adapters
+from models.loader import same_tokens
 from rlhf.packing import answer_logprobs, answer_scores
+from rlhf.policy import as_reference, load_policy, save_policy
 from rlhf.reward_model import ADAPTER, RewardModel, find_reward_model, last_token
 from rlhf.rollouts import PromptStream, Sampler, check_room, gold_scores
-from rlhf.utils import (
-    Meter,
-    as_reference,
-    in_words,
-    kl_estimate,
-    load_policy,
-    masked_mean,
-    masked_whiten,
-    measure_kl,
-    optimizer_step,
-    save_policy,
-    sum_over_ranks,
-)
-from train.common import lr_at, make_optimizer
+from rlhf.steps import Meter, in_words, measure_kl, optimizer_step, sum_over_ranks
+from rlhf.utils import kl_estimate, masked_mean, masked_whiten
+from runtime.checkpoint import Checkpoints, Saving
+from runtime.cli import cli
+from runtime.console import quiet_libraries, say
+from runtime.files import read_json, shown
+from runtime.run import Run
+from train.updates import lr_at, make_optimizer
 
 
 @dataclass

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from configs.config import UserError
-from configs.run import in_root, shown
-from models.loader import model_config, pick_device, portable_name, read_weights, resolve_model
-from models.logprobs import hidden_states, unwrapped
+from models.device import pick_device
+from models.fast.head import hidden_states, unwrapped
+from models.loader import model_config, portable_name, read_weights, resolve_model
+from runtime.files import in_root, shown
 
 ADAPTER = "adapter"  # subfolder of a reward model trained with LoRA: the adapter alone, for sharing a backbone
 

@@ -9,13 +9,19 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from configs.config import UserError
-from configs.run import in_root, say, sha256_file
-from data.checks import call_judge, load_judge, load_prompts, score
+from data.checks import score
+from data.order import step_indices
+from data.prompts import load_prompts
+from data.rewards import call_judge, load_judge
+from models.device import frozen_dtype
+from models.fast.head import unwrapped
 from models.generation import generate
-from models.loader import answer_text, frozen_dtype, load_model, prompt_ids, same_tokens
-from models.logprobs import unwrapped
+from models.loader import load_model, same_tokens
+from models.tokens import answer_text, prompt_ids
 from rlhf.packing import pack, score_answers
 from rlhf.reward_model import RewardModel, find_reward_model
+from runtime.console import say
+from runtime.files import in_root, sha256_file
 
 
 @dataclass
@@ -100,18 +106,6 @@ class PromptStream:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         chosen = step_indices(len(self.rows), self.count, step, self.seed)
         return [(k, self.rows[i], self.ids[i]) for k, i in enumerate(chosen) if k % world == rank]
-
-
-def step_indices(total, count, step, seed):
-    """Indices of the `count` items of step `step` (from 1): a fresh permutation of all `total` for each epoch."""
-    found, order_of = [], {}
-    for position in range((step - 1) * count, step * count):
-        epoch, offset = divmod(position, total)
-        if epoch not in order_of:
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            order_of[epoch] = torch.randperm(total, generator=generator).tolist()
-        found.append(order_of[epoch][offset])
-    return found
 
 
 def check_room(stream, model, max_new_tokens):

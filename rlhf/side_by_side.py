@@ -6,22 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.config import UserError, option, read_yaml, refuse_unused
-from configs.run import in_root, quiet_libraries, say, shown
 from data.prompts import read_prompts
-from models.answers import check_out, sample_answers, sampling
-from models.loader import (
-    adapter_base,
-    frozen_dtype,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_precision,
-    prompt_ids,
-    resolve_model,
-)
-from models.logprobs import check_head
+from models.completions import check_out, sample_answers, sampling
+from models.device import frozen_dtype, pick_device, pick_precision
+from models.fast.head import check_head
+from models.loader import adapter_base, load_model, load_tokenizer, resolve_model
+from models.tokens import prompt_ids
 from rlhf.packing import completion_logprobs
-from rlhf.utils import as_reference
+from rlhf.policy import as_reference
+from runtime.console import quiet_libraries, say
+from runtime.files import in_root, shown
 
 
 @dataclass

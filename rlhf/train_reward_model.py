@@ -16,24 +16,21 @@ from typing import ClassVar, Literal
 import torch
 from accelerate import Accelerator
 
-from configs.checkpoint import Checkpoints, Saving
-from configs.config import UserError, cli, option
-from configs.run import Run, quiet_libraries, say, shown
-from models.loader import (
-    autocast,
-    check_length,
-    frozen_dtype,
-    load_tokenizer,
-    pick_device,
-    pick_precision,
-    resolve_model,
-)
-from rlhf.dataset import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
+from configs.config import UserError, option
+from data.order import step_indices
+from data.pairs import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
+from models.device import autocast, frozen_dtype, pick_device, pick_precision
+from models.loader import check_length, load_tokenizer, resolve_model
 from rlhf.packing import answer_scores, pack
+from rlhf.policy import prepare_training
 from rlhf.reward_model import RewardModel, reward_loss
-from rlhf.rollouts import step_indices
-from rlhf.utils import Meter, in_words, optimizer_step, prepare_training
-from train.common import lr_at, make_optimizer
+from rlhf.steps import Meter, in_words, optimizer_step
+from runtime.checkpoint import Checkpoints, Saving
+from runtime.cli import cli
+from runtime.console import quiet_libraries, say
+from runtime.files import shown
+from runtime.run import Run
+from train.updates import lr_at, make_optimizer
 
 
 @dataclass

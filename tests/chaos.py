@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ("configs", "models", "data", "train", "rlhf", "report", "tests")
+FLOORS = ("configs", "runtime", "models", "data", "train", "rlhf", "inference", "report", "proof", "tests")
 MADE = ("models/smoke", "data/smoke", "report/runs/smoke")  # where the demo at smoke size writes
 LM = ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", "2", "--save_every", "1", "--epochs", "2"]
 LM += ["--max_steps", "9"]  # of which five are in the second epoch

@@ -64,7 +64,7 @@ def nothing_stays_in_the_tree(seen_in_the_tree):
 @pytest.fixture
 def sampled_models(monkeypatch):
     """A function (module that samples) -> the list of the models that it will sample from, filled as it does."""
-    from models.kept import generate_kept
+    from models.resumable import generate_kept
 
     def watch(module):
         models = []

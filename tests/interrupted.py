@@ -28,6 +28,8 @@ import torch
 from chaos import PHASES  # steps: all that comes after the start-up, but for saving
 from safetensors.torch import load_file
 
+from models import resumable
+
 TRAIN = ("train_lm", "train_lm_ddp", "train_lm_amp_ckpt", "train_lm_lora", "train_lm_wandb")
 SCRIPTS = [f"train.{name}" for name in TRAIN]
 SCRIPTS += [f"rlhf.{name}" for name in ("train_reward_model", "dpo_train", "ppo_train", "grpo_train")]
@@ -117,7 +119,7 @@ def run_killed(script, words, out, whole, kills=4, seed=0):
 
 
 def _child(script, words, out, die_at, die_by, largest_file, spoil_from, environment):
-    from configs.config import cli
+    from runtime.cli import cli
 
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -195,9 +197,8 @@ def _watch(path):
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from configs.checkpoint import Checkpoints
-    from configs.run import Run
-    from models import kept
+    from runtime.checkpoint import Checkpoints
+    from runtime.run import Run
 
     with open(path, "r+b") as f:
         now = mmap.mmap(f.fileno(), 1)  # what is written here stays when the process dies
@@ -221,7 +222,7 @@ def _watch(path):
 
         return call
 
-    Run.begin_steps, kept.generate = begins(Run.begin_steps), begins(kept.generate)
+    Run.begin_steps, resumable.generate = begins(Run.begin_steps), begins(resumable.generate)
     for owner in (PreTrainedModel, PeftModel, PreTrainedTokenizerBase):
         owner.save_pretrained = saves(owner.save_pretrained)
     Checkpoints.save, Run.finish = saves(Checkpoints.save), saves(Run.finish)
@@ -242,7 +243,7 @@ def _count(events, die_at, die, optimizers):
 
     for name in ("fsync", "rename", "replace"):
         setattr(os, name, counted(getattr(os, name)))
-    from configs import checkpoint
+    from runtime import checkpoint
 
     save_file = checkpoint.save_file
 

@@ -1,6 +1,6 @@
 """What must hold, as short keys and sentences. `pytest --statement KEY` runs the tests of one of them.
 
-A test says what it shows by `@pytest.mark.statement(KEY, ...)`; tests/mutants/breakages.py holds, for each key, ways to
+A test says what it shows by `@pytest.mark.statement(KEY, ...)`; tests/mutants/mutants.py holds, for each key, ways to
 break the code that its tests must notice (`make mutants`). test_statements.py checks that nothing is missing.
 """
 

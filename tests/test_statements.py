@@ -4,7 +4,7 @@ import ast
 from functools import cache
 
 import pytest
-from mutants.breakages import BREAKAGES
+from mutants.mutants import BREAKAGES
 from statements import STATEMENTS
 
 from configs.config import ROOT
@@ -34,7 +34,7 @@ def test_every_statement_has_a_breakage():
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=str)
 def test_a_breakage_fits_the_code_and_its_tests_are_of_its_statement(breakage):
-    assert breakage.fits(ROOT), "stale: the code has changed; say in breakages.py how to break it now"
+    assert breakage.fits(ROOT), "stale: the code has changed; say in mutants.py how to break it now"
     tests = marked_tests()
     for name in breakage.tests:
         file, function = name.split("::")

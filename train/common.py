@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from configs.checkpoint import Saving
 from configs.config import UserError, option
-from configs.run import in_root, say, shown, synced, write_atomically
 from data.blocks import make_blocks
 from data.corpus import load_corpus
+from data.order import data_order
+from models.device import compile_layers
+from models.fast.head import check_head, head_nll, hidden_states, unwrapped
 from models.generation import generate
-from models.loader import (
-    answer_text,
-    check_length,
-    compile_layers,
-    load_model,
-    load_tokenizer,
-    portable_name,
-    prompt_ids,
-    resolve_model,
-)
-from models.logprobs import check_head, head_nll, hidden_states, unwrapped
+from models.loader import check_length, load_model, load_tokenizer, portable_name, resolve_model
 from models.scratch import build_scratch, train_tokenizer
+from models.tokens import answer_text, prompt_ids
+from runtime.checkpoint import Saving
+from runtime.console import say
+from runtime.files import in_root, shown, write_atomically
 
 
 @dataclass
@@ -114,12 +107,6 @@ def load_start(config, corpus, device):
     return model, tokenizer
 
 
-def data_order(rows, seed, epoch):
-    """The order in which an epoch reads `rows` rows: a permutation that depends on (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(rows, generator=generator).tolist()
-
-
 def steps_in_epoch(rows, config):
     return math.ceil(rows / (config.batch_size * config.accumulation_steps))
 
@@ -142,29 +129,6 @@ def step_rows(step, rows, config):
     size = config.batch_size * config.accumulation_steps
     mine = data_order(rows, config.seed, epoch)[step * size : (step + 1) * size]
     return [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
-
-
-def lr_at(step, total_steps, lr, warmup_steps, min_lr_ratio):
-    """Learning rate of optimizer step `step` (from 1): linear warm-up to `lr`, then a cosine to `lr * min_lr_ratio`.
-
-    The peak is at step `warmup_steps` (at step 1 without warm-up), the minimum at `total_steps`; Loshchilov & Hutter,
-    "SGDR" (2016), eq. 5, with one period.
-    """
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    peak = max(warmup_steps, 1)
-    progress = min(max(step - peak, 0) / max(total_steps - peak, 1), 1.0)
-    return lr * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizer(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
-    """AdamW over the parameters that train. Matrices decay; vectors (biases, norms) do not."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
 def lm_loss(model, batch, compiled=False):
@@ -227,24 +191,6 @@ def save_samples(folder, samples):
     lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples if s]
     if lines:
         write_atomically(folder / "samples.jsonl", "".join(lines))
-
-
-def save_model(model, tokenizer, folder):
-    """Write weights and tokenizer; a kill leaves no half-written model: config.json comes last."""
-    temporary = folder / "saving.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        last = ("config.json", "adapter_config.json")
-        for path in sorted(temporary.iterdir(), key=lambda p: (p.name in last, p.name)):
-            if path.is_dir():  # a second adapter
-                shutil.rmtree(folder / path.name, ignore_errors=True)
-            else:
-                synced(path)
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def name_base(model, model_name):

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.checkpoint import Checkpoints
-from configs.config import cli
-from configs.run import Run, quiet_libraries, shown
-from models.loader import pick_device, weights_hash
+from models.device import pick_device
+from models.loader import weights_hash
+from models.save import save_model
+from runtime.checkpoint import Checkpoints
+from runtime.cli import cli
+from runtime.console import quiet_libraries
+from runtime.files import shown
+from runtime.run import Run
 from train.common import (
     LMConfig,
     count_steps,
@@ -24,14 +28,12 @@ from train.common import (
     load_blocks,
     load_data,
     load_start,
-    lr_at,
-    make_optimizer,
-    save_model,
     save_samples,
     show_sample,
     step_rows,
     summary,
 )
+from train.updates import lr_at, make_optimizer
 
 
 @dataclass

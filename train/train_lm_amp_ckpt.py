@@ -16,10 +16,16 @@ from typing import Literal
 
 import torch
 
-from configs.checkpoint import Checkpoints
-from configs.config import UserError, cli, option
-from configs.run import Run, quiet_libraries, shown
-from models.loader import autocast, checkpoint_activations, pick_device, pick_precision, weights_hash
+from configs.config import UserError, option
+from models.device import autocast, checkpoint_activations, pick_device, pick_precision
+from models.loader import weights_hash
+from models.save import save_model
+from runtime.checkpoint import Checkpoints
+from runtime.cli import cli
+from runtime.console import quiet_libraries
+from runtime.files import shown
+from runtime.run import Run
+from train.amp_savings import compare_memory_and_time
 from train.common import (
     LMConfig,
     compile_if_asked,
@@ -29,15 +35,12 @@ from train.common import (
     load_blocks,
     load_data,
     load_start,
-    lr_at,
-    make_optimizer,
-    save_model,
     save_samples,
     show_sample,
     step_rows,
     summary,
 )
-from train.measure import compare_memory_and_time
+from train.updates import lr_at, make_optimizer
 
 
 @dataclass

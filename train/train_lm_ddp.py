@@ -20,10 +20,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.checkpoint import Checkpoints
-from configs.config import UserError, cli, option
-from configs.run import Run, quiet_libraries, say, shown
-from models.loader import PRECISIONS, autocast, checkpoint_activations, pick_device, pick_precision, weights_hash
+from configs.config import UserError, option
+from models.device import PRECISIONS, autocast, checkpoint_activations, pick_device, pick_precision
+from models.loader import weights_hash
+from models.save import save_model
+from runtime.checkpoint import Checkpoints
+from runtime.cli import cli
+from runtime.console import quiet_libraries, say
+from runtime.files import shown
+from runtime.run import Run
 from train.common import (
     LMConfig,
     compile_if_asked,
@@ -33,15 +38,13 @@ from train.common import (
     load_blocks,
     load_data,
     load_start,
-    lr_at,
-    make_optimizer,
-    save_model,
     save_samples,
     show_sample,
     step_rows,
     summary,
 )
 from train.train_lm_lora import add_lora, refuse_base
+from train.updates import lr_at, make_optimizer
 
 
 @dataclass

@@ -15,18 +15,14 @@ from typing import Literal
 
 import torch
 
-from configs.config import UserError, cli, option
-from configs.run import say, shown
-from models.loader import (
-    PRECISIONS,
-    cast_weights,
-    load_model,
-    pick_device,
-    pick_precision,
-    portable_name,
-    resolve_model,
-)
-from train.common import LMConfig, save_model
+from configs.config import UserError, option
+from models.device import PRECISIONS, cast_weights, pick_device, pick_precision
+from models.loader import load_model, portable_name, resolve_model
+from models.save import save_model
+from runtime.cli import cli
+from runtime.console import say
+from runtime.files import shown
+from train.common import LMConfig
 from train.train_lm import train
 
 
@@ -60,7 +56,7 @@ def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32)
     """
     from peft import LoraConfig, get_peft_model
 
-    from models.lora import lean_adapters
+    from models.fast.lora import lean_adapters
 
     settings = LoraConfig(
         r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -16,8 +16,11 @@ from urllib.parse import urlparse
 
 import wandb
 
-from configs.config import UserError, cli, config_to_dict, option
-from configs.run import Run, say, shown
+from configs.config import UserError, config_to_dict, option
+from runtime.cli import cli
+from runtime.console import say
+from runtime.files import shown
+from runtime.run import Run
 from train.common import LMConfig
 from train.train_lm import train
 

@@ -5,7 +5,8 @@ import json
 import shutil
 import sys
 
-from configs.config import ROOT, cli
+from configs.config import ROOT
+from runtime.cli import cli
 
 SCRIPTS = {  # short name: (script, the configuration that it is given or None)
     "lm": ("train/train_lm.py", "smoke/train_base.yaml"),

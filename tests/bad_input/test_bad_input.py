@@ -40,7 +40,7 @@ from bad_input.makers import (
 )
 
 from configs.config import ROOT
-from data.checks import load_prompts
+from data.prompts import load_prompts
 
 T5 = '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
 VIT = '{"model_type": "vit", "architectures": ["ViTForImageClassification"]}'

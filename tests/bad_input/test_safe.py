@@ -9,9 +9,10 @@ import yaml
 from bad_input.makers import adapter, damaged, file, model, put, reward, run, settings, tree, without, words_of
 
 from configs.config import UserError, read_yaml
-from configs.run import quiet_libraries
-from models.loader import load_model, load_tokenizer, prompt_ids
+from models.loader import load_model, load_tokenizer
+from models.tokens import prompt_ids
 from rlhf.reward_model import RewardModel
+from runtime.console import quiet_libraries
 
 SECRET = "a-secret-that-is-nowhere-else"
 

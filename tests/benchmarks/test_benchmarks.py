@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from benchmarks import grpo, lm, measure, operations, page, run, scaling
 from benchmarks.flops import Cost, Part, row, rows, sampled
 from configs.config import ROOT, UserError, load_config
-from configs.memory import AT_START
 from models import loader
 from models.loader import load_model, load_tokenizer
+from runtime.memory import AT_START
 
 
 def report(seconds, losses=(2.0, 1.5), memory=1.0, **more):

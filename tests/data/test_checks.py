@@ -6,18 +6,9 @@ from collections import Counter
 import pytest
 
 from configs.config import UserError
-from data.checks import (
-    CHECKS,
-    call_judge,
-    is_degenerate,
-    load_judge,
-    load_prompts,
-    passed,
-    score,
-    split_sentences,
-    validate_checks,
-    words,
-)
+from data.checks import CHECKS, is_degenerate, passed, score, split_sentences, words
+from data.prompts import load_prompts, validate_checks
+from data.rewards import call_judge, load_judge
 
 # name, arguments, answers that pass, answers that nearly pass
 CASES = [

@@ -14,11 +14,12 @@ from data import generate_preferences, generate_preferences_multi, preferences
 from data.checks import score
 from data.generate_preferences import make_pairs
 from data.generate_preferences_multi import order_group
+from data.pairs import load_groups, load_pairs
 from data.preferences import SamplingConfig, histogram, load_task, sample_and_score
 from data.prompts import parse_prompts, read_prompts
-from models.answers import Answer
-from models.loader import answer_text, load_model, load_tokenizer, prompt_ids, weights_hash
-from rlhf.dataset import load_groups, load_pairs
+from models.completions import Answer
+from models.loader import load_model, load_tokenizer, weights_hash
+from models.tokens import answer_text, prompt_ids
 from rlhf.packing import completion_logprobs
 
 

@@ -12,9 +12,10 @@ import torch
 import yaml
 
 from configs.config import ROOT, UserError, load_config
-from models.answers import TextStream
-from models.loader import load_model, load_tokenizer, portable_name, prompt_ids
+from models.completions import TextStream
+from models.loader import load_model, load_tokenizer, portable_name
 from models.tiny import build_tiny
+from models.tokens import prompt_ids
 from rlhf.reward_model import RewardModel
 from rlhf.side_by_side import SideBySide
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.decoding import decoder_for
+from models.fast.decoder import decoder_for
+from models.fast.layers import make_lean
 from models.generation import BLOCK, _moved, _moves, generate, inverse_cdf, tempered_logprobs
-from models.lean import make_lean
 
 ALL = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "decoder"])
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
 
 @pytest.fixture
 def tiny(tiny):
-    """The models of conftest.py, and under the name "decoder" one that models/decoding.py takes."""
+    """The models of conftest.py, and under the name "decoder" one that models/fast/decoder.py takes."""
 
     def build(name="tiny-llama", **changes):
         if name != "decoder":
@@ -181,7 +181,8 @@ def test_bad_input_is_named(tiny, prompts, options, message):
 
 @pytest.mark.statement("left-padding")
 def test_greedy_equals_transformers_with_smollm2_on_a_padded_batch_of_real_prompts():
-    from models.loader import load_model, load_tokenizer, prompt_ids
+    from models.loader import load_model, load_tokenizer
+    from models.tokens import prompt_ids
 
     model, tokenizer = load_model("smollm2-135m", device="cpu"), load_tokenizer("smollm2-135m")
     texts = ["What is the capital of France?", "Hi", "Name three colours. Write only in lowercase letters.", "2 + 2 ="]

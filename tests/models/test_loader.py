@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from configs.config import ROOT, UserError
 from models import tiny
-from models.loader import completion_ids, load_tokenizer, pick_device, prompt_ids
+from models.device import pick_device
+from models.loader import load_tokenizer
 from models.tiny import byte_tokenizer
+from models.tokens import completion_ids, prompt_ids
 
 TALK = [{"role": "user", "content": "Hi"}]
 

@@ -1,4 +1,4 @@
-"""Break a copy of the code in each way of breakages.py, one at a time, and see its tests notice.
+"""Break a copy of the code in each way of mutants.py, one at a time, and see its tests notice.
 
     make mutants                                      # all; exit status 1 if a breakage survives or no longer fits
     python tests/mutants/run.py --only token-mean     # those of one statement
@@ -19,10 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from breakages import BREAKAGES
+from mutants import BREAKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ("configs", "models", "data", "train", "rlhf", "report")
+FLOORS = ("configs", "runtime", "models", "data", "train", "rlhf", "report", "proof")
 MODEL = "models/smollm2-135m"  # fetched, not tracked: tests need it
 DOES_NOT_RUN = (SyntaxError, ImportError, NameError, AttributeError, TypeError)
 

@@ -3,7 +3,7 @@
 import random
 
 from report.compare import METHODS, Row
-from report.evaluate import summarise
+from report.intervals import summarise
 
 CHECKS = ("lowercase", "max_words", "no_commas", "question", "quoted", "bullets", "starts_with", "includes", "numbered")
 UNSEEN = ["includes", "numbered"]

@@ -8,26 +8,19 @@ import pytest
 
 from configs.config import UserError
 from report import compare
-from report.compare import (
-    Config,
-    Method,
+from report.compare import Config, Method, equal_variety, find_runs, run_folder, seconds_before
+from report.page import plain, table, write_report
+from report.sentences import (
     checks_sentence,
     cost_sentence,
     curves_sentence,
-    equal_variety,
-    find_runs,
     gain,
     headline,
     kl_sentence,
     listed,
-    plain,
     proxy_sentence,
     reward_sentence,
-    run_folder,
-    seconds_before,
     sure,
-    table,
-    write_report,
 )
 
 spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).with_name("synthetic.py"))

@@ -10,9 +10,9 @@ import pytest
 from interrupted import said, start_demo, tree_differences
 
 from configs.config import ROOT, UserError
-from configs.memory import AT_START
 from report import demo
 from report.demo import MEASURED, Stage, run_all, seconds_left, stages
+from runtime.memory import AT_START
 
 
 @pytest.fixture

@@ -9,15 +9,8 @@ import torch
 
 from configs.config import ROOT, UserError
 from models.loader import load_model, load_tokenizer
-from report.evaluate import (
-    Config,
-    answer_kls,
-    best_of_measured,
-    evaluate,
-    heldout_prompts,
-    measurement_path,
-    pair_accuracy,
-)
+from report.evaluate import Config, answer_kls, evaluate, heldout_prompts, measurement_path
+from report.intervals import best_of_measured, pair_accuracy
 from rlhf.packing import completion_logprobs
 
 QUICK = {"base": "tiny-llama", "reward_model": None, "limit": 6, "max_new_tokens": 6, "text": "tests/train/text.jsonl",

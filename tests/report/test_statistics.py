@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from report.evaluate import best_of_kl, clustered, distinct, interval, summarise, t975
+from report.intervals import best_of_kl, clustered, distinct, interval, summarise, t975
 from rlhf.utils import kl_estimate
 
 

@@ -51,7 +51,8 @@ def reward(pairs, tmp_path_factory):
 def groups(tmp_path_factory):
     """Groups as the generator writes them, sampled by tiny-llama itself."""
     from models.generation import generate
-    from models.loader import answer_text, load_model, load_tokenizer, prompt_ids
+    from models.loader import load_model, load_tokenizer
+    from models.tokens import answer_text, prompt_ids
 
     model, tokenizer = load_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama")
     rows = []

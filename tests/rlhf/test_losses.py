@@ -10,7 +10,8 @@ from rlhf.dpo_train import dpo_loss
 from rlhf.grpo_train import group_advantages, grpo_loss
 from rlhf.ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import reward_loss
-from rlhf.utils import Meter, kl_estimate, masked_mean, masked_whiten, measure_kl
+from rlhf.steps import Meter, measure_kl
+from rlhf.utils import kl_estimate, masked_mean, masked_whiten
 
 T = torch.tensor
 close = torch.testing.assert_close

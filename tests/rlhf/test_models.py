@@ -7,14 +7,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, StableLmConfig
 
-from models.attention import use_products
+from models.fast.attention import use_products
+from models.fast.head import unwrapped
+from models.fast.layers import make_lean
 from models.generation import generate
-from models.lean import make_lean
-from models.logprobs import unwrapped
 from rlhf.dpo_train import answer_logps, dpo_loss
 from rlhf.packing import answer_logprobs, completion_logprobs, pack
+from rlhf.policy import as_reference, disable_dropout
 from rlhf.reward_model import RewardModel, score_at_end
-from rlhf.utils import as_reference, completion_batch, disable_dropout, pad_rows, token_logprobs
+from rlhf.utils import completion_batch, pad_rows, token_logprobs
 
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])  # rotary and learned positions
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9, 10, 11, 12], [8, 9, 10, 11, 12]]

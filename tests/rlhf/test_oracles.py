@@ -9,16 +9,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from configs.config import load_config
+from data.order import step_indices
+from data.pairs import load_pairs
 from models.loader import load_tokenizer
 from models.tiny import build_tiny
 from rlhf import dpo_train
-from rlhf.dataset import load_pairs
 from rlhf.dpo_train import answer_logps, dpo_loss
 from rlhf.grpo_train import grpo_loss
 from rlhf.packing import answer_logprobs, answer_scores, pack
 from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import RewardModel, reward_loss
-from rlhf.rollouts import Sampler, step_indices
+from rlhf.rollouts import Sampler
 from rlhf.utils import kl_estimate, token_logprobs
 
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])

@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.lean import GatedMLP
+from data.order import step_indices
+from data.pairs import load_pairs
+from models.fast.layers import GatedMLP
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer, tiny_config
 from rlhf import rollouts
-from rlhf.dataset import load_pairs
 from rlhf.dpo_train import answer_logps
-from rlhf.rollouts import PromptStream, step_indices
-from train.common import lr_at
+from rlhf.rollouts import PromptStream
+from train.updates import lr_at
 
 TRAINERS = {
     "reward": "rlhf.train_reward_model", "dpo": "rlhf.dpo_train", "ppo": "rlhf.ppo_train", "grpo": "rlhf.grpo_train"

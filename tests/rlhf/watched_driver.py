@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from configs.config import leave_processes, load_config
-from configs.run import rank
+from configs.config import load_config
 from rlhf import utils
+from runtime.cli import leave_processes
+from runtime.console import rank
 
 
 def watch(script):

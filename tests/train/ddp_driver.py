@@ -13,8 +13,8 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from configs.config import UserError
-from configs.run import rank
 from data.corpus import Corpus
+from runtime.console import rank
 from train import common, train_lm, train_lm_ddp
 
 CORPUS = Corpus(

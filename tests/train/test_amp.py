@@ -8,7 +8,7 @@ import torch
 
 from configs.config import UserError
 from train import train_lm_amp_ckpt
-from train.common import lr_at
+from train.updates import lr_at
 
 
 def config(folder, **changes):

@@ -6,10 +6,12 @@ import torch
 
 from configs.config import UserError
 from data.blocks import make_blocks, text_sample
-from models.loader import completion_ids, load_model, load_tokenizer, prompt_ids
-from models.logprobs import hidden_states
+from models.fast.head import hidden_states
+from models.loader import load_model, load_tokenizer
 from models.scratch import build_scratch, train_tokenizer
-from train.common import lm_loss, make_optimizer
+from models.tokens import completion_ids, prompt_ids
+from train.common import lm_loss
+from train.updates import make_optimizer
 
 ROWS = [{"prompt": f"Count to {n}", "completion": " ".join(map(str, range(n)))} for n in (3, 5, 4, 2)]
 NAMES = ("tiny-llama", "tiny-gpt2")

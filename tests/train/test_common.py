@@ -9,20 +9,13 @@ import torch
 
 from configs.config import UserError
 from data.blocks import make_blocks
-from models.loader import checkpoint_activations, load_model, load_tokenizer
-from train.common import (
-    LMConfig,
-    count_steps,
-    data_order,
-    evaluate_lm,
-    lm_loss,
-    lr_at,
-    make_optimizer,
-    save_model,
-    show_sample,
-    step_rows,
-)
+from data.order import data_order
+from models.device import checkpoint_activations
+from models.loader import load_model, load_tokenizer
+from models.save import save_model
+from train.common import LMConfig, count_steps, evaluate_lm, lm_loss, show_sample, step_rows
 from train.train_lm_lora import add_lora, save_adapter
+from train.updates import lr_at, make_optimizer
 
 TEXTS = [{"text": "To be, or not to be, that is the question. " * n} for n in (1, 3, 2, 5)]
 

@@ -10,7 +10,7 @@ import torch
 
 from configs.config import ROOT, UserError, load_config
 from models.loader import load_model, load_tokenizer
-from train import measure, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, train_lm_wandb
+from train import amp_savings, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, train_lm_wandb
 
 SMOKE = ["--config", "configs/smoke/train_base.yaml"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -83,11 +83,11 @@ def test_ddp_on_two_processes_reaches_what_one_process_does(runs):
 
 def test_amp_and_checkpointing_are_measured_each_in_its_own_process(tmp_path, capsys, monkeypatch):
     job = {"name": "tiny-llama", "precision": "bf16", "checkpointing": True, "steps": 1, "shape": [2, 32]}
-    gb, seconds = measure._in_subprocess(job)
+    gb, seconds = amp_savings._in_subprocess(job)
     assert 0.1 < gb < 2 and 0 < seconds < 60
-    monkeypatch.setattr(measure, "_in_subprocess", lambda job: measure.measure(**job))
+    monkeypatch.setattr(amp_savings, "_in_subprocess", lambda job: amp_savings.measure(**job))
     config = train_lm_amp_ckpt.Config(model_name="tiny-llama", max_length=32, measure_steps=1, out=str(tmp_path))
-    measured = measure.compare_memory_and_time(config, None, None, "bf16")["measured"]
+    measured = amp_savings.compare_memory_and_time(config, None, None, "bf16")["measured"]
     assert list(measured) == ["plain", "CKPT", "AMP bf16", "AMP bf16 + CKPT"]
     assert all(row["peak_memory_gb"] > 0 and row["seconds_a_step"] > 0 for row in measured.values())
     assert "AMP bf16 saves" in capsys.readouterr().out

@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from configs.config import UserError
 from data.corpus import Corpus
-from models import logprobs
-from models.loader import compile_layers
+from models.device import compile_layers
+from models.fast import head
 from models.tiny import tiny_config
 from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp
 
@@ -91,7 +91,7 @@ def test_compiled_steps_are_the_plain_ones(script, more, monkeypatch, tmp_path):
     torch._dynamo.reset()
     asked, traced = [], functools.partial(torch.compile, backend="aot_eager")  # without a C++ compiler
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(logprobs, "compiled_nll", lambda: asked.append(1) or traced(logprobs.nll_of_logits))
+    monkeypatch.setattr(head, "compiled_nll", lambda: asked.append(1) or traced(head.nll_of_logits))
     monkeypatch.setattr(script, "compile_if_asked", lambda model, config: compile_layers(model))
     compiled, its_lines = run(script, monkeypatch, tmp_path / "compiled", texts, compile=True, **options)
     assert asked and (compiled - plain).abs().max() < (1e-6 if more else 1e-12)  # LoRA trains in float32

@@ -1,0 +1,257 @@
+"""Preference data: read it, check it, and turn it into token ids. JSONL or a hub dataset, plain or conversational."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from configs.config import UserError
+from data.corpus import answer_ended
+from models.tokens import completion_ids, prompt_ids
+from runtime.console import say
+from runtime.files import in_root, json_error, sha256_file, shown
+
+
+def read_rows(source, made_by="python data/generate_preferences.py"):
+    """Rows of a JSONL file as dicts, each with its place ("file line 12") under "where", and the file's hash.
+
+    A name that is no local file and does not end in .jsonl is a hub dataset (split "train").
+    Raises UserError naming file and line.
+    """
+    path = in_root(source)
+    if not path.exists() and not str(source).endswith((".jsonl", ".json")):
+        return _hub_rows(source)
+    if path.is_dir():
+        raise UserError(f"{shown(path)} is a folder: give a .jsonl file")
+    if not path.is_file():
+        raise UserError(f"{shown(path)} is not there. This makes it: {made_by}")
+    rows = []
+    # lines end at "\n" alone: texts may hold other separators, such as U+2028
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        where = f"{shown(path)} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({json_error(error)})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be an object with keys, not {line[:60].decode(errors='replace')!r}")
+        rows.append({**row, "where": where})
+    if not rows:
+        raise UserError(f"{shown(path)} is empty. This makes it: {made_by}")
+    return rows, sha256_file(path)
+
+
+def _hub_rows(name):
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data = {name!r} is no local file, and the hub gave no such dataset ({reason}). "
+            "Give a .jsonl file whose rows have prompt, chosen and rejected"
+        ) from None
+    return [{**row, "where": f"{name} row {i}"} for i, row in enumerate(data)], data._fingerprint
+
+
+def text_of(value):
+    """The plain text of a prompt or an answer in either form, for printing and for judges."""
+    return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
+
+
+def split_prompt(row):
+    """(prompt, chosen, rejected) of a pairwise row; without a `prompt`, it is what both conversations begin with."""
+    where = row["where"]
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise UserError(f"{where}: has no {key!r}. A row is prompt, chosen, rejected; it has {_keys(row)}")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if prompt is None:
+        if not (isinstance(chosen, list) and isinstance(rejected, list)):
+            raise UserError(f"{where}: has no 'prompt'. A row is prompt, chosen, rejected; it has {_keys(row)}")
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise UserError(f"{where}: chosen and rejected begin with different messages, and there is no 'prompt'")
+    return prompt, chosen, rejected
+
+
+def _keys(row):
+    return ", ".join(k for k in row if k != "where")
+
+
+def encode(tokenizer, prompt, completion, max_length, where, truncation="left", ended=True):
+    """(prompt ids, completion ids) within max_length tokens, or None if the row is to be dropped.
+
+    ended: False for an answer that a length limit cut while it was sampled: it has no stop token.
+    A completion is never cut to nothing: where both do not fit, the prompt is cut from the left ("left") or the row is
+    dropped ("drop"); a completion that alone is longer than max_length - 1 drops the row in both cases.
+    """
+    try:
+        p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not p:
+        raise UserError(f"{where}: the prompt is empty")
+    if len(c) < 2:
+        raise UserError(f"{where}: a completion is empty: nothing of this row would be learned")
+    c = c if ended else c[:-1]
+    if len(p) + len(c) > max_length:
+        if truncation == "drop" or len(c) >= max_length:
+            return None
+        p = p[len(p) + len(c) - max_length :]
+    return p, c
+
+
+def load_pairs(source, tokenizer, max_length, truncation="left"):
+    """Pairwise preferences as dicts {prompt, chosen, rejected: token ids, margin, text, where}, how many rows were
+    dropped or cut, and the data's hash. The prompt's ids are the same for both answers. An answer whose finish
+    (`chosen_finish`, `rejected_finish`) is "length" has no stop token, as when it was sampled."""
+    rows, digest = read_rows(source)
+    pairs, counts = [], {"dropped": 0, "cut": 0}
+    for row in rows:
+        prompt, chosen, rejected = split_prompt(row)
+        where = row["where"]
+        a, b = (
+            encode(tokenizer, prompt, row_answer, max_length, where, truncation, answer_ended(row, key, where))
+            for key, row_answer in (("chosen", chosen), ("rejected", rejected))
+        )
+        if a is None or b is None:
+            counts["dropped"] += 1
+            continue
+        prompt_tokens = min(a[0], b[0], key=len)
+        counts["cut"] += len(prompt_tokens) < len(prompt_ids(tokenizer, prompt))
+        margin = _margin(row)
+        text = {"prompt": text_of(prompt), "chosen": text_of(chosen), "rejected": text_of(rejected)}
+        pairs.append(
+            {"prompt": prompt_tokens, "chosen": a[1], "rejected": b[1], "margin": margin, "text": text, "where": where}
+        )
+    if not pairs:
+        raise UserError(f"{source}: no row is left: all {len(rows)} are longer than max_length = {max_length}")
+    return pairs, counts, digest
+
+
+def _margin(row):
+    scores = row.get("chosen_score"), row.get("rejected_score")
+    if None in scores:
+        return None
+    if not all(map(_is_number, scores)):
+        raise UserError(f"{row['where']}: chosen_score and rejected_score must be finite numbers, not {scores}")
+    return float(scores[0]) - float(scores[1])
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def count_steps(config, pairs):
+    """Optimizer steps of a run on so many pairs. Raises UserError if one step would take a pair twice."""
+    if config.batch_size > pairs:
+        raise UserError(f"batch_size = {config.batch_size}: there are only {pairs} pairs to train on; set at most that")
+    steps = pairs * config.epochs // config.batch_size
+    return min(steps, config.max_steps or steps)
+
+
+def split_by_prompt(rows, fraction, seed=0):
+    """(train, heldout): rows of the same prompt stay on one side, chosen by a hash of the prompt and the seed."""
+    import hashlib
+
+    def place(row):
+        key = f"{seed}:{row['text']['prompt']}".encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
+
+    train = [row for row in rows if place(row) >= fraction]
+    heldout = [row for row in rows if place(row) < fraction]
+    if fraction and (not train or not heldout):
+        raise UserError(f"heldout_fraction = {fraction}: leaves {len(train)} training and {len(heldout)} held-out rows")
+    return train, heldout
+
+
+def load_groups(source, tokenizer, max_length):
+    """Groups of answers as dicts {prompt: ids, completions: list of ids, logprobs: list of lists or None, scores,
+    temperature, policy, text, where}, and the data's hash. Chosen first, then the rejections.
+
+    A row with `completion_ids` and `logprobs` trains on what was sampled, never on a decode and re-encode; a row
+    without them is tokenised from its texts and has logprobs None.
+    """
+    rows, digest = read_rows(source, made_by="python data/generate_preferences_multi.py")
+    groups = []
+    for row in rows:
+        where = row["where"]
+        prompt, chosen, rejected = split_prompt(row)
+        if not isinstance(rejected, list) or not rejected or any(isinstance(a, dict) for a in rejected):
+            raise UserError(f"{where}: 'rejected' must be a list of answers, as in groups.jsonl; pairs are for DPO")
+        answers = [chosen, *rejected]
+        scores = row.get("scores", [1.0] + [0.0] * len(rejected))
+        if not isinstance(scores, list) or not all(map(_is_number, scores)):
+            raise UserError(f"{where}: scores must be a list of finite numbers, not {scores}")
+        if len(scores) != len(answers):
+            raise UserError(f"{where}: {len(scores)} scores for {len(answers)} answers (chosen first, then rejected)")
+        temperature = row.get("temperature", 1.0)
+        if not _is_number(temperature) or temperature <= 0:
+            raise UserError(f"{where}: temperature must be a number above 0, not {temperature!r}")
+        try:
+            p, encoded = prompt_ids(tokenizer, prompt), [completion_ids(tokenizer, a) for a in answers]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        ids, logprobs = row.get("completion_ids"), row.get("logprobs")
+        if ids is None:
+            ids, logprobs = encoded, None
+        if not _lists_of(ids, lambda i: isinstance(i, int) and i >= 0):
+            raise UserError(f"{where}: completion_ids must be lists of token ids, whole numbers from 0 on")
+        if logprobs is not None and not _lists_of(logprobs, _is_number):
+            raise UserError(f"{where}: logprobs must be lists of finite numbers, one for each of completion_ids")
+        if len(ids) != len(answers) or (logprobs is not None and [len(x) for x in logprobs] != [len(x) for x in ids]):
+            raise UserError(f"{where}: completion_ids and logprobs must have one list an answer, of equal lengths")
+        if any(not c for c in ids):
+            raise UserError(f"{where}: an answer has no tokens")
+        if max(max(c) for c in ids) >= len(tokenizer):
+            raise UserError(
+                f"{where}: completion_ids hold {max(max(c) for c in ids)}, and the tokenizer has {len(tokenizer)} ids: "
+                "another model sampled them"
+            )
+        if len(p) + max(map(len, ids)) > max_length:
+            raise UserError(f"{where}: {len(p) + max(map(len, ids))} tokens do not fit into max_length = {max_length}")
+        groups.append(
+            {
+                "prompt": p,
+                "completions": ids,
+                "logprobs": logprobs,
+                "scores": [float(s) for s in scores],
+                "temperature": float(temperature),
+                "policy": row.get("policy"),
+                "text": {"prompt": text_of(prompt), "answers": [text_of(a) for a in answers]},
+                "where": where,
+            }
+        )
+    lacking = [group for group in groups if group["logprobs"] is None]
+    if 0 < len(lacking) < len(groups):
+        raise UserError(f"{lacking[0]['where']}: has no logprobs, and other rows have them; a file holds one kind")
+    return groups, digest
+
+
+def _lists_of(value, good):
+    return isinstance(value, list) and all(isinstance(x, list) and all(map(good, x)) for x in value)
+
+
+def describe_pairs(train, heldout, counts):
+    """Print what a person needs to know of the pairs before training on them."""
+    lengths = sorted(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in train)
+    longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in train) / len(train)
+    say(
+        f"{len(train)} pairs to train on, {len(heldout)} held out by prompt; {counts['dropped']} dropped as too long, "
+        f"{counts['cut']} prompts cut; median {lengths[len(lengths) // 2]}, longest {lengths[-1]} tokens; "
+        f"the chosen answer is the longer one in {longer:.0%}"
+    )
+
+
+def pair_length(pair):
+    """Tokens computed for a pair: its prompt once, and both answers."""
+    return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])

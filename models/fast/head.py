@@ -1,0 +1,252 @@
+"""Log-probs of given tokens without ever holding all logits.
+
+A model's logits over 49 k tokens in float32 are most of the memory of a training step, and on a CPU a good part of its
+time. So the transformer's body runs once, and its head runs over a few rows at a time, only where a token counts. What
+the backward pass needs of a row's logits is one vector of the hidden size, known as soon as the logits are:
+
+    d log p(target) / d hidden = (onehot(target) - p) @ W / temperature
+
+A language model's loss is the sum over its tokens: there each row's share of the weight's gradient is known then, too.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from configs.config import UserError
+from models.fast.attention import added_mask
+from models.fast.layers import product_dtype
+
+# Bytes of logits of which the softmax is taken at once, in float32; on a CPU: what fits into its last cache
+PIECE = {"cpu": 26 << 20, "cuda": 128 << 20}
+# Bytes of logits, in the products' dtype, held where the head's weight trains: its gradient is written once for them
+HELD = {"cpu": 100 << 20, "cuda": 512 << 20}
+
+
+def unwrapped(model):
+    """The transformers model inside a PEFT wrapper (adapters stay active: they live in its layers)."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def positions(attention_mask):
+    """Position ids (B, T) that count from 0 at each row's first real token, for left and right padding alike."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **options):
+    """The transformer body's output (B, T, H), after its final norm: what the head reads.
+
+    attention_mask: (B, T), 1 on real tokens; or (B, 1, T, T), True where a token (third axis) sees another (fourth),
+    which needs position_ids. options: what else the body takes.
+    """
+    if position_ids is None and attention_mask is not None:
+        position_ids = positions(attention_mask)
+    body = unwrapped(model).base_model
+    if attention_mask is not None and attention_mask.dim() == 4:  # in the form that each layer would make of it
+        attention_mask = added_mask(attention_mask, product_dtype(body.get_input_embeddings().weight))
+    return body(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **options
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model, name):
+    """Raise UserError unless the logits of `model` are its head's product with the hidden states, as is taken here."""
+    head, training = unwrapped(model).get_output_embeddings(), model.training
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    plain = torch.nn.functional.linear(hidden_states(model, ids), head.weight).float()
+    model.train(training)
+    if head.bias is not None or not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2 * plain.std().item()):
+        raise UserError(
+            f"the logits of {name} are more than the product of its last layer (a scale, a soft cap or a bias, as in "
+            "Granite, Cohere, Gemma 2 or Phi): such a model can be sampled from here, not trained or measured"
+        )
+
+
+def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):
+    """log softmax(head(hidden) / temperature)[targets] in float32 (float64 for a float64 model), piece by piece.
+
+    head: the output embedding, a Linear without bias. hidden: (N, H). targets: (N,) token ids. Returns (N,), and with
+    `entropy` also the entropy of each distribution in nats, (N,) without gradient. Runs in the autocast dtype.
+    """
+    assert head.bias is None, head
+    dtype = product_dtype(hidden)
+    logprobs, entropies = HeadLogprobs.apply(hidden, head.weight, targets, temperature, entropy, dtype)
+    return (logprobs, entropies) if entropy else logprobs
+
+
+def head_nll(head, hidden, targets, compiled=False):
+    """The sum over all rows of -log softmax(head(hidden))[targets] in nats: a scalar; the arguments as above.
+
+    compiled: the softmax and its gradient as one kernel, which torch.compile makes at the first call.
+    """
+    assert head.bias is None, head
+    return HeadNLL.apply(hidden, head.weight, targets, product_dtype(hidden), compiled)
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """`head_logprobs` with its own backward pass, which keeps (N, H) of the forward pass and not (N, V).
+
+    Where the head's weight trains, logits that are held all at once stay for it: it would hold as many again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, entropy, dtype):
+        ctx.temperature, ctx.dtype = temperature, dtype
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logits = Logits(hidden, weight, dtype, weight_grad)
+        logprobs, entropies = (torch.empty(len(hidden), dtype=logits.exact, device=hidden.device) for _ in range(2))
+        slope = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if hidden_grad else None
+        probabilities = torch.empty_like(logits.room[: logits.piece]) if entropy else None  # of one part
+        for rows, made in logits:
+            for at in logits.parts(made):
+                log_p = logits.log_softmax(made[at], temperature)
+                logprobs[rows][at] = log_p.gather(-1, targets[rows][at, None])[:, 0]
+                if entropy:
+                    p = torch.exp(log_p, out=probabilities[: len(log_p)])
+                    entropies[rows][at] = -log_p.mul_(p).sum(-1)
+                if hidden_grad and not weight_grad:
+                    minus_p = (p if entropy else log_p.exp_()).neg_()
+                    slope[rows][at] = residual(minus_p, targets[rows][at], temperature).to(dtype) @ logits.weight
+        if weight_grad:
+            ctx.save_for_backward(hidden, weight, targets)
+            ctx.made = logits.made if len(logits.pieces) == 1 and logits.made is not logits.room else None
+        elif hidden_grad:
+            ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, _):
+        if not ctx.needs_input_grad[1]:
+            (slope,) = ctx.saved_tensors
+            return gradient[:, None].to(slope.dtype) * slope, None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors  # the weight's gradient needs p itself: computed again
+        logits = Logits(hidden, weight, ctx.dtype, weight_grad=True, made=ctx.made)
+        ctx.made = None  # it is overwritten: a second backward pass makes the logits again
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        for rows, made in logits:
+            for at in logits.parts(made):
+                minus_p = logits.log_softmax(made[at], ctx.temperature).exp_().neg_()
+                made[at] = residual(minus_p, targets[rows][at], ctx.temperature).mul_(gradient[rows][at, None])
+            grad_hidden[rows] = made @ logits.weight
+            grad_weight = add_product(grad_weight, made, hidden[rows], weight.dtype)
+        return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight, None, None, None, None
+
+
+class HeadNLL(torch.autograd.Function):
+    """`head_nll`: every row has the same gradient, so those of hidden and weight are there after the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype, compiled):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logits = Logits(hidden, weight, dtype, weight_grad, parted=not compiled)
+        nll = torch.empty(len(hidden), dtype=logits.exact, device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden) if hidden_grad else None, None
+        for rows, made in logits:
+            if compiled:
+                nll[rows] = compiled_nll()(made, targets[rows])
+            for at in () if compiled else logits.parts(made):
+                log_p = logits.log_softmax(made[at], 1.0)
+                nll[rows][at] = -log_p.gather(-1, targets[rows][at, None])[:, 0]
+                if hidden_grad or weight_grad:
+                    made[at] = residual(log_p.exp_().neg_(), targets[rows][at], 1.0).neg_()
+            if hidden_grad:
+                grad_hidden[rows] = made @ logits.weight
+            if weight_grad:
+                grad_weight = add_product(grad_weight, made, hidden[rows], weight.dtype)
+        if weight_grad and grad_weight is None:  # no rows
+            grad_weight = torch.zeros_like(weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return nll.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return *(None if x is None else x.mul_(gradient) for x in ctx.saved_tensors), None, None, None
+
+
+def nll_of_logits(logits, targets):
+    """-log softmax(logits)[targets], (n,); the logits (n, V) become its gradient with respect to them.
+
+    The equations of `HeadNLL`, on all logits at once: compiled, nothing but the logits is held.
+    """
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    target = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
+    logits.copy_(log_p.exp() - target.to(log_p.dtype))
+    return -log_p.gather(-1, targets[:, None])[:, 0]
+
+
+@functools.cache
+def compiled_nll():
+    # Inductor's softmax in one pass fewer is not for rows this long: it would say so and take this one
+    return torch.compile(nll_of_logits, options={"online_softmax": False})
+
+
+def pieces(length, size):
+    """Slices of `size` rows over `length` rows."""
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+class Logits:
+    """The head's products piece by piece, all in the same memory: what comes back lasts until the next piece.
+
+    Iterating gives slices over the rows, and their logits (n, V) in `dtype`. weight_grad: many rows at once, so that
+    the weight's gradient is added up from few products; `parts` are what the softmax is taken of then. made: all these
+    logits, where a pass before held them. parted: whether `parts` and `log_softmax` will be asked for.
+    """
+
+    def __init__(self, hidden, weight, dtype, weight_grad=False, made=None, parted=True):
+        self.hidden, self.weight = hidden, weight.to(dtype)
+        self.exact = torch.promote_types(dtype, torch.float32)  # float64 stays
+        device, width = hidden.device, len(weight)
+        self.piece = max(PIECE[device.type] // (self.exact.itemsize * width), 1)
+        held = max(HELD[device.type] // (dtype.itemsize * width), self.piece) if weight_grad else self.piece
+        self.pieces = pieces(len(hidden), held)
+        self.kept = made is not None
+        self.made = made if self.kept else torch.empty(min(held, len(hidden)), width, dtype=dtype, device=device)
+        self.room = self.made  # where a part's softmax is taken
+        if parted and dtype != self.exact:
+            self.room = torch.empty(min(self.piece, len(hidden)), width, dtype=self.exact, device=device)
+
+    def __iter__(self):
+        for at in self.pieces:
+            hidden = self.hidden[at].to(self.made.dtype)
+            made = self.made[: len(hidden)]
+            yield at, made if self.kept else torch.mm(hidden, self.weight.T, out=made)
+
+    def parts(self, made):
+        """Slices over the rows of `made`."""
+        return pieces(len(made), self.piece)
+
+    def log_softmax(self, made, temperature):
+        """log softmax of logits (n, V) over the temperature, at least in float32; it may take the place of `made`."""
+        logits = made if self.room is self.made else self.room[: len(made)].copy_(made)
+        if temperature != 1.0:
+            logits.div_(temperature)
+        return torch.log_softmax(logits, -1, out=logits)
+
+
+def residual(minus_p, targets, temperature):
+    """(onehot(targets) - p) / temperature from -p, in place: the gradient of log p(target) with respect to the logits.
+
+    1 - p is taken before any rounding to bf16: where p is almost 1, only this difference is left of the gradient.
+    """
+    minus_p[torch.arange(len(targets), device=targets.device), targets] += 1
+    return minus_p.div_(temperature) if temperature != 1.0 else minus_p
+
+
+def add_product(total, d, hidden, dtype):
+    """total + d.T @ hidden in `dtype`, in place; total may be None, 0."""
+    hidden = hidden.to(d.dtype)
+    if total is None:
+        return (d.T @ hidden).to(dtype)
+    return total.addmm_(d.T, hidden) if d.dtype == dtype else total.add_(d.T @ hidden)

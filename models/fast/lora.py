@@ -1,0 +1,75 @@
+"""A LoRA layer as one function: the adapter's product is added into the base's output, without tensors of its own.
+
+peft writes base(x) + B(A(x)) * scaling as single operations: under autocast x is copied to float32 and back for each
+adapter, and the product, its scaled copy and the sum are three tensors as large as the output. Here they are none.
+
+`lean_adapters` gives peft's layers this forward pass; weights, their names, what is saved and what peft's methods do
+(merge, disable, switch adapters) stay.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import Linear
+from torch.autograd.function import once_differentiable
+
+from models.fast.layers import product_dtype
+
+
+def lean_adapters(model):
+    """Let the plain LoRA layers of a PEFT model compute by this file; returns `model`."""
+    for layer in model.modules():
+        if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear:
+            layer.__class__ = LeanLinear
+    return model
+
+
+class LeanLinear(Linear):
+    """base(x) + B(A(x)) * scaling (Hu et al. 2022, eq. 3) for one adapter on a frozen base; else peft's own way."""
+
+    def forward(self, x, *args, **kwargs):
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs or not self._plain(names[0], x):
+            return super().forward(x, *args, **kwargs)
+        base, a, b = self.base_layer, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+        return _Lora.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]], product_dtype(x))
+
+    def _plain(self, name, x):
+        """Nothing but the equation: no dropout, bias or variant of peft's; a frozen base that reads x as it is."""
+        dropout, weight = self.lora_dropout[name], self.base_layer.weight
+        return (
+            (isinstance(dropout, torch.nn.Identity) or not dropout.training)
+            and name not in self.lora_variant
+            and not self.lora_bias[name]
+            and not weight.requires_grad
+            and (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype)
+        )
+
+
+class _Lora(torch.autograd.Function):
+    """x W^T + bias + scaling x A^T B^T, which keeps x and x A^T. All products are in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling, dtype):
+        rows, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
+        a_cast, b_cast = a.to(dtype), (b * scaling).to(dtype)
+        inner = rows @ a_cast.T  # (n, r)
+        out = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(dtype))
+        ctx.save_for_backward(rows, inner, weight, a_cast, b_cast)
+        ctx.scaling, ctx.types = scaling, (x.dtype, a.dtype, b.dtype)
+        return out.addmm_(inner, b_cast.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        rows, inner, weight, a, b = ctx.saved_tensors
+        of_x, of_a, of_b, (x_type, a_type, b_type) = None, None, None, ctx.types
+        g = gradient.flatten(0, -2)
+        of_inner = g @ b
+        if ctx.needs_input_grad[0]:
+            of_x = (g @ weight).addmm_(of_inner, a).view(*gradient.shape[:-1], -1).to(x_type)
+        if ctx.needs_input_grad[3]:
+            of_a = (of_inner.T @ rows).to(a_type)
+        if ctx.needs_input_grad[4]:
+            of_b = (g.T @ inner).to(b_type).mul_(ctx.scaling)
+        return of_x, None, None, of_a, of_b, None, None

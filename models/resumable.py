@@ -1,0 +1,96 @@
+"""Sampling that can be interrupted: finished batches are kept in a file, from which the same call goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+
+import torch
+
+from models.generation import Generation, check_sampling, generate
+from runtime.console import clock, say
+from runtime.files import shown
+from runtime.run_folder import hold, release
+
+
+def partial_path(out):
+    """The file that keeps the answers on the way to the file `out`."""
+    return out.with_name(out.name + ".partial")
+
+
+def generate_kept(
+    path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show
+):
+    """(what `generate` returns, seconds spent on it before an interruption); the arguments are those of `generate`,
+    where `show` is a `progress` that is also told how many of the answers were there already.
+
+    path: keeps the answers, a line a batch, until `forget(path)`. identity: what else decides the answers, the weights
+    above all, as JSON can hold it; answers of another identity are thrown away.
+    The answers are those of one call of `generate`, bit by bit: the batches and their random numbers are the same.
+    """
+    check_sampling(model, prompts, max_new_tokens, temperature, 0, 1.0, samples_per_prompt)
+    settings = {"samples_per_prompt": samples_per_prompt, "stop_ids": stop_ids, "temperature": temperature}
+    text = json.dumps([identity, prompts, max_new_tokens, settings, seed, batch_size], sort_keys=True)
+    header = {"answers_of": hashlib.sha256(text.encode()).hexdigest()}
+    rows = len(prompts) * samples_per_prompt
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # as in `generate`
+    at_once = max(1, batch_size // samples_per_prompt)
+    batches = [order[i : i + at_once] for i in range(0, len(order), at_once)]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    hold(path)
+    done, size = _read(path, header)
+    before = sum(batch["seconds"] for batch in done)
+    if done:
+        say(f"continuing after batch {len(done)} of {len(batches)} ({shown(path)}, {clock(path.stat().st_mtime)})")
+    found = Generation([[]] * rows, [[]] * rows, ["length"] * rows)
+    answered, there, kept = 0, len(done), sum(len(batch["completions"]) for batch in done)
+    with open(path, "r+", encoding="utf-8") as file:
+        file.truncate(size)
+        file.seek(size)
+        if not size:
+            file.write(json.dumps(header) + "\n")
+        for number, batch in enumerate(batches):
+            index = [i * samples_per_prompt + s for i in batch for s in range(samples_per_prompt)]
+            if number == len(done):
+                began = time.time()
+                share = {"uniforms": uniforms[index], "batch_size": batch_size}
+                part = generate(model, [prompts[i] for i in batch], max_new_tokens, **settings, **share)
+                done.append({**vars(part), "seconds": time.time() - began})
+                file.write(json.dumps(done[-1]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            for k, row in enumerate(index):
+                found.completions[row] = done[number]["completions"][k]
+                found.logprobs[row] = done[number]["logprobs"][k]
+                found.finish_reasons[row] = done[number]["finish_reasons"][k]
+            answered += len(index)
+            if show and number >= there:
+                show(answered, rows, kept)
+    return found, before
+
+
+def _read(path, header):
+    """(finished batches of this very sampling, bytes of the file that hold them); a line cut short does not count."""
+    done, size = [], 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or (number == 0 and row != header):
+            break
+        done += [row] if number else []
+        size += len(line)
+    return done, size
+
+
+def forget(path):
+    """The answers are in their place: they need not be kept any longer."""
+    path.unlink(missing_ok=True)
+    release(path)

@@ -1,0 +1,26 @@
+"""Write a model and its tokenizer, so that a kill leaves no half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from runtime.files import synced
+
+
+def save_model(model, tokenizer, folder):
+    """Write weights and tokenizer; a kill leaves no half-written model: config.json comes last."""
+    temporary = folder / "saving.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        last = ("config.json", "adapter_config.json")
+        for path in sorted(temporary.iterdir(), key=lambda p: (p.name in last, p.name)):
+            if path.is_dir():  # a second adapter
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            else:
+                synced(path)
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

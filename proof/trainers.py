@@ -1,0 +1,323 @@
+"""Runs of the training scripts on tiny models, a second each: what the claims about whole runs are measured on.
+
+A run is a process of its own, or several that talk over gloo, in which a script is called as its command line calls it.
+All are forked from one server that has imported the libraries, so that a run costs a second and not ten. They run on
+the CPU, also where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import functools
+import importlib
+import json
+import math
+import multiprocessing.forkserver
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from configs.config import ROOT
+from models.generation import generate
+from models.loader import load_model, load_tokenizer
+from models.tiny import byte_tokenizer, tiny_config
+from models.tokens import answer_text, prompt_ids
+from rlhf import dpo_train, grpo_train, ppo_train, train_reward_model
+from runtime.cli import cli
+from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora
+
+MODELS = ("tiny-gpt2", "tiny-llama")  # learned positions, rotary positions
+DROPOUT = "tiny-gpt2-dropout"
+SECONDS = 120  # after which a run counts as hung
+
+JUDGE = """def judge(prompt, completion):
+    return sum(map(ord, completion)) % 7 / 7
+"""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A script, options that make it a run of a second, and the same steps in one piece and in the smallest pieces."""
+
+    script: ModuleType
+    options: dict
+    whole: dict
+    pieces: dict
+    sgd_lr: float = 0.5  # where it takes the steps of plain SGD
+
+
+def _lm(script, sgd_lr=0.5, **options):
+    """An LM script, in the middle of its second epoch at the end."""
+    base = {"config": "smoke/train_base", "data": "text.jsonl", "batch_size": 2, "accumulation_steps": 2, "epochs": 2}
+    base |= {"max_steps": 9, "log_every": 1, "max_grad_norm": 0.5, "sample_tokens": 2}
+    whole, pieces = ({"batch_size": n, "accumulation_steps": 4 // n} for n in (4, 1))
+    return Trainer(script, base | options, whole, pieces, sgd_lr)
+
+
+def _rlhf(script, config, whole, middle, smallest, **options):
+    """A script of rlhf/, by its answers (pairs) in one forward and backward pass: all, some, or the fewest possible."""
+    base = {"config": config, "max_grad_norm": 0.5, "micro_batch_size": middle}
+    return Trainer(script, base | options, {"micro_batch_size": whole}, {"micro_batch_size": smallest})
+
+
+PAIRS = {"data": "pairs.jsonl", "batch_size": 3, "epochs": 2, "max_steps": 5, "warmup_steps": 1}
+ROLLOUTS = {"prompts": "prompts.json", "prompts_per_step": 3, "max_new_tokens": 8, "temperature": 0.7, "steps": 3}
+PPO = {"samples_per_prompt": 2, "inner_epochs": 1, "minibatches": 1}
+TRAINERS = {
+    "LM": _lm(train_lm),
+    "DDP": _lm(train_lm_ddp),
+    "AMP": _lm(train_lm_amp_ckpt, precision="fp32", gradient_checkpointing=False, measure_steps=0),
+    "LoRA": _lm(train_lm_lora, 0.05, precision="fp32", lora_r=4),
+    "reward": _rlhf(train_reward_model, "smoke/reward", 3, 2, 1, **PAIRS),
+    "DPO": _rlhf(dpo_train, "smoke/dpo", 3, 2, 1, **PAIRS),
+    "PPO": _rlhf(ppo_train, "smoke/ppo", 6, 4, 2, **ROLLOUTS, **PPO),
+    "GRPO": _rlhf(grpo_train, "smoke/grpo", 12, 8, 4, **ROLLOUTS, judge="judge:judge", inner_epochs=2),
+    "GRPO offline": _rlhf(grpo_train, "smoke/grpo_offline", 9, 6, 3, groups="groups.jsonl", prompts_per_step=3,
+        inner_epochs=2, steps=3),
+}  # fmt: skip
+
+
+def prepare(folder):
+    """Write into `folder` what the runs and the claims read: the models, texts, pairs, prompts, groups and a judge.
+
+    The models are those of `models/tiny.py` with weights ten times as large, so that attention looks somewhere and a
+    wrong position or mask shows, and an end-of-turn token that is often sampled, so that answers differ in length.
+    """
+    for name in (*MODELS, DROPOUT):
+        tokenizer = byte_tokenizer(chat=name == "tiny-llama")
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1) if name == DROPOUT else {}
+        shape = name.removesuffix("-dropout")
+        config = tiny_config(shape, len(tokenizer), tokenizer.eos_token_id, initializer_range=0.2, **dropout)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                torch.nn.init.normal_(model.get_output_embeddings().weight[tokenizer.eos_token_id], std=0.8)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        _write(folder / name / "groups.jsonl", _groups(folder / name))
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    texts = [{"prompt": f"Count {i}", "completion": " ".join(words[i % 5 : i % 5 + 1 + i % 7])} for i in range(40)]
+    pairs = [
+        {"prompt": f"letter {i}", "chosen": "a" * (1 + 3 * (i % 4)), "rejected": "b" * (9 - 2 * (i % 3))}
+        for i in range(16)
+    ]
+    prompts = [{"id": str(i), "prompt": "Say " + word, "split": "train"} for i, word in enumerate(words)]
+    _write(folder / "text.jsonl", texts)
+    _write(folder / "pairs.jsonl", pairs)
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    (folder / "judge.py").write_text(JUDGE)
+
+
+def _groups(model_folder):
+    """Groups of three answers that the model itself sampled, as the generator writes them."""
+    model, tokenizer = load_model(model_folder, device="cpu"), load_tokenizer(model_folder)
+    rows = []
+    for i in range(6):
+        prompt, stops = f"group {i}", [tokenizer.eos_token_id]
+        g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=3, stop_ids=stops, seed=i)
+        texts = [answer_text(tokenizer, c) for c in g.completions]
+        rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0, 0.5],
+                     "completion_ids": g.completions, "logprobs": g.logprobs, "temperature": 1.0})  # fmt: skip
+    return rows
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(folder, trainer, model, name="left alone", processes=1, exact=None, **changes):
+    """The folder of a finished run of `trainer` on `model`, made if it is not there yet.
+
+    changes: options that differ from the trainer's own. exact: None for the script as it is, or "float32" or "float64":
+    see `_exact`. Raises AssertionError with the end of what the run said if it fails.
+    """
+    out = _folder(folder, trainer, model, name, exact)
+    if not (out / "manifest.json").is_file():
+        started = start(folder, trainer, model, out, processes, exact, **changes)
+        for process in started:
+            process.join(SECONDS)
+            if process.is_alive():
+                process.kill()
+        codes = [process.exitcode for process in started]
+        assert codes == [0] * processes, f"{out.name} of {trainer}: exit {codes}\n{said(out)[-2000:]}"
+    return out
+
+
+def interrupt(folder, trainer, model, name, **changes):
+    """Start a run and end it by SIGKILL once its first checkpoint is there. Returns whether that was before its end: a
+    busy machine may see the checkpoint late, so this is tried a few times.
+    """
+    out = _folder(folder, trainer, model, name, None)
+    for _ in range(5):
+        (process,) = start(folder, trainer, model, out, **changes)
+        until = time.monotonic() + SECONDS
+        while process.is_alive() and time.monotonic() < until and not list(out.glob("checkpoints/step-*")):
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL and not (out / "manifest.json").exists():
+            return True
+        shutil.rmtree(out, ignore_errors=True)
+    return False
+
+
+def _folder(folder, trainer, model, name, exact):
+    return folder / "runs" / trainer / model / f"{name}{', ' + exact if exact else ''}"
+
+
+def start(folder, trainer, model, out, processes=1, exact=None, **changes):
+    """The started processes of a run into the folder `out`; see `run`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    options = TRAINERS[trainer].options | {"model_name": folder / model, "out": out}
+    if exact:  # few steps: rounding grows from step to step
+        options |= {"lr": TRAINERS[trainer].sgd_lr} | ({"max_steps": 4} if "max_steps" in options else {"steps": 2})
+    options |= changes
+    script = TRAINERS[trainer].script.__name__
+    if script.startswith("rlhf") and model.startswith("tiny-gpt2"):  # all weights train; of tiny-llama an adapter
+        options = {"lora_r": 0} | options
+    if trainer == "PPO":
+        options["reward_model"] = run(folder, "reward", model)
+    options["config"] = ROOT / "configs" / f"{options['config']}.yaml"
+    for key in ("data", "prompts", "groups"):
+        if key in options:
+            options[key] = folder / (model if key == "groups" else ".") / options[key]
+    words = [word for key, value in options.items() for word in (f"--{key}", _word(value))]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        environment = {"HF_HUB_OFFLINE": "1"}
+        if processes > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            environment |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        work = (script, words, environment, folder, f"{out}.log", exact)
+        started.append(server().Process(target=_command, args=work, daemon=True))
+        started[-1].start()
+    return started
+
+
+def _word(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@functools.cache
+def server():
+    """Where the processes of runs are forked from; it sees no GPU. The first call starts it, which takes 10 seconds."""
+    context = multiprocessing.get_context("forkserver")
+    late = ["datasets", "peft", "matplotlib.pyplot", "torch.optim.adamw"]  # what scripts import only when they need it
+    context.set_forkserver_preload(["proof.claims", *late])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    multiprocessing.forkserver.ensure_running()
+    if visible is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    return context
+
+
+def _command(script, words, environment, folder, log, exact):
+    """What `python SCRIPT.py WORDS` does, in a process that has imported everything. Output goes to the file `log`."""
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(SECONDS - 5, exit=True)  # a run that hangs says where
+    sys.argv = [f"{script.replace('.', '/')}.py", *words]
+    module = importlib.import_module(script)
+    if exact:
+        _exact(module, exact)
+    layers = collections.Counter()
+    count = torch.nn.modules.module.register_module_forward_pre_hook
+    count(lambda layer, _: layers.update([type(layer).__name__]))
+    cli(vars(module).get("main", vars(module).get("train")), module.Config)
+    print(json.dumps(layers))
+
+
+def _exact(module, dtype):
+    """Make a script's steps comparable: plain SGD in place of AdamW, and for LM scripts weights of the given dtype.
+
+    AdamW divides a gradient by its own size: it hides a wrong scale, and where a gradient is 0 but for rounding it
+    makes full steps of that rounding.
+    """
+    module.make_optimizer = lambda parameters, lr, *_: torch.optim.SGD([p for p in parameters if p.requires_grad], lr)
+    if dtype == "float64":
+        load = common.load_model
+        common.load_model = lambda *given, **options: load(*given, **{**options, "dtype": torch.float64})
+
+
+def said(out):
+    """What a run printed."""
+    return Path(f"{out}.log").read_text(encoding="utf-8")
+
+
+def layers_computed(out):
+    """How often a layer of the transformer was computed in a run, in forward passes and again in backward passes."""
+    counts = json.loads(said(out).splitlines()[-1])
+    return sum(count for name, count in counts.items() if name.endswith("MLP"))
+
+
+def metrics(out):
+    """The logged lines of a run, without what depends on the clock."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in ("seconds", "tok/s")} for x in lines]
+
+
+def weights(folder):
+    """All saved weights in a folder by name: of the model or the adapter, and of PPO's value head."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{path.stem}/{name}": value.double() for path in files for name, value in load_file(path).items()}
+
+
+def apart(found, expected, start, numbers):
+    """How far two runs ended from each other, the largest of three: the Euclidean distance of all weights as a share of
+    how far they moved, and the relative differences of the logged losses (absolute below 1 nat) and gradients' norms.
+
+    start: the folder of the model before. numbers: in float64 without the losses, which are added up in float32.
+    Adapters and value heads start at 0; the way of what starts at random (an adapter's A, the head of scores) is left
+    out.
+    """
+    a, b, before = weights(found), weights(expected), weights(start)
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+    moved = [value - before.get(name, 0) for name, value in b.items() if "lora_A" not in name and "score" not in name]
+    distance = _norm(a[name] - value for name, value in b.items()) / _norm(moved)
+    lines = list(zip(metrics(found), metrics(expected), strict=True))
+    keys = ("grad_norm",) if numbers == "float64" else ("loss", "grad_norm")
+    logged = [abs(x[k] - y[k]) / max(abs(y[k]), 1.0) for x, y in lines for k in keys if k in y]
+    return largest([distance, *logged])
+
+
+def largest(deviations):
+    """The largest of some deviations; inf if one is NaN, which `max` may pass over."""
+    deviations = [float(x) for x in deviations]
+    return math.inf if any(map(math.isnan, deviations)) else max(deviations)
+
+
+def _norm(tensors):
+    return sum(x.square().sum() for x in tensors).sqrt().item()
+
+
+def differ(found, expected):
+    """The largest difference between the saved weights and between the logged numbers of two runs; 0: bitwise equal."""
+    a, b = weights(found), weights(expected)
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+    lines = list(zip(metrics(found), metrics(expected), strict=True))
+    assert all(x.keys() == y.keys() for x, y in lines)
+    logged = [abs(x[key] - y[key]) for x, y in lines for key in y]
+    return largest([*logged, *((a[name] - value).abs().max() for name, value in b.items())])

@@ -1,0 +1,296 @@
+"""The certificate: measure on this machine that the training code computes what it says, and write down what was found.
+
+    python proof/verify.py                         # all claims, in under 3 minutes on two cores
+    python proof/verify.py --only packed           # those whose words contain this; nothing is written
+    python proof/verify.py --json PATH             # where the certificate goes; as Markdown beside it
+
+Each claim says that two ways to compute one thing agree, and compares them with the functions and scripts that train,
+on tiny models with learned and with rotary positions: in float64, where only a mistake in the mathematics could differ
+by more than 1e-12; in float32; and in bf16 and fp16 where the machine computes in them. Claims about whole runs are
+measured on runs of the scripts, in processes of their own, on the CPU. Exit status 1 if a claim does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from configs.config import UserError, option
+from models.device import pick_device, pick_precision
+from proof import claims, trainers
+from proof.lab import EPS, Lab
+from runtime.cli import cli
+from runtime.console import duration, quiet_libraries, say
+from runtime.files import in_root, shown, write_atomically
+from runtime.provenance import git_commit, machine, versions
+from runtime.run_folder import check_place
+
+DEFAULT_JSON = "proof/verification.json"
+
+
+@dataclass
+class Config:
+    only: str | None = option(None, "measure only the claims whose words contain this, and write no certificate")
+    json: str | None = option(None, f"where the certificate goes [{DEFAULT_JSON}]")
+
+    def check(self):
+        if self.json is not None and not self.json.endswith(".json"):
+            raise UserError(f"json = {self.json!r}: must end in .json")
+        if self.json is not None or self.only is None:
+            for path in certificate_paths(self):
+                check_place(path)
+        if self.only is not None and not any(self.only in claim.words for claim in CLAIMS):
+            words = "\n  ".join(claim.words for claim in CLAIMS)
+            raise UserError(f"only = {self.only!r}: no claim has this in its words:\n  {words}")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, the function of proof/claims.py that measures it, and how far off it may be by numbers."""
+
+    words: str
+    measure: Callable
+    tolerance: dict[str, float]
+    why: str
+    models: tuple[str, ...] = trainers.MODELS
+    whole_runs: bool = False
+
+
+@dataclass
+class Row:
+    """A claim in one kind of numbers, measured. A deviation of inf: no comparison (NaN, other tokens, an error)."""
+
+    claim: str
+    numbers: str
+    deviation: float
+    tolerance: float
+    passed: bool
+    cases: dict[str, float]
+    error: str | None
+    seconds: float
+
+    @property
+    def worst(self):
+        return max(self.cases, key=self.cases.get) if self.cases else ""
+
+
+ROUNDING = {"float64": 1e-12, "float32": 64 * EPS["float32"], "bf16": 8 * EPS["bf16"], "fp16": 8 * EPS["fp16"]}
+ROUNDING_WHY = (
+    "Both sides add up the same terms in another order. In float64 1e-12 is thousands of roundings, and far below what "
+    "any mistake causes; 64 roundings of float32, or 8 of bf16 and fp16, are several times what is found."
+)
+SHORT = {numbers: ROUNDING[numbers] for numbers in ("float32", "bf16", "fp16")}
+SHORT_WHY = f"{ROUNDING_WHY} Not in float64: what is compared is kept in float32."
+BITWISE = dict.fromkeys(SHORT, 0.0)
+BITWISE_WHY = "The same numbers enter the same arithmetic: any difference is a mistake."
+RUNS = {"float64": 1e-12, "float32": 256 * EPS["float32"]}
+RUNS_WHY = (
+    "Rounding grows over the steps: 256 roundings of float32. The language model scripts are measured in float64 too, "
+    "where 1e-12 is far below what any mistake causes. The steps are those of plain SGD with clipping: AdamW divides a "
+    "gradient by its own size, which hides a wrong scale and turns the rounding of a 0 into a full step."
+)
+WHOLE = {"whole_runs": True}
+CLAIMS = (
+    Claim("packed rows = each row alone", claims.packed_is_separate, ROUNDING, ROUNDING_WHY),
+    Claim("layers that keep less = those of transformers", claims.lean_is_plain, SHORT,
+        f"{ROUNDING_WHY} Not in float64, where transformers takes norms in float32."),
+    Claim("loss in chunks = loss in one piece", claims.chunked_is_plain, ROUNDING, ROUNDING_WHY),
+    Claim("padded batch = single rows, in the forward pass", claims.padded_is_single, ROUNDING, ROUNDING_WHY),
+    Claim("padded batch = single rows, in generation", claims.padded_generation_is_single, SHORT, SHORT_WHY),
+    Claim("padding by any token = by the end of turn", claims.other_padding_is_the_same, BITWISE, BITWISE_WHY),
+    Claim("padding that holds inf or NaN = clean", claims.poisoned_is_clean, {"float64": 0.0, "float32": 0.0},
+        BITWISE_WHY, models=("",)),
+    Claim("sampler's log-probs = trainer's, at 1 and 0.7", claims.sampler_is_trainer, SHORT, SHORT_WHY),
+    Claim("LoRA at its start = base", claims.lora_starts_as_base, BITWISE, BITWISE_WHY),
+    Claim("adapter off after training = base", claims.adapter_off_is_base, BITWISE, BITWISE_WHY),
+    Claim("merged adapter = adapter", claims.merged_is_adapter, SHORT, SHORT_WHY),
+    Claim("saved and loaded = in memory", claims.saved_is_in_memory, BITWISE, BITWISE_WHY),
+    Claim("accumulation = full batch", claims.accumulation_is_full_batch, RUNS, RUNS_WHY, **WHOLE),
+    Claim("two processes = one", claims.two_processes_are_one, RUNS, RUNS_WHY, **WHOLE),
+    Claim("cached reference = fresh", claims.cached_reference_is_fresh, {"float32": RUNS["float32"]}, RUNS_WHY,
+        **WHOLE),
+    Claim("gradient checkpointing on = off", claims.checkpointing_changes_nothing, {"float32": 0.0}, BITWISE_WHY,
+        **WHOLE),
+    Claim("AMP and DDP scripts at fp32 = plain loop", claims.amp_at_fp32_is_plain, {"float32": 0.0}, BITWISE_WHY,
+        **WHOLE),
+    Claim("first step: ratio 1 in PPO and GRPO, ln 2 in DPO", claims.first_step_is_neutral, {"float32": 0.0},
+        BITWISE_WHY, **WHOLE),
+    Claim("killed and resumed = uninterrupted", claims.resumed_is_uninterrupted, {"float32": 0.0}, BITWISE_WHY,
+        **WHOLE),
+)  # fmt: skip
+
+
+def kinds_of_numbers(device):
+    """In which numbers claims are measured here: those that the machine's hardware computes in."""
+    if device.type == "cuda":
+        return ("float64", "float32", "fp16", *(["bf16"] if torch.cuda.get_device_capability(device)[0] >= 8 else []))
+    return ("float64", "float32", *(["bf16"] if pick_precision("auto", device) == "bf16" else []))
+
+
+def measure(claim, lab, numbers):
+    """The claim as a Row. What goes wrong while it is measured fails it: the others are measured all the same."""
+    cases, error, began = {}, None, time.time()
+    try:
+        for model in claim.models:
+            found = claim.measure(lab, model, numbers)
+            assert found, "nothing was measured"
+            cases |= {", ".join(filter(None, (case, model))): trainers.largest([x]) for case, x in found.items()}
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    deviation = trainers.largest(cases.values()) if error is None else math.inf
+    tolerance = claim.tolerance[numbers]
+    seconds = round(time.time() - began, 1)
+    return Row(claim.words, numbers, deviation, tolerance, deviation <= tolerance, cases, error, seconds)
+
+
+def measure_all(chosen, lab, numbers):
+    """Yield the Row of each claim in each kind of numbers; those on whole runs are measured beside the others."""
+    todo = [(claim, kind) for claim in chosen for kind in numbers if kind in claim.tolerance]
+    with ThreadPoolExecutor(1) as beside:
+        later = [beside.submit(measure, c, lab, kind) for c, kind in todo if c.whole_runs]
+        for claim, kind in todo:
+            if not claim.whole_runs:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    row = measure(claim, lab, kind)
+                yield row
+        yield from (row.result() for row in later)
+
+
+def main(config):
+    quiet_libraries()
+    began, device = time.time(), pick_device()
+    chosen = [claim for claim in CLAIMS if config.only is None or config.only in claim.words]
+    if any(claim.whole_runs or claim.measure is claims.adapter_off_is_base for claim in chosen):
+        trainers.server()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny
+    numbers = kinds_of_numbers(device)
+    say(f"measuring {len(chosen)} claims on {device.type}, in {', '.join(numbers)}; whole runs on the CPU\n")
+    say(line("claim", "numbers", "deviation", "tolerance", ""))
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        trainers.prepare(Path(folder))
+        for row in measure_all(chosen, Lab(Path(folder), device), numbers):
+            rows.append(row)
+            say(line(row.claim, row.numbers, shape(row.deviation), shape(row.tolerance), verdict(row)))
+            if not row.passed:
+                say(f"    {row.error or 'the largest: ' + row.worst}")
+    torch.set_num_threads(threads)
+    seconds = time.time() - began
+    if config.only is None or config.json:
+        paths = certificate_paths(config)
+        write(*paths, rows, device, seconds)
+        say(f"\nwritten to {shown(paths[0])} and {shown(paths[1])}")
+    say(f"\n{conclusion(rows)} ({duration(seconds)})")
+    sys.exit(0 if all(row.passed for row in rows) else 1)
+
+
+def line(claim, numbers, deviation, tolerance, result):
+    return f"{claim:<50} {numbers:<8} {deviation:>9} {tolerance:>9}  {result}"
+
+
+def shape(value):
+    """A deviation as text: bitwise equality is a plain 0."""
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def verdict(row):
+    return "pass" if row.passed else "FAIL"
+
+
+def conclusion(rows):
+    """In a sentence: how many claims hold, or which do not."""
+    measured = len({row.claim for row in rows})
+    failed = list(dict.fromkeys(row.claim for row in rows if not row.passed))
+    left_out = f" ({len(CLAIMS) - measured} others were not measured)" if measured < len(CLAIMS) else ""
+    if not failed:
+        return f"all {measured} claims hold{left_out}"
+    return f"FAILED: {len(failed)} of {measured} claims do not hold{left_out}: " + "; ".join(failed)
+
+
+def certificate_paths(config):
+    """Of the JSON, and of the Markdown beside it."""
+    path = in_root(config.json or DEFAULT_JSON)
+    return path, path.with_suffix(".md")
+
+
+def write(json_path, markdown_path, rows, device, seconds):
+    """The certificate. JSON knows no infinity: a deviation of inf is null there."""
+    by_words = {claim.words: claim for claim in CLAIMS}
+    about = {"device": device.type, "machine": machine(), "versions": versions(), "git_commit": git_commit()}
+    certificate = {"passed": all(row.passed for row in rows), "seconds": round(seconds, 1), **about}
+    certificate["claims"] = [
+        {
+            **asdict(row),
+            "deviation": finite(row.deviation),
+            "cases": {case: finite(x) for case, x in row.cases.items()},
+            "worst": row.worst,
+            "compared": compared(by_words[row.claim]),
+            "why": by_words[row.claim].why,
+        }
+        for row in rows
+    ]
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(json_path, json.dumps(certificate, indent=1, allow_nan=False) + "\n")
+    write_atomically(markdown_path, markdown(rows, by_words, about, seconds))
+
+
+def finite(deviation):
+    return None if math.isinf(deviation) else deviation
+
+
+def compared(claim):
+    """What the claim's function says that it compares, as one line."""
+    return " ".join(claim.measure.__doc__.split())
+
+
+def markdown(rows, by_words, about, seconds):
+    cpu, cores, gpu = (about["machine"][key] for key in ("cpu", "cores", "gpu"))
+    on = [f"{cpu}, {cores} cores", *gpu, about["machine"]["system"]]
+    libraries = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    text = [
+        "# Certificate",
+        "",
+        f"**{conclusion(rows)}.** Measured in {duration(seconds)} by `python proof/verify.py` (`make verify`) at "
+        f"commit `{about['git_commit']}`.",
+        "",
+        f"- Machine: {'; '.join(on)}.",
+        f"- Versions: {libraries}.",
+        "- Models: a GPT-2 (learned positions) and a Llama (rotary positions, grouped heads) of a few thousand "
+        "parameters, with random weights large enough for attention to look somewhere.",
+        "- Deviation: the largest difference over the largest expected entry; for whole runs, how far the weights "
+        "ended apart over how far they moved, or the largest difference of the logged losses and gradient norms where "
+        "that is larger. 0 means bitwise equal. inf means that the two cannot be compared: NaN, or other tokens.",
+        "- bf16 and fp16: matrix products in that type, weights in float32, frozen weights in that type.",
+        "",
+        "| claim | numbers | largest deviation | where | tolerance | |",
+        "|---|---|---|---|---|---|",
+    ]
+    text += [
+        f"| {r.claim} | {r.numbers} | {shape(r.deviation)} | {r.worst if r.deviation else f'all {len(r.cases)} cases'} "
+        f"| {shape(r.tolerance)} | {verdict(r)} |"
+        for r in rows
+    ]
+    text += ["", "## What was compared, and why it may differ by so much", ""]
+    for words in dict.fromkeys(row.claim for row in rows):
+        mine = [row for row in rows if row.claim == words]
+        cases = max((row.cases for row in mine), key=len)
+        what, why = compared(by_words[words]), by_words[words].why
+        text += [f"**{words}.** {what} Cases: {'; '.join(cases)}. *Tolerance:* {why}"]
+        text += [*(f"Not measured: {row.error}" for row in mine if row.error), ""]
+    return "\n".join(text).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    cli(main, Config)

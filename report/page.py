@@ -1,0 +1,216 @@
+"""REPORT.md: its tables, sample answers and text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+import sys
+
+from models.fetch import EMBEDDED_MODELS
+from report.intervals import plus_minus
+from report.plots import checks_figure, curves_figure, scores_figure
+from report.sentences import (
+    checks_sentence,
+    cost_sentence,
+    curves_sentence,
+    gain,
+    headline,
+    kl_sentence,
+    proxy_sentence,
+    reward_sentence,
+    split_base,
+)
+from runtime.console import duration
+from runtime.files import in_root, write_atomically
+from runtime.provenance import git_commit, machine, versions
+
+COLUMNS = (
+    "method", "gold", "gain on base", "unseen checks", "proxy", "KL, nats/answer", "KL/token", "ended", "tokens",
+    "distinct-2", "text, nats/token", "training", "before it", "memory, GB",
+)  # fmt: skip
+
+
+def table(rows):
+    """The comparison as lists of words, the header first."""
+    base, _ = split_base(rows)
+    found = [list(COLUMNS)]
+    for row in rows:
+        m = row.measured
+        bound = m["kl"] is not None and m["kl"]["n"] == 0
+        kl = f"at most {m['kl']['mean']:.2f}" if bound else plus_minus(m["kl"], 2)
+        found.append(
+            [
+                row.label,
+                plus_minus(row.gold),
+                "" if row is base else plus_minus(gain(row, base)),
+                plus_minus(m["unseen"]),
+                plus_minus(m["proxy"], 2),
+                kl,
+                "-" if m["kl_per_token"] is None else f"{m['kl_per_token']:.3f}",
+                f"{m['ended']:.0%}",
+                f"{m['tokens']:.1f}",
+                f"{m['distinct_2']:.3f}",
+                f"{row.text():.3f}",
+                "-" if row.seconds is None else duration(row.seconds),
+                "-" if row.seconds_before is None else duration(row.seconds_before),
+                "-" if row.memory is None else f"{row.memory:.2f}",
+            ]
+        )
+    return found
+
+
+def markdown_table(lines):
+    head, *body = lines
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def text_table(lines):
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(w.ljust(n) if i == 0 else w.rjust(n) for i, (w, n) in enumerate(zip(line, widths)))
+                     for line in lines)  # fmt: skip
+
+
+def plain(text, limit=300):
+    """An answer as one line in which Markdown sees nothing to format."""
+    text = " / ".join(line.strip() for line in text.splitlines() if line.strip())
+    text = text[:limit] + (" ..." if len(text) > limit else "")
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", text) or "(nothing)"
+
+
+def samples_section(rows, count=5):
+    """The first answer of each method to `count` held-out prompts, evenly spaced in the file: not chosen by hand."""
+    first = {row.key: {} for row in rows}
+    for row in rows:
+        for answer in row.runs[0]["answers"]:
+            first[row.key].setdefault(answer["id"], answer)
+    ids = list(first["base"])
+    parts = []
+    for k in range(min(count, len(ids))):
+        chosen = ids[(2 * k + 1) * len(ids) // (2 * count)] if len(ids) >= count else ids[k]
+        lines = [["method", "gold", "answer"]]
+        for row in rows:
+            answer = first[row.key][chosen]
+            cut = "" if answer["stopped"] else " (cut)"
+            lines.append([row.label, f"{answer['gold']:.2f}", plain(answer["text"]) + cut])
+        parts.append(f"**{plain(first['base'][chosen]['prompt'])}**\n\n" + markdown_table(lines).replace("---:", "---"))
+    return "\n\n".join(parts)
+
+
+def spread_section(rows, config):
+    """The gold score of each seed, where there are several."""
+    if len(config.seed_list()) < 2:
+        return "One training seed: the intervals hold for these checkpoints, not for another run of the same recipe."
+    lines = [["method", *[f"seed {seed}" for seed in config.seed_list()], "mean", "standard deviation"]]
+    for row in rows:
+        values = [run["measured"]["gold"]["mean"] for run in row.runs]
+        each = [f"{value:.3f}" for value in values]
+        lines.append([row.label, *each, f"{statistics.fmean(values):.3f}", f"{statistics.stdev(values):.3f}"])
+    note = "Gold score by training seed. Above, the answers of all seeds are pooled and clustered by prompt."
+    return note + "\n\n" + markdown_table(lines)
+
+
+def answers_a_prompt(rows):
+    """How many answers to a prompt were measured, in words: '2 (base: 4, best of 4: 1)'."""
+    counts = {row.label: len(row.runs[0]["answers"]) // row.gold["n"] for row in rows}
+    usual = statistics.mode(list(counts.values())[::-1])
+    others = ", ".join(f"{label}: {count}" for label, count in counts.items() if count != usual)
+    return f"{usual} ({others})" if others else f"{usual}"
+
+
+def write_report(config, rows, notes=()):
+    """Write REPORT.md and figures/ into config.out; returns the report's path."""
+    out = in_root(config.out)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    scores_figure(rows, out / "figures" / "scores.png")
+    curves_figure(rows, out / "figures" / "curves.png")
+    checks_figure(rows, out / "figures" / "checks.png")
+    base, first = split_base(rows)[0], rows[0].runs[0]
+    who, where, used = first["identity"], machine(), versions()
+    command = shlex.join(["python", "report/compare.py", *sys.argv[1:]])
+    start = f"`{config.base}`"
+    if config.base in EMBEDDED_MODELS:
+        start += ", de-quantised from 4-bit (Q4_1): a little worse than the original weights"
+    gpu = ", " + ", ".join(where["gpu"]) if where["gpu"] else ", no GPU"
+    hashes = [["method", "run", "weights"]]
+    for row in rows:
+        hashes += [[row.label, f"`{run['model_name']}`", f"`{run['identity']['hashes']['model']}`"] for run in row.runs]
+    setting = who["config"]
+    seconds = sum(run["seconds"]["total"] for row in rows if row.key != "best_of" for run in row.runs)
+    text = f"""# Comparison
+
+{headline(rows)}
+
+{markdown_table(table(rows))}
+
+Gold: share of a prompt's checks that an answer passes. Proxy: the reward model's score. Intervals (+-) hold 95 %:
+Student's, over the means of the {base.gold["n"]} held-out prompts. Gain on base: the difference prompt by prompt.
+Unseen checks: types that occur in no training prompt. KL: k1, the mean of log pi(answer) - log base(answer); of
+best-of-n the upper bound log n - (n - 1) / n. Ended: answers that stopped by themselves within
+{setting["max_new_tokens"]} tokens. Text: loss on held-out {setting["text"]}. Training: the run alone; before it: making
+the preferences, groups and reward model that it needs. Memory: the training process at its peak. Distinct-2:
+different word pairs over all, in the first answers to each prompt, as many of each method.
+
+## Score against KL, and gold against proxy
+
+![Gold score against KL, and against the reward model's score](figures/scores.png)
+
+{kl_sentence(rows)} {proxy_sentence(rows)}
+
+{reward_sentence(rows)}
+
+## Learning curves
+
+![Scores during training](figures/curves.png)
+
+{curves_sentence(rows)}
+
+## Each check type
+
+![Share of answers that pass, by check type](figures/checks.png)
+
+{checks_sentence(rows)}
+
+## What alignment cost
+
+{cost_sentence(rows)}
+
+## What each method does in expectation
+
+On a policy small enough to enumerate, every expectation is a finite sum; [EXACT.md](../proof/EXACT.md) has the tables
+and more figures: [the gradient of each KL estimator](../proof/figures/exact_estimators.png), which is that of the whole
+answers' KL only with k1 in the reward, and [what an aggregation gives each
+answer](../proof/figures/exact_gradients.png): per-sequence means favour answers of one token, and the standard
+deviation prompts that are almost never or almost always solved.
+
+![KL to the optimum against steps, and where each method ends](../proof/figures/exact_fixed_points.png)
+
+DPO and PPO fall to the optimum of the KL-regularised objective; IPO, GRPO and offline GRPO come to rest at a distance.
+
+## Sample answers
+
+The first sample of each method to prompts evenly spaced in the held-out set. A line break is shown as /.
+
+{samples_section(rows)}
+
+## How it was measured
+
+- Command: `{command}`, commit `{git_commit() or "unknown"}`.
+- Machine: {where["cpu"]}, {where["cores"]} cores{gpu}; {where["system"]}.
+- Versions: {", ".join(f"{key} {value}" for key, value in used.items() if value)}.
+- Start of every run, and reference of every KL: {start}.
+- {answers_a_prompt(rows)} answers a prompt, at most {setting["max_new_tokens"]} tokens, temperature
+  {setting["temperature"]:g}, sampling seed {setting["seed"]}, weights in {setting["precision"]}; training seeds
+  {", ".join(map(str, config.seed_list()))}.
+- Prompts `{config.prompts}` ({who["hashes"]["prompts"]}), checks ({who["hashes"]["checks"]}), reward model
+  `{config.reward_model}` ({who["hashes"]["reward_model"] or "not there"}).
+- Measuring took {duration(seconds)} in all.
+{"".join(f"- {note}" + chr(10) for note in notes)}
+{spread_section(rows, config)}
+
+{markdown_table(hashes).replace("---:", "---")}
+"""
+    path = out / "REPORT.md"
+    write_atomically(path, text)
+    return path

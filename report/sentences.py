@@ -1,0 +1,185 @@
+"""Every sentence of the report, computed from the numbers beside it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from report.intervals import interval, pair_accuracy, plus_minus, prompt_means
+
+
+def gain(row, base, value=lambda a: a["gold"]):
+    """`interval` of the difference to the base, prompt by prompt: sharper than two intervals, as prompts differ."""
+    theirs, mine = prompt_means(base.answers(), value), prompt_means(row.answers(), value)
+    return interval([mine[key] - theirs[key] for key in mine if key in theirs])
+
+
+def sure(difference):
+    """1 or -1 where the interval of a difference lies above or below 0, else 0."""
+    if difference["half"] is None or abs(difference["mean"]) <= difference["half"]:
+        return 0
+    return 1 if difference["mean"] > 0 else -1
+
+
+def overlap(a, b):
+    """Whether two 95 % intervals overlap."""
+    return abs(a["mean"] - b["mean"]) <= (a["half"] or 0.0) + (b["half"] or 0.0)
+
+
+def listed(names):
+    names = list(names)
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else "none"
+
+
+def split_base(rows):
+    base = next(row for row in rows if row.key == "base")
+    return base, [row for row in rows if row is not base]
+
+
+def headline(rows):
+    """Who is best, and whose interval does and does not overlap with the base's."""
+    base, others = split_base(rows)
+    if not others:
+        return f"Only the base was measured: gold score {plus_minus(base.gold)}."
+    best = max(others, key=lambda row: row.gold["mean"])
+    times = f", {best.gold['mean'] / base.gold['mean']:.1f} times the base's" if base.gold["mean"] else ""
+    if best.gold["mean"] > base.gold["mean"]:
+        first = f"{best.label} has the highest gold score, {plus_minus(best.gold)}{times} {plus_minus(base.gold)}."
+    else:
+        first = f"No method scores above the base, whose gold score is {plus_minus(base.gold)}."
+    above = [r.label for r in others if r.gold["mean"] > base.gold["mean"] and not overlap(r.gold, base.gold)]
+    below = [r.label for r in others if r.gold["mean"] < base.gold["mean"] and not overlap(r.gold, base.gold)]
+    rest = [r.label for r in others if overlap(r.gold, base.gold)]
+    parts = [f"95 % intervals above the base's, without overlap: {listed(above)}"]
+    parts.append(f"overlapping with it: {listed(rest)}")
+    if below:
+        parts.append(f"below it, without overlap: {listed(below)}")
+    return f"{first} {'; '.join(parts)}."
+
+
+def kl_sentence(rows):
+    """How far from the base the gold score was bought."""
+    base, others = split_base(rows)
+    far = [r for r in others if r.measured["kl"] and r.measured["kl"]["mean"] > 0.01]
+    better = [r for r in far if r.gold["mean"] > base.gold["mean"]]
+    if not better:
+        return "None of the methods that moved away from the base scores above it."
+    best = max(better, key=lambda r: r.gold["mean"])
+    thrifty = max(better, key=lambda r: (r.gold["mean"] - base.gold["mean"]) / r.measured["kl"]["mean"])
+    rate = (thrifty.gold["mean"] - base.gold["mean"]) / thrifty.measured["kl"]["mean"]
+    furthest = max(far, key=lambda r: r.measured["kl"]["mean"])
+    return (
+        f"{best.label} reaches the highest gold score of those that moved, {best.gold['mean']:.3f}, at "
+        f"{best.measured['kl']['mean']:.1f} nats an answer; {thrifty.label} gains most a nat ({rate:+.3f}), and "
+        f"{furthest.label} went furthest from the base ({furthest.measured['kl']['mean']:.1f} nats)."
+    )
+
+
+def proxy_sentence(rows):
+    """Which methods gained the thing itself, and which only the proxy, by the intervals of the paired differences."""
+    base, others = split_base(rows)
+    if any(row.measured["proxy"] is None for row in rows):
+        return "There was no reward model: the proxy was not measured."
+    kinds = {"both": [], "proxy": [], "gold": [], "neither": []}
+    for row in others:
+        gold, proxy = sure(gain(row, base)) > 0, sure(gain(row, base, lambda a: a["proxy"])) > 0
+        kinds["both" if gold and proxy else "gold" if gold else "proxy" if proxy else "neither"].append(row.label)
+    words = {
+        "both": "gold and proxy both rose: {}",
+        "proxy": "only the proxy rose: {}",
+        "gold": "only the gold score rose: {}",
+        "neither": "neither rose: {}",
+    }
+    parts = [words[kind].format(listed(names)) for kind, names in kinds.items() if names]
+    text = "; ".join(parts) or "no method to compare"
+    return f"Beyond the 95 % interval of the difference to the base, prompt by prompt, {text}."
+
+
+def reward_sentence(rows):
+    """How often the reward model is right where none of its training pairs come from: on the held-out prompts."""
+    base, _ = split_base(rows)
+    if any(answer["proxy"] is None for answer in base.answers()):
+        return ""
+    unseen = base.runs[0]["unseen_types"]
+    seen = [a for a in base.answers() if not any(name in unseen for name, _ in a["checks"])]
+    everywhere, familiar = pair_accuracy(base.answers()), pair_accuracy(seen)
+    if not everywhere:
+        return "No two answers of the base to one held-out prompt differ in gold: the reward model was not tested."
+    half, count = everywhere["half"] or 0, f"{everywhere['pairs']} pairs of {everywhere['n']} prompts"
+    text = (
+        "Of two answers of the base to one held-out prompt that differ in gold, the reward model prefers the better in "
+        f"{everywhere['mean']:.0%} +- {half:.0%} ({count})"
+    )
+    if not familiar or familiar["pairs"] == everywhere["pairs"]:
+        return f"{text}."
+    half = familiar["half"] or 0
+    return f"{text}; on prompts with check types that it was trained on, in {familiar['mean']:.0%} +- {half:.0%}."
+
+
+def curves_sentence(rows):
+    """First against last fifth of each run's log lines."""
+    found = []
+    for row in rows:
+        for key, name in (("gold", "gold score"), ("reward", "reward-model score"), ("accuracy", "accuracy on pairs")):
+            values = [line[key] for line in row.curves or () if key in line]
+            if len(values) < 2 or (key == "reward" and row.key != "ppo"):
+                continue
+            fifth = max(1, len(values) // 5)
+            first, last = statistics.fmean(values[:fifth]), statistics.fmean(values[-fifth:])
+            found.append(f"{row.label}'s {name} {'rose' if last > first else 'fell'} from {first:.2f} to {last:.2f}")
+    if not found:
+        return "No run left a log of its scores."
+    return "From the first to the last fifth of its training, on training prompts, " + "; ".join(found) + "."
+
+
+def checks_sentence(rows):
+    """Where the best method gained and lost most, and what reached the check types that nobody trained on."""
+    base, others = split_base(rows)
+    if not others:
+        return "Only the base was measured."
+    best = max(others, key=lambda row: row.gold["mean"])
+    before, after = base.measured["checks"], best.measured["checks"]
+    unseen = base.runs[0]["unseen_types"]
+    change = {name: after[name]["mean"] - before[name]["mean"] for name in before if name not in unseen}
+    most, least = max(change, key=change.get), min(change, key=change.get)
+    verb = "gains" if change[most] > 0 else "changes"
+    text = f"{best.label} {verb} most on {most} ({change[most]:+.2f}) and least on {least} ({change[least]:+.2f})."
+    if not base.measured["unseen"]:
+        return text + " No check type occurs only held-out."
+    transfers = [r.label for r in others if sure(unseen_gain(r, base)) > 0]
+    start = base.measured["unseen"]["mean"]
+    reached = max(others, key=lambda r: r.measured["unseen"]["mean"])
+    return (
+        f"{text} On the types that occur only held-out ({', '.join(unseen)}) the base passes {start:.2f} and "
+        f"{reached.label}, the best there, {reached.measured['unseen']['mean']:.2f}; risen beyond the interval: "
+        f"{listed(transfers)}."
+    )
+
+
+def unseen_gain(row, base):
+    """`gain` on the checks of the types that no training prompt has."""
+    types = base.runs[0]["unseen_types"]
+
+    def asked(answers):
+        return [{"id": a["id"], "good": good} for a in answers for name, good in a["checks"] if name in types]
+
+    theirs, mine = (prompt_means(asked(r.answers()), lambda c: c["good"]) for r in (base, row))
+    return interval([mine[key] - theirs[key] for key in mine if key in theirs])
+
+
+def cost_sentence(rows):
+    """What alignment cost in language modelling and in variety."""
+    base, others = split_base(rows)
+    moved = [row for row in others if row.key != "best_of"]
+    if not moved:
+        return "No trained method was measured."
+    worst = max(moved, key=lambda row: row.text())
+    difference = worst.text() - base.text()
+    share = math.exp(difference) - 1
+    narrow = min(moved, key=lambda row: row.measured["distinct_2"])
+    return (
+        f"Held-out text costs the base {base.text():.3f} nats a token and {worst.label}, the highest, "
+        f"{worst.text():.3f} ({difference:+.3f}; perplexity {share:+.1%}). The fewest different word pairs are "
+        f"{narrow.label}'s: distinct-2 {narrow.measured['distinct_2']:.3f}, the base's "
+        f"{base.measured['distinct_2']:.3f}."
+    )

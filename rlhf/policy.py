@@ -1,0 +1,104 @@
+"""The policy that trains, and the reference that it is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from models.device import frozen_dtype
+from models.fast.head import check_head, unwrapped
+from models.fast.lora import lean_adapters
+from models.loader import load_model, load_tokenizer, portable_name, resolve_model
+from models.save import save_model
+from runtime.console import say
+from runtime.files import in_root
+from runtime.processes import on_main
+
+
+@contextlib.contextmanager
+def as_reference(model, reference=None):
+    """The reference policy, without gradients: a frozen copy if one is given, else `model` with its adapter off.
+
+    In eval mode, so that dropout in the configuration does not touch it.
+    """
+    if reference is not None:
+        with torch.no_grad():
+            yield reference
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), model.disable_adapter():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def disable_dropout(model):
+    """Set every dropout probability to 0: the policy that is trained must be the one that is compared and sampled."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        if key in unwrapped(model).config.to_dict():
+            setattr(unwrapped(model).config, key, 0.0)
+
+
+def load_policy(config, device, precision, out):
+    """(model, reference, tokenizer, parameters): the policy to train and what it is compared with.
+
+    With lora_r > 0 the base is frozen in the precision's dtype, the adapter trains in float32, and the reference is the
+    base itself, adapter off (`reference` is None). With lora_r = 0 all weights train in float32 and the reference is a
+    frozen copy. An adapter given as model_name is merged first; its merged weights are kept in `out`/base, so that the
+    new adapter has a base that can be loaded.
+    """
+    tokenizer = load_tokenizer(config.model_name)
+    path = resolve_model(config.model_name)
+    adapter_given = isinstance(path, Path) and (path / "adapter_config.json").is_file()
+    dtype = frozen_dtype(precision) if config.lora_r else torch.float32
+    model = load_model(config.model_name, dtype=dtype, device=device, merge_adapter=True)
+    check_head(model, config.model_name)
+    base = path
+    if adapter_given and config.lora_r:
+        base = in_root(out) / "base"
+        on_main(lambda: save_model(model, tokenizer, base))
+    model = prepare_training(model, config, "CAUSAL_LM")
+    reference = None
+    if config.lora_r:
+        model.peft_config["default"].base_model_name_or_path = portable_name(base)
+    else:
+        reference = load_model(config.model_name, dtype=frozen_dtype(precision), device=device, merge_adapter=True)
+        disable_dropout(reference)
+        reference.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained, all_of_them = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    say(f"{config.model_name} in {precision} on {device}: {trained:,} of {all_of_them:,} weights train")
+    return model, reference, tokenizer, parameters
+
+
+def prepare_training(model, config, task_type, **lora_options):
+    """Dropout off; with config.lora_r an adapter on a frozen base; gradient checkpointing where configured."""
+    disable_dropout(model)
+    if config.lora_r:
+        model.requires_grad_(False)
+        adapter = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=2 * config.lora_r,
+            target_modules="all-linear",
+            task_type=task_type,
+            **lora_options,
+        )
+        model = lean_adapters(get_peft_model(model, adapter))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.lora_r:  # no weight before the checkpointed blocks trains: without this, no gradient would enter them
+            model.enable_input_require_grads()
+    return model.train()  # transformers checkpoints activations in this mode alone; there is no dropout left to differ
+
+
+def save_policy(model, tokenizer, folder):
+    """The weights (an adapter that names its base, or the full model) and the tokenizer."""
+    on_main(lambda: save_model(model, tokenizer, folder))

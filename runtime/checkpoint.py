@@ -1,0 +1,296 @@
+"""Checkpoints: all that a run needs to go on where it was interrupted, as if it never had been.
+
+    checkpoints = Checkpoints(run, model=model, optimizer=optimizer)
+    step, kept = checkpoints.load()                      # (0, {}) unless this very run was interrupted
+    while step < run.total_steps:
+        ...
+        if checkpoints.due(step):                        # by steps, by minutes, or because a signal came
+            checkpoints.save(step, kept)                 # ends the process if one came
+
+A checkpoint is a folder OUT/checkpoints/step-00000040: tensors as safetensors, the rest as JSON, and a manifest with
+the size and the sha256 of both. It is written under another name, flushed to the disk and renamed: it is there whole or
+not at all. The last `keep_checkpoints` are kept, and removed when the run is finished: then its weights are there.
+
+What is saved: the weights that train, the state of each other part (optimizer, gradient scaler, value head), what the
+loop carries over (`kept`), the clock and counters of the run, and the random state of every process. Data order and
+rollouts are functions of (seed, step), so the step says where they are. Process 0 writes and reads; the others get what
+they need from it, and there may be more or fewer of them than before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from configs.config import UserError, option
+from runtime.console import clock, command, rank, say
+from runtime.failures import reason
+from runtime.files import sha256_file, shown, synced, write_atomically
+from runtime.processes import gather, largest_over_ranks, meeting_device, on_main, several
+from runtime.run import CHECKPOINTS
+
+FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each next pause is twice as long
+FILES = ("tensors.safetensors", "state.json")
+
+
+@dataclass
+class Saving:
+    """The options of checkpoints, the same in every script that trains. They do not change what a run computes."""
+
+    save_every: int = option(0, "steps (rollouts in PPO and GRPO) between checkpoints; 0: by time alone", at_least=0)
+    save_minutes: float = option(5.0, "minutes between checkpoints, fewer at first; 0: by steps alone", at_least=0)
+    keep_checkpoints: int = option(2, "the last so many are kept while the run goes on", at_least=1)
+    max_skipped: int = option(3, "end at so many steps in a row whose loss or gradient is not finite", at_least=1)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    parts: by name, what has a state: a module (of which the weights that train are kept), an optimizer, a scaler.
+    """
+
+    def __init__(self, run, **parts):
+        self.run, self.parts, self.config = run, parts, run.config
+        self.folder = run.folder / CHECKPOINTS
+        self._since = None  # when the last one was saved, or the steps began
+        self._pause = min(FIRST_PAUSE, 60 * self.config.save_minutes)
+        self._came, self._came_at = 0, 0.0  # SIGINT or SIGTERM once it came to this process, and when
+        self._signal = 0  # the same once all processes know
+
+    def load(self):
+        """(step, kept) of the newest checkpoint that is whole, everything put back; (0, {}) if there is none.
+
+        A damaged one is named, and the one before it is used. Raises UserError if another script wrote it, or if a file
+        that the run reads has changed since. From here on SIGTERM and Ctrl-C are a wish to save and stop.
+        """
+        found = []
+        on_main(lambda: found.append(self._newest()))
+        state = from_main(found[0] if found else None)
+        if state is None:
+            self.run.restart()
+        else:
+            for name, part in self.parts.items():
+                put_back(part, state["parts"][name])
+            if rank() < len(state["random"]):  # a process that was not there before keeps what its seed gave it
+                set_random_state(state["random"][rank()])
+            self.run.resume(state["run"])
+        self._listen()
+        return (0, {}) if state is None else (state["step"], state["kept"])
+
+    def due(self, step):
+        """Whether to save after `step`. All processes are told the same."""
+        now = time.time()
+        self._since = self._since or self.run.steps_began
+        by_steps = self.config.save_every and step % self.config.save_every == 0
+        by_time = self.config.save_minutes and now - self._since >= self._pause
+        wanted = bool(by_steps or by_time) and not self.run.skipped  # the last good one stays the last
+        wanted, self._signal = largest_over_ranks(wanted, self._came)
+        if step == self.run.total_steps:
+            self._listen(False)  # what comes now is short, and would not look whether a signal came
+        return bool(wanted or self._signal)
+
+    def save(self, step, kept=None):
+        """Write a checkpoint of `step`. If a signal asked for it, say how to go on, and end the process.
+
+        kept: what the loop carries over, a dict of tensors, numbers, texts, lists and dicts.
+        Raises UserError when it cannot be written; those that are there stay.
+        """
+        began = time.time()
+        states = gather(random_state())
+        on_main(lambda: self._write(step, kept or {}, states))
+        self._since = time.time()
+        cost = self._since - began
+        self._pause = min(max(2 * self._pause, 20 * cost), 60 * self.config.save_minutes)  # 5 % of the time at most
+        if self._signal:
+            self._listen(False)
+            name = signal.Signals(self._signal).name
+            say(f"\n{name}: stopped after step {step} of {self.run.total_steps}, which is saved. To go on: {command()}")
+            sys.exit(128 + self._signal)
+
+    def _write(self, step, kept, states):
+        parts = {name: state_of(part) for name, part in self.parts.items()}
+        state = {"script": self.run.script, "step": step, "kept": kept, "parts": parts, "random": states}
+        state |= {"run": self.run.state(), "files": self.run.files}
+        temporary, path = self.folder / "saving.tmp", self.folder / f"step-{step:08d}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.folder.mkdir(exist_ok=True)  # not its parent: a run whose folder is gone has lost its configuration
+            temporary.mkdir()
+            tensors = {}
+            tree = take_apart(state, tensors)
+            save_file(tensors, temporary / FILES[0])
+            (temporary / FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
+            files = {n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)} for n in FILES}
+            manifest = {"step": step, "written": time.strftime("%Y-%m-%d %H:%M:%S"), "files": files}
+            write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            synced(temporary / FILES[0], temporary / FILES[1], temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(temporary, path)
+            synced(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            last = self.run.checkpoint
+            stays = f"that of {shown(last)} stays" if last and last.is_dir() else "there is none before it"
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {shown(self.folder)}: {reason(error)}; {stays}. "
+                f"Once there is room to write, go on with: {command()}"
+            ) from None
+        self.run.checkpoint = path
+        mine = [p for p in self._all() if p <= path]  # later ones are damaged: the run went on from before them
+        for old in {*self._all()} - {*mine[-self.config.keep_checkpoints :]}:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _all(self):
+        return sorted(self.folder.glob("step-*"))
+
+    def _newest(self):
+        """The state in the newest checkpoint that is whole, or None."""
+        for path in reversed(self._all()):
+            damage = find_damage(path)
+            if damage:
+                say(f"checkpoint {shown(path)} is damaged: {damage}. It is left out")
+                continue
+            state = put_together(json.loads((path / FILES[1]).read_text(encoding="utf-8")), load_file(path / FILES[0]))
+            if state["script"] != self.run.script:
+                raise UserError(
+                    f"checkpoint {shown(path)} was written by {state['script']}, not by {self.run.script}. "
+                    "Give another --out, or --overwrite true to begin again"
+                )
+            self.run.refuse_changes(state["files"], f"the checkpoint {shown(path)} was written")
+            self.run.checkpoint = path
+            written = clock((path / "manifest.json").stat().st_mtime)
+            say(
+                f"continuing from step {state['step']} of {self.run.total_steps} "
+                f"(checkpoint {shown(path)}, written {written})"
+            )
+            return state
+        if self.run.unfinished:
+            say(f"{shown(self.run.folder)} holds this run, unfinished, without a checkpoint: it begins again")
+        return None
+
+    def _listen(self, on=True):
+        """Take SIGTERM and the first Ctrl-C as the wish to save and stop; a second Ctrl-C ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGTERM, self._asked if on else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, self._asked if on else signal.default_int_handler)
+
+    def _asked(self, number, frame):
+        now = time.time()
+        again = self._came == number and now - self._came_at > 1  # launchers pass on what the terminal sends to all
+        if number == signal.SIGINT and (again or not self.run.steps_began):
+            raise KeyboardInterrupt
+        if not self.run.steps_began:  # there is nothing to save yet
+            sys.exit(128 + number)
+        if not self._came:
+            self._came, self._came_at = number, now
+            if rank() == 0:
+                os.write(2, b"\nfinishing this step, then saving; once more to end at once\n")
+
+
+def find_damage(folder):
+    """What is wrong with a checkpoint's files, in words; None if they are what was written."""
+    try:
+        expected = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name in FILES:
+            size = (folder / name).stat().st_size
+            if size != expected[name]["bytes"]:
+                return f"{name} has {size:,} of {expected[name]['bytes']:,} bytes"
+            if sha256_file(folder / name) != expected[name]["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return "manifest.json is not what was written"
+    return None
+
+
+def trained_weights(module):
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def state_of(part):
+    """The state of a module (the weights that train), an optimizer or a gradient scaler."""
+    return trained_weights(part) if isinstance(part, torch.nn.Module) else part.state_dict()
+
+
+def put_back(part, state):
+    """Give a part the state that `state_of` took. Raises UserError for a module with other weights."""
+    if not isinstance(part, torch.nn.Module):
+        part.load_state_dict(state)
+        return
+    mine = trained_weights(part)
+    if {k: p.shape for k, p in mine.items()} != {k: x.shape for k, x in state.items()}:
+        raise UserError("the checkpoint has other weights than this model. --overwrite true begins again")
+    with torch.no_grad():
+        for name, p in mine.items():
+            p.copy_(state[name])
+
+
+def take_apart(value, tensors, name="state"):
+    """A nested value as what JSON can hold; its tensors go into the dict `tensors`, by their place."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):  # as pairs: JSON would turn the optimizer's numbers into texts
+        return {"dict": [[key, take_apart(x, tensors, f"{name}.{key}")] for key, x in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [take_apart(x, tensors, f"{name}.{i}") for i, x in enumerate(value)]
+    return value
+
+
+def put_together(tree, tensors):
+    """The inverse of `take_apart`; tuples come back as lists."""
+    if isinstance(tree, list):
+        return [put_together(x, tensors) for x in tree]
+    if isinstance(tree, dict):
+        return tensors[tree["tensor"]] if "tensor" in tree else {k: put_together(x, tensors) for k, x in tree["dict"]}
+    return tree
+
+
+def random_state():
+    """The state of every random generator of this process."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def set_random_state(state):
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def from_main(state):
+    """The state that process 0 has, on all processes; tensor by tensor, because together they may be large."""
+    if not several():
+        return state
+    tensors = {}
+    message = [(take_apart(state, tensors), {k: (x.dtype, x.shape) for k, x in tensors.items()})]
+    dist.broadcast_object_list(message)
+    tree, kinds = message[0]
+    for name, (dtype, shape) in kinds.items():
+        here = tensors[name] if rank() == 0 else torch.empty(shape, dtype=dtype)
+        there = here.to(meeting_device())
+        dist.broadcast(there, 0)
+        tensors[name] = there.cpu()
+    return put_together(tree, tensors)

@@ -1,0 +1,64 @@
+"""Run a script's `main` as a command: what goes wrong is one message and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from configs.config import UserError, load_config
+from runtime.memory import keep_freed_memory
+from runtime.run_folder import on_refusal
+
+
+def cli(main, Config):
+    """Run `main(load_config(Config))` as a command: a UserError becomes one message and exit status 2.
+
+    So does what the machine does to a run (no memory, no disk, a lost process): see runtime/failures.py.
+    """
+    config = None
+    on_refusal.clear()
+    keep_freed_memory()
+    try:
+        config = load_config(Config)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # launchers that may start all processes again
+            from runtime.rendezvous import meet_anew
+
+            meet_anew()
+        main(config)
+    except UserError as error:
+        while on_refusal:
+            on_refusal.pop()()
+        if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and the launcher then ends this process
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr)
+        leave_processes()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit:
+        leave_processes()
+        raise
+    except Exception as error:
+        from runtime.failures import explain
+
+        message = config and explain(error, config)
+        if not message:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os._exit(2)  # at once: the others may be gone, and the launcher waits to start all again
+        sys.exit(2)
+    leave_processes()
+
+
+def leave_processes():
+    """Close the connections to the other processes: gloo's threads abort an interpreter that ends without."""
+    if "torch.distributed" in sys.modules:
+        dist = sys.modules["torch.distributed"]
+        if dist.is_available() and dist.is_initialized():
+            # gloo's threads let go of their last tensors, for which they need the interpreter; destroying holds it
+            # and waits for them: without this pause, and with a DDP wrapper still alive, that can be for ever
+            time.sleep(0.2)
+            dist.destroy_process_group()

@@ -1,0 +1,65 @@
+"""What the terminal shows."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+import warnings
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def say(*words, end="\n"):
+    """Print on rank 0 only, at once (a pipe would hold lines back)."""
+    if rank() == 0:
+        print(*words, end=end, flush=True)
+
+
+def clock(moment):
+    """A time as '12:03', with the date where that is another day."""
+    there, now = time.localtime(moment), time.localtime()
+    return time.strftime("%H:%M" if there[:3] == now[:3] else "%Y-%m-%d %H:%M", there)
+
+
+def command():
+    """The command that runs this process again, as a person would type it."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return "the same command again" if several else shlex.join(["python", *sys.argv])
+
+
+def duration(seconds):
+    """412 -> '6m52s'."""
+    seconds = int(round(seconds))
+    h, m, s = seconds // 3600, seconds % 3600 // 60, seconds % 60
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def quiet_libraries():
+    """Turn off progress bars and advice of the libraries that a user cannot act on, by their own switches."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    # peft 0.21 calls a property that transformers 5.23 renamed; nothing a user could change
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # peft finds out by itself how GPT-2's layers are laid out, and says so at each of them
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _number(key, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if key == "lr":
+        return f"{value:.1e}"
+    if key == "tok/s":
+        return f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"

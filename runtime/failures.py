@@ -1,0 +1,118 @@
+"""What the machine does to a run, in words: memory that is used up, a disk that is full, a process that died.
+
+`explain` is called by `configs.config.cli` for what no script foresaw. What it does not know stays a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import linecache
+import os
+import traceback
+from pathlib import Path
+
+from configs.config import ROOT
+from runtime.console import command
+from runtime.files import in_root, shown
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "nccl", "timed out")
+
+
+def explain(error, config):
+    """One message for an error of the machine, with the way to go on; None for an error that is a bug of ours."""
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY):
+        return out_of_memory(error, config)
+    if isinstance(error, OSError) and (error.errno in DISK or _below(error.filename, config)):
+        return disk(error.filename, reason(error), config)
+    if type(error).__name__ == "SafetensorError" and "os error" in said:
+        return disk(None, reason(error), config)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and isinstance(error, RuntimeError) and any(words in said for words in LOST):
+        why = _first_sentence(error)
+        return f"another process of this run ended or cannot be reached ({why}). To go on: {command()}"
+    return None
+
+
+def reason(error):
+    """Why a file could not be written, in the system's words, which the safetensors library puts into its own."""
+    return getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+
+
+def disk(path, why, config):
+    """Something could not be written: where, why, what is there, how to go on."""
+    where = shown(path) if path else shown(in_root(config.out))
+    return f"{where}: {why}. What was written before stays. When that is solved, go on with: {command()}"
+
+
+def out_of_memory(error, config):
+    """What was being done, how much is free, and which settings need less, those that save most first."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _ours(f.filename)]
+    doing = "loading libraries"
+    if frames:
+        line = linecache.getline(frames[-1].filename, frames[-1].lineno).strip()
+        doing = f"{shown(frames[-1].filename)} line {frames[-1].lineno}, `{line}`"
+    sampling = any(Path(f.filename).name == "generation.py" for f in frames)
+    advice = "".join(f"\n  {option}" for option in savers(config, sampling)) or "\n  a smaller --model_name"
+    return f"out of memory in {doing}; {free_memory()}. What needs less, the most first:{advice}"
+
+
+def savers(config, sampling=False):
+    """Options that need less memory than the configuration's, as a person would type them; what saves most first.
+
+    sampling: the memory ran out while answers were sampled, where no gradients are.
+    """
+    key = vars(config)
+    found = []
+    if sampling:
+        batch = "rollout_batch_size" if "rollout_batch_size" in key else "batch_size"
+        found += [f"--{batch} {key[batch] // 2}" if key[batch] > 1 else None]
+        found += [f"--max_new_tokens {key['max_new_tokens'] // 2}"]
+        return [option for option in found if option]
+    if key.get("lora_r") == 0:
+        found.append("--lora_r 16: an adapter in place of all weights needs no optimizer state for them")
+    if key.get("gradient_checkpointing") is False:
+        found.append("--gradient_checkpointing true: the same steps, activations computed twice")
+    if key.get("micro_batch_size", 1) > 1:
+        found.append(f"--micro_batch_size {key['micro_batch_size'] // 2}: the same steps")
+    if "accumulation_steps" in key and key["batch_size"] > 1:
+        half = key["batch_size"] // 2
+        more = key["batch_size"] * key["accumulation_steps"] / half
+        same = f" --accumulation_steps {more:.0f}: the same steps" if more == int(more) else ""
+        found.append(f"--batch_size {half}{same}")
+    if key.get("precision") == "fp32":
+        found.append("--precision bf16")
+    for name in ("max_length", "max_new_tokens"):
+        if key.get(name, 0) > 8:
+            found.append(f"--{name} {key[name] // 2}")
+    return found
+
+
+def free_memory():
+    """'1.2 of 15.0 GB free', of the GPU where one is used, else of the machine."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on the GPU"
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return "how much is free is not known here"
+    numbers = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free, total = (int(numbers[name].split()[0]) * 1024 / 1e9 for name in ("MemAvailable", "MemTotal"))
+    return f"{free:.1f} of {total:.1f} GB free"
+
+
+def _below(path, config):
+    """Whether a path lies in the run's folder."""
+    return bool(path) and "out" in vars(config) and in_root(config.out).absolute() in [*Path(path).absolute().parents]
+
+
+def _ours(path):
+    return Path(path).is_relative_to(ROOT) and ".venv" not in Path(path).parts
+
+
+def _first_sentence(error):
+    return str(error).strip().splitlines()[0].split(". ")[0]

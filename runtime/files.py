@@ -1,0 +1,87 @@
+"""Paths, JSON and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from configs.config import ROOT, UserError
+
+
+def shown(path):
+    """A path as a person would type it from the repository's root."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def in_root(path):
+    """A path of a configuration: absolute, or relative to the working directory if it is there, else to the root."""
+    path = Path(path)
+    try:
+        return path if path.exists() or path.is_absolute() else ROOT / path
+    except OSError as error:  # a text that is too long for a name, for one
+        raise UserError(f"{str(path)[:60]!r}... cannot be a file: {error.strerror}") from None
+
+
+def sha256_file(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def synced(*paths):
+    """Have the disk hold what was written to these files, or which names are in these folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_atomically(path, text):
+    """Write `text` so that `path` holds either its old content or all of the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_manifest(folder):
+    """A finished run's manifest as a dict, or None if the folder holds no finished run."""
+    path = in_root(folder) / "manifest.json"
+    return read_json(path) if path.is_file() else None
+
+
+def json_error(error):
+    """What the library says of a line that is not JSON, and where in it: 'Expecting value at column 3'."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
+def read_json(path):
+    """The object in a JSON file of ours. Raises UserError if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{shown(path)} is damaged: it takes one JSON object")
+    return found
+
+
+def read_lines(path):
+    """The rows of a JSONL file of ours; [] if it is not there. A line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -1,0 +1,219 @@
+"""A run and its folder: config.yaml, metrics.jsonl, manifest.json, and the line that the terminal shows at each step.
+
+    run = Run(config, "models/dpo", total_steps=100)
+    run.log(step, loss=0.69, lr=1e-4, tokens=5120)          # one line, the same keys in metrics.jsonl
+    run.finish(result={"heldout_accuracy": 0.81}, inputs={"data/preferences.jsonl": sha256})
+
+Under torchrun or accelerate every rank makes a Run; only rank 0 prints and writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from configs.config import UserError, config_to_dict, format_config, read_yaml
+from runtime.console import _number, duration, rank, say
+from runtime.files import in_root, read_lines, read_manifest, shown, write_atomically
+from runtime.processes import on_main
+from runtime.provenance import files_read, git_commit, machine, named_inputs, peak_memory_gb, versions
+from runtime.run_folder import hold, make_way, refuse_other_use, release
+
+# keys that change how a run is watched, not what it computes
+NOT_IDENTITY = {"out", "overwrite", "log_every", "wandb_project", "wandb_mode", "wandb_log_model"}
+NOT_IDENTITY |= {"save_every", "save_minutes", "keep_checkpoints", "max_skipped"}
+CHECKPOINTS = "checkpoints"  # the subfolder of a run that is not finished; see runtime/checkpoint.py
+
+
+class Run:
+    """One run of one script: prints, records, and says at the end what it made.
+
+    out: the folder that receives config.yaml, metrics.jsonl, manifest.json and the weights.
+    total_steps: steps the run will take, for the estimate of the time left; may be set later.
+    sinks: functions called with (metrics: dict, step) at each logged step, W&B for one.
+    """
+
+    def __init__(self, config, out, total_steps=None, sinks=()):
+        self.config, self.folder, self.total_steps, self.sinks = config, in_root(out), total_steps, list(sinks)
+        self.script = Path(sys.argv[0]).name
+        self.started = time.time()  # less what the run had taken before, where it was interrupted
+        self.unfinished = False  # whether the folder held this very run, interrupted
+        self.checkpoint = None  # the folder of the last one
+        self.files = {}  # hashes of what the run reads
+        self.steps_began = None  # when
+        self.skipped = 0  # steps in a row whose loss or gradient was not finite
+        self._skips = 0  # of those, since the last logged line
+        self._lines = 0  # of metrics.jsonl
+        self._recent = None  # when the last line was logged, for rates
+        self._first = None  # (time, step) when steps began, for the estimate
+        self._tokens = 0
+        self._carried = (0.0, 0)  # seconds and tokens between the last logged line and the checkpoint
+        self.is_main = rank() == 0
+        on_main(self._claim_folder)
+
+    def _claim_folder(self):
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"out = {shown(self.folder)} is a file; give a folder")
+        held, overwrite = self.folder / "config.yaml", self.config.overwrite
+        refuse_other_use(self.folder, named_inputs(self.config))
+        self.files = files_read(self.config)
+        if held.is_file():
+            before = read_yaml(held)
+            differences, manifest = self._differences(before), read_manifest(self.folder)
+            if differences and not overwrite:
+                raise UserError(
+                    f"{shown(self.folder)} holds a run with another configuration:\n  "
+                    + "\n  ".join(differences)
+                    + "\nGive another --out, or --overwrite true to replace it"
+                )
+            if manifest and not overwrite:
+                self.refuse_changes(manifest.get("files", {}), f"{shown(self.folder)} was finished")
+                say(f"{shown(self.folder)} holds this very run, finished. --overwrite true runs it again.")
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # a kill may have come before this
+                sys.exit(0)
+            # a run that began with --overwrite true and was interrupted goes on: that, too, is the same command again
+            self.unfinished = not (differences or manifest or (overwrite and not before.get("overwrite")))
+        try:
+            self._begin = make_way(self.folder, not self.unfinished, hold)
+            write_atomically(held, format_config(self.config))
+        except OSError as error:
+            raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
+        say(f"configuration ({shown(held)}):")
+        words = ", ".join(f"{key} {value}" for key, value in config_to_dict(self.config).items())
+        say(textwrap.fill(words, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+
+    def refuse_changes(self, before, when):
+        """Raise UserError if a file that the run reads is not what it was then. before: `files` of that time."""
+        changed = [k for k in sorted(before.keys() & self.files.keys()) if before[k] != self.files[k]]
+        if changed:
+            names = ", ".join(f"{key} = {getattr(self.config, key)}" for key in changed)
+            raise UserError(f"{names}: changed since {when}. --overwrite true begins again, another --out keeps both")
+
+    def _differences(self, before):
+        now = config_to_dict(self.config)
+        different = [
+            f"{key}: {before[key]!r} there, {now[key]!r} now"
+            for key in sorted(before.keys() & now.keys())
+            if before[key] != now[key] and key not in NOT_IDENTITY
+        ]
+        only = {"there": before.keys() - now.keys() - NOT_IDENTITY, "now": now.keys() - before.keys() - NOT_IDENTITY}
+        return different + [f"only {where}: {', '.join(sorted(keys))}" for where, keys in only.items() if keys]
+
+    def restart(self):
+        """Begin at the beginning: nothing is logged yet."""
+        if self.is_main:
+            (self.folder / "metrics.jsonl").write_text("")
+
+    def state(self):
+        """What a checkpoint keeps of the clock and the counters, for `resume`."""
+        now = time.time()
+        since = now - self._recent if self._recent else 0.0
+        counters = {"lines": self._lines, "tokens": self._tokens, "skipped": self.skipped, "skips": self._skips}
+        return {"seconds": now - self.started, "since_logged": since, **counters}
+
+    def resume(self, state):
+        """Go on from a checkpoint's `state`: metrics.jsonl is cut back to its lines, seconds go on from there."""
+        self.started -= state["seconds"]
+        self._carried = (state["since_logged"], state["tokens"])
+        self._lines, self.skipped, self._skips = state["lines"], state["skipped"], state["skips"]
+        if self.is_main:
+            lines = read_lines(self.folder / "metrics.jsonl")
+            kept = [json.dumps(line) + "\n" for line in lines[: state["lines"]]]
+            write_atomically(self.folder / "metrics.jsonl", "".join(kept))
+
+    def begin_steps(self, step=0):
+        """Start the clock of the steps, so that loading and evaluating do not count in the rates."""
+        now = self.steps_began = time.time()
+        since, tokens = self._carried
+        self._first, self._recent, self._tokens = (now, step), now - since, tokens
+
+    def count_tokens(self, tokens):
+        """Tokens processed since the last logged line, for tok/s."""
+        self._tokens += int(tokens)
+
+    def finite(self, step, batch, **values):
+        """Whether all values are finite. If not, step `step` is to be skipped: this is said and counted.
+
+        batch: which rows the step is taken on, in words. Raises UserError at the config.max_skipped-th skipped step in
+        a row.
+        """
+        bad = {key: float(value) for key, value in values.items() if not math.isfinite(value)}
+        if not bad:
+            self.skipped = 0
+            return True
+        self.skipped, self._skips = self.skipped + 1, self._skips + 1
+        what = f"step {step}: {', '.join(f'{key} is {value}' for key, value in bad.items())} on {batch}"
+        say(f"{what}; the step is skipped ({self.skipped} in a row)")
+        if self.skipped >= self.config.max_skipped:
+            last = f"the last good checkpoint is {shown(self.checkpoint)}" if self.checkpoint else "no checkpoint yet"
+            raise UserError(
+                f"{what}. {self.skipped} steps in a row were skipped (max_skipped = {self.config.max_skipped}). "
+                f"Nothing was learnt from them; {last}. Look at these rows; a lower --lr with --overwrite true begins "
+                "again, and a higher --max_skipped goes on from the checkpoint"
+            )
+        return False
+
+    def log(self, step, **metrics):
+        """Print one line and append it to metrics.jsonl. Adds tok/s (when tokens were counted), eta and seconds.
+
+        step counts optimizer steps from 1. None values are left out, and those that are not finite are only printed;
+        other floats are recorded in full. Steps that were skipped since the last line are counted under `skipped`.
+        """
+        now = time.time()
+        if self._tokens:
+            metrics["tok/s"] = self._tokens / max(now - self._recent, 1e-9)
+        self._recent, self._tokens, self._lines = now, 0, self._lines + 1
+        if self._skips:
+            metrics["skipped"], self._skips = self._skips, 0
+        record = {"step": step, **{k: v for k, v in metrics.items() if v is not None}}
+        record["seconds"] = round(now - self.started, 3)
+        if not self.is_main:
+            return
+        self._begin()
+        recorded = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(recorded) + "\n")
+        for sink in self.sinks:
+            sink(record, step)
+        words = [f"{k} {_number(k, v)}" for k, v in record.items() if k not in ("step", "seconds")]
+        if self.total_steps and self._first and step > self._first[1]:
+            left = (now - self._first[0]) / (step - self._first[1]) * (self.total_steps - step)
+            words.append(f"eta {duration(left)}")
+        count = f"{step:>5}/{self.total_steps}" if self.total_steps else f"{step:>5}"
+        say("step " + " | ".join([count, *words]))
+
+    def finish(self, result, inputs=None, next_command=None, more=None):
+        """Write manifest.json (which marks the run as finished) and say where everything is.
+
+        result: what the run reached, numbers by name. inputs: sha256 of each model and data file it read, by name.
+        more: entries for the manifest that are not printed.
+        """
+        if not self.is_main:
+            return
+        manifest = {
+            **(more or {}),
+            "script": self.script,
+            "result": result,
+            "inputs": inputs or {},
+            "files": self.files,
+            "seconds": round(time.time() - self.started, 1),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        release(self.folder)
+        reached = ", ".join(f"{k} {_number(k, v)}" for k, v in result.items())
+        say(f"\ndone in {duration(manifest['seconds'])}, peak memory {manifest['peak_memory_gb']:.2f} GB: {reached}")
+        say(f"written to {shown(self.folder)}/")
+        if next_command:
+            say(f"next: {next_command}")

@@ -1,0 +1,95 @@
+"""Preference rows as token ids: boundaries, truncation, and rows that would teach nothing."""
+
+import json
+
+import pytest
+
+from configs.config import UserError
+from data.blocks import make_blocks
+from data.corpus import load_corpus
+from data.pairs import load_groups, load_pairs
+from models.loader import load_tokenizer
+from models.tokens import prompt_ids
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("prompt", ["Say the", "Say the ", "Say th"])
+@pytest.mark.statement("same-prompt-ids")
+def test_prompt_ids_are_the_same_in_chosen_and_rejected_where_the_boundary_could_merge(tmp_path, prompt):
+    """With SmolLM2's merges: tokenised in one piece, "Say th" + "ere" would be other tokens than "Say th"."""
+    tokenizer = load_tokenizer("smollm2-135m")
+    tokenizer.chat_template = None
+    path = write(tmp_path, {"prompt": prompt, "chosen": "ere it is", "rejected": " there"})
+    [pair], _, _ = load_pairs(path, tokenizer, 64)
+    alone = tokenizer(prompt).input_ids
+    assert pair["prompt"] == alone == prompt_ids(tokenizer, prompt)
+    if prompt == "Say th":
+        assert tokenizer(prompt + "ere it is").input_ids[: len(alone)] != alone  # the danger is real
+    for key in ("chosen", "rejected"):
+        assert tokenizer.decode(pair[key][:-1]) == {"chosen": "ere it is", "rejected": " there"}[key]
+        assert pair[key][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.statement("same-prompt-ids")
+def test_prompt_ids_stay_the_same_when_one_answer_is_longer_and_the_prompt_is_cut(tmp_path):
+    tokenizer = load_tokenizer("tiny-gpt2")  # one id a byte, no template
+    path = write(tmp_path, {"prompt": "0123456789", "chosen": "abcde", "rejected": "x"})
+    [pair], counts, _ = load_pairs(path, tokenizer, 12)
+    assert tokenizer.decode(pair["prompt"]) == "456789"  # 12 - 5 letters - the stop token
+    assert tokenizer.decode(pair["chosen"][:-1]) == "abcde" and tokenizer.decode(pair["rejected"][:-1]) == "x"
+    assert counts == {"dropped": 0, "cut": 1}
+
+
+@pytest.mark.statement("truncation")
+def test_truncation_never_erases_a_completion(tmp_path):
+    tokenizer = load_tokenizer("tiny-gpt2")
+    rows = [{"prompt": "p" * 30, "chosen": "abcde", "rejected": "fgh"}, {"prompt": "p", "chosen": "a", "rejected": "b"},
+            {"prompt": "p", "chosen": "c" * 20, "rejected": "b"}]  # fmt: skip
+    kept, counts, _ = load_pairs(write(tmp_path, *rows), tokenizer, 12, "left")
+    assert [tokenizer.decode(p["chosen"]) for p in kept] == ["abcde<|endoftext|>", "a<|endoftext|>"]
+    assert [len(p["prompt"]) for p in kept] == [6, 1] and counts == {"dropped": 1, "cut": 1}
+    kept, counts, _ = load_pairs(write(tmp_path, *rows), tokenizer, 12, "drop")
+    assert [tokenizer.decode(p["chosen"]) for p in kept] == ["a<|endoftext|>"] and counts == {"dropped": 2, "cut": 0}
+
+
+@pytest.mark.statement("empty-completion")
+def test_an_empty_completion_is_an_error_that_names_the_row(tmp_path):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match="rows.jsonl line 2: .*completion is empty"):
+        load_pairs(write(tmp_path, good, {**good, "rejected": ""}), load_tokenizer("tiny-llama"), 64)
+
+
+@pytest.mark.statement("sampled-ids")
+def test_groups_train_on_the_stored_ids_not_on_their_text(tmp_path):
+    tokenizer = load_tokenizer("tiny-llama")
+    half = tokenizer("é").input_ids[0]  # half of a character: decoded and encoded again it is another token
+    ids = [[half, half, tokenizer.eos_token_id], [half, 10]]
+    texts = [tokenizer.decode(x, skip_special_tokens=True) for x in ids]
+    assert half not in tokenizer(texts[0]).input_ids
+    row = {"prompt": "p", "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0], "completion_ids": ids,
+           "logprobs": [[-1.0, -2.0, -3.0], [-4.0, -5.0]], "temperature": 1.0}  # fmt: skip
+    [group], _ = load_groups(write(tmp_path, row), tokenizer, 64)
+    assert group["completions"] == ids and group["logprobs"] == row["logprobs"]
+
+
+def test_an_answer_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning(tmp_path):
+    tokenizer = load_tokenizer("tiny-llama")
+    stop = tokenizer.eos_token_id
+    row = {"prompt": "p", "chosen": "abc", "rejected": "de"}
+    finishes = [{}, {"chosen_finish": "stop", "rejected_finish": "length"}, {"chosen_finish": "length"}]
+    path = write(tmp_path, *({**row, **finish} for finish in finishes))
+    pairs, _, _ = load_pairs(path, tokenizer, 64)
+    assert [(p["chosen"][-1] == stop, p["rejected"][-1] == stop) for p in pairs] == [
+        (True, True), (True, False), (False, True),
+    ]  # fmt: skip
+    assert [tokenizer.decode([i for i in p["chosen"] if i != stop]) for p in pairs] == ["abc"] * 3
+    corpus = load_corpus(path, 0.01)
+    blocks = make_blocks(corpus.train + corpus.heldout, corpus.kind, tokenizer, 96, "rows")
+    assert blocks.counted([0]) == 4 + 4 + 3  # a token a letter, and the stop tokens of the first two
+    with pytest.raises(UserError, match="line 1: `rejected_finish` is 'cut', it takes stop or length"):
+        load_pairs(write(tmp_path, {**row, "rejected_finish": "cut"}), tokenizer, 64)
