@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import lm, measure, page
-from configs.config import UserError, option
+from configs.config import UserError, option, shown
 from models.device import pick_device
 from runtime.cli import cli
 from runtime.console import duration, say
-from runtime.files import in_root, shown, write_atomically
+from runtime.files import in_root, write_atomically
 from runtime.provenance import git_commit, machine, versions
 from runtime.run_folder import check_place
 

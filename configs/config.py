@@ -9,7 +9,7 @@
     config = load_config(Config)        # defaults < YAML < --lr 3e-4
 
 Unknown keys, wrong types, values out of range and options that contradict each other raise `UserError`, which
-`cli` prints as one message and turns into exit status 2.
+`cli` of runtime/cli.py prints as one message and turns into exit status 2. This file imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -33,17 +33,53 @@ class UserError(ValueError):
     """A mistake in what the user gave (a key, a file, a row). The message says what is wrong and what is allowed."""
 
 
-def option(default, help="", *, at_least=None, at_most=None, above=None, below=None):
-    """A dataclass field with its documentation and its allowed range (inclusive: at_*; exclusive: above, below)."""
+def shown(path):
+    """A path as a person would type it from the repository's root."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def option(default, help="", *, at_least=None, at_most=None, above=None, below=None, identity=True, reads=False):
+    """A dataclass field with its documentation, its allowed range, and what it means to a run.
+
+    at_least, at_most, above, below: the range (at_*: inclusive).
+    identity: whether the value decides what the run computes. A folder that holds a run with another value of such a
+        key is refused; other keys only say how a run is watched, or where it goes.
+    reads: whether the value may name a file or a folder that the run reads: its content is hashed, and is part of the
+        run's identity, too.
+    """
     limits = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
-    return field(default=default, metadata={"help": help, **{k: v for k, v in limits.items() if v is not None}})
+    limits = {key: value for key, value in limits.items() if value is not None}
+    return field(default=default, metadata={"help": help, "identity": identity, "reads": reads, **limits})
+
+
+def options(Config):
+    """{name: what `option` said of it} of a dataclass (or an instance of one).
+
+    A class that gives an inherited option another default (`out: str = "models/dpo"`) need not say the rest again.
+    """
+    kind = Config if isinstance(Config, type) else type(Config)
+    found = {}
+    for f in dataclasses.fields(kind):
+        levels = [vars(c).get("__dataclass_fields__", {}) for c in kind.__mro__]
+        said = (level[f.name].metadata for level in levels if f.name in level and level[f.name].metadata)
+        found[f.name] = next(said, f.metadata)
+    return found
+
+
+def names_with(Config, **said):
+    """The names of the options of which `option` was told this: names_with(Config, reads=True)."""
+    wanted = said.items()
+    return [name for name, metadata in options(Config).items() if wanted <= metadata.items()]
 
 
 def load_config(Config, argv=None):
     """Build `Config` from its defaults, then a YAML file, then the command line; later ones win.
 
     Config: a dataclass; its class attribute CONFIG names the YAML that is read when `--config` is not given, and its
-        method `check(self)`, where it has one, raises UserError for options that contradict each other.
+        method `check(self)`, where it has one, raises UserError for options that contradict each other. Its class
+        attribute RENAMED = {old name: new name} tells users of a key by its old name what it is called now, and ALIASES
+        = {other name: name} takes a key by another name.
     argv: the arguments after the script's name (default: sys.argv[1:]): `--key value`, `--key=value`, `--config PATH`.
     Raises UserError (a ValueError) naming the key and what is allowed.
     """
@@ -54,12 +90,12 @@ def load_config(Config, argv=None):
     values = {}
     if path is not None:
         for key, value in read_yaml(path).items():
-            values[key] = _cast(Config, key, value, f"in {_shown(path)}")
+            values[_field(Config, key, f"in {shown(path)}").name] = _cast(Config, key, value, f"in {shown(path)}")
     for key, value in edits.items():
         values[key] = _cast(Config, key, value, "on the command line")
     config = Config(**values)
-    for f in dataclasses.fields(Config):  # a bad default is a bug of ours: found by the same check
-        _check_range(f, getattr(config, f.name))
+    for name, metadata in options(Config).items():  # a bad default is a bug of ours: found by the same check
+        _check_range(name, metadata, getattr(config, name))
     if callable(getattr(config, "check", None)):
         config.check()
     return config
@@ -69,26 +105,26 @@ def read_yaml(path):
     """The mapping in a YAML file, read with the safe loader. Raises UserError naming the file and line."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file. The project's own are in {_shown(ROOT / 'configs')}/")
+        raise UserError(f"--config {path}: no such file. The project's own are in {shown(ROOT / 'configs')}/")
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"{_shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise UserError(f"{_shown(path)}{where}: not valid YAML ({what}); it takes one `key: value` a line") from None
+        raise UserError(f"{shown(path)}{where}: not valid YAML ({what}); it takes one `key: value` a line") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{_shown(path)}: must be a mapping of keys to values, one `key: value` a line")
+        raise UserError(f"{shown(path)}: must be a mapping of keys to values, one `key: value` a line")
     lines = {}  # the library keeps the last of several equal keys
     for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:
         line = key.start_mark.line + 1
         if lines.setdefault(key.value, line) != line:
-            raise UserError(f"{_shown(path)} line {line}: {key.value} stands in line {lines[key.value]} already")
+            raise UserError(f"{shown(path)} line {line}: {key.value} stands in line {lines[key.value]} already")
     return content
 
 
@@ -122,7 +158,7 @@ def _parse_command_line(Config, argv):
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
         if key != "config":
-            _field(Config, key, "on the command line")  # an unknown key before a missing value
+            key = _field(Config, key, "on the command line").name  # an unknown key before a missing value
         if not equals:
             i += 1
             if i >= len(argv) or (argv[i].startswith("--") and len(argv[i]) > 2):
@@ -144,20 +180,33 @@ def usage(Config):
     in_yaml = read_yaml(ROOT / path) if path else {}
     doc = (sys.modules[Config.__module__].__doc__ or "").strip()
     lines = [doc, "", f"options (defaults: {path or 'below'}; --config PATH reads another file)"]
+    said = options(Config)
     for f in dataclasses.fields(Config):
         default = in_yaml.get(f.name, f.default)
         allowed = _describe(Config, f)
-        lines.append(f"  --{f.name} {default!r}".ljust(34) + f"  {f.metadata.get('help', '')} [{allowed}]")
+        lines.append(f"  --{f.name} {default!r}".ljust(34) + f"  {said[f.name].get('help', '')} [{allowed}]")
     return "\n".join(lines)
 
 
 def _field(Config, key, where):
     fields = {f.name: f for f in dataclasses.fields(Config)}
+    key = _of_all_bases(Config, "ALIASES").get(key, key)
     if key in fields:
         return fields[key]
+    renamed = _of_all_bases(Config, "RENAMED")
+    if key in renamed:
+        raise UserError(f"unknown key {key!r} {where}: it is now {renamed[key]}")
     near = difflib.get_close_matches(str(key), list(fields) + ["config"], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(f"unknown key {str(key)!r} {where}.{hint} The keys are: {', '.join(fields)}")
+
+
+def _of_all_bases(Config, name):
+    """The union of the dicts that a class and its bases have under this name; the class comes first."""
+    found = {}
+    for kind in reversed(Config.__mro__):
+        found |= vars(kind).get(name, {})
+    return found
 
 
 def _cast(Config, key, value, where):
@@ -201,10 +250,9 @@ def _cast(Config, key, value, where):
     raise AssertionError(f"configuration field {key}: type {kind} is not supported")
 
 
-def _check_range(f, value):
+def _check_range(name, m, value):
     if value is None or isinstance(value, str):
         return
-    m = f.metadata
     bad = (
         ("at_least" in m and value < m["at_least"])
         or ("at_most" in m and value > m["at_most"])
@@ -212,7 +260,7 @@ def _check_range(f, value):
         or ("below" in m and value >= m["below"])
     )
     if bad:
-        raise UserError(f"{f.name} = {value!r} is out of range: must be {_limits(m)}")
+        raise UserError(f"{name} = {value!r} is out of range: must be {_limits(m)}")
 
 
 def _limits(metadata):
@@ -230,11 +278,5 @@ def _describe(Config, f):
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(str(v) for v in typing.get_args(kind)) + tail
     name = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[kind]
-    limits = _limits(f.metadata)
+    limits = _limits(options(Config)[f.name])
     return name + (f" {limits}" if limits else "") + tail
-
-
-def _shown(path):
-    """A path as a person would type it: relative to the working directory where it lies below it."""
-    path = Path(path).resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -2,7 +2,7 @@
 
 A check is a pure function of an answer's text and its arguments: no tokenizer, no network, no model. In a
 prompt file a check is `{"name": "max_words", "n": 12}`; CHECKS maps each name to its function. `score` is the
-gold score of an answer. `--judge module:function` puts a user's own function in its place.
+gold score of an answer. `--reward module:function` puts a function of the user in its place.
 
 Before a check looks at an answer, white space at both ends is dropped and curly quotes become straight ones.
 """

@@ -1,7 +1,7 @@
 """Preference pairs from a model's own answers: sample several for each prompt, pair the best with the worst.
 
     python data/generate_preferences.py
-    python data/generate_preferences.py --model_name models/dpo --judge my_judge:judge --out data/mine.jsonl
+    python data/generate_preferences.py --model_name models/dpo --reward my_reward:reward --out data/mine.jsonl
 
 Writes data/preferences.jsonl, one pair a line, which rlhf/train_reward_model.py, rlhf/dpo_train.py and TRL read:
 `prompt`, `chosen` and `rejected` as messages, `chosen_score`, `rejected_score`, and how each answer ended:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 
-from configs.config import UserError
+from configs.config import UserError, shown
 from data.corpus import answer_ended
 from models.tokens import completion_ids, prompt_ids
 from runtime.console import say
-from runtime.files import in_root, json_error, sha256_file, shown
+from runtime.files import in_root, json_error, sha256_file
 
 
 def read_rows(source, made_by="python data/generate_preferences.py"):
@@ -60,7 +60,7 @@ def _hub_rows(name):
 
 
 def text_of(value):
-    """The plain text of a prompt or an answer in either form, for printing and for judges."""
+    """The plain text of a prompt or an answer in either form, for printing and for reward functions."""
     return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
 
 
@@ -227,7 +227,7 @@ def load_groups(source, tokenizer, max_length):
                 "scores": [float(s) for s in scores],
                 "temperature": float(temperature),
                 "policy": row.get("policy"),
-                "text": {"prompt": text_of(prompt), "answers": [text_of(a) for a in answers]},
+                "text": {"prompt": text_of(prompt), "completions": [text_of(a) for a in answers]},
                 "where": where,
             }
         )

@@ -17,63 +17,67 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from configs.config import UserError, config_to_dict, option
+from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
 from data.prompts import PROMPTS, load_prompts, read_prompts, text_of
-from data.rewards import call_judge, load_judge
-from models.completions import Answer, as_answers, mean, progress_line, rate
+from data.rewards import call_reward, load_reward
+from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash
-from models.resumable import forget, generate_kept, partial_path
+from models.resumable import discard, generate_resumable, partial_path
 from models.tokens import prompt_ids
 from runtime.console import duration, quiet_libraries, say
-from runtime.files import in_root, read_json, sha256_file, shown, write_atomically
-from runtime.provenance import files_read, git_commit, machine, peak_memory_gb, versions
+from runtime.files import in_root, read_json, sha256_file, write_atomically
+from runtime.provenance import files_read, provenance
 from runtime.run_folder import check_place
 
 
 @dataclass
 class SamplingConfig:
-    model_name: str = option("smollm2-135m", "the model that answers: an embedded name, a folder, or a hub id")
-    prompts: str = option(PROMPTS, "file of prompts (.json, .jsonl, .txt); of a .json those with split `train`")
+    RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
+    ALIASES: ClassVar[dict] = {"judge": "reward"}
+    model_name: str = option(
+        "smollm2-135m", "the model that answers: an embedded name, a folder, or a hub id", reads=True
+    )
+    prompts: str = option(PROMPTS, "file of prompts (.json, .jsonl, .txt); of a .json those of training", reads=True)
     limit: int | None = option(None, "answer only the first so many training prompts", at_least=1)
-    judge: str | None = option(None, "module:function that scores (prompt, completion) in place of the checks")
-    samples_per_prompt: int = option(4, "answers sampled for each prompt", at_least=2)
-    max_new_tokens: int = option(48, "longest answer, in tokens", at_least=1)
+    reward: str | None = option(None, "module:function, a reward function in place of the checks")
+    samples_per_prompt: int = option(4, "completions sampled for each prompt", at_least=2)
+    max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of the sampling; training on the samples wants 1", above=0)
-    batch_size: int = option(128, "answers that are sampled at once", at_least=1)
+    sampling_batch_size: int = option(128, "completions sampled at once", at_least=1, identity=False)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights while sampling")
     seed: int = option(0, "of the sampling", at_least=0)
-    out: str = option("data/preferences.jsonl", "the file to write, one JSON object a line")
-    overwrite: bool = option(False, "replace a file that another configuration made")
+    out: str = option("data/preferences.jsonl", "the file to write, one JSON object a line", identity=False)
+    overwrite: bool = option(False, "replace a file that another configuration made", identity=False)
 
     def check(self):
         if not self.out.endswith(".jsonl"):
             raise UserError(f"out = {self.out!r}: must be a file name that ends in .jsonl")
         if in_root(self.out).resolve() == in_root(self.prompts).resolve():
             raise UserError(f"out = {self.out!r} is the file of the prompts: give another one")
-        if self.batch_size < self.samples_per_prompt:
+        if self.sampling_batch_size < self.samples_per_prompt:
             raise UserError(
-                f"batch_size = {self.batch_size}: must be at least samples_per_prompt = {self.samples_per_prompt}, "
+                f"sampling_batch_size = {self.sampling_batch_size}: must be at least samples_per_prompt = {self.samples_per_prompt}, "
                 "because the samples of a prompt run together"
             )
 
 
 @dataclass
 class Task:
-    prompts: list[dict]  # with "prompt", and with "checks" where there is no judge
-    judge: Callable | None  # None: the checks decide
+    prompts: list[dict]  # with "prompt", and with "checks" where there is no reward function
+    reward: Callable | None  # None: the checks decide
     sha256: str  # of the prompt file
 
 
 @dataclass
 class Sampled:
     task: Task
-    answers: list[list[Answer]]  # one list for each prompt
+    answers: list[list[Completion]]  # one list for each prompt
     policy: str  # hash of the float32 weights that answered
     seconds_before: float = 0.0  # of sampling, before an interruption
 
@@ -116,11 +120,11 @@ def claim(config):
 
 
 def _differences(before, config):
-    then, now = before["config"], config_to_dict(config)
+    then, now, free = before["config"], config_to_dict(config), names_with(config, identity=False)
     found = [
         f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and key not in ("out", "overwrite", "batch_size")
+        if then.get(key) != now.get(key) and key not in free
     ]
     files, old = files_read(config), before.get("files", {})
     changed = [key for key in sorted(files) if files[key] != old.get(key, files[key])]
@@ -136,13 +140,13 @@ def prompt_file(config):
 
 
 def load_task(config):
-    """The training prompts to answer, and the judge.
+    """The training prompts to answer, and the reward function.
 
     Raises UserError, naming the prompt, if one of them is also held out: a model trained on it could not be measured.
     """
-    judge = load_judge(config.judge) if config.judge else None
+    reward = load_reward(config.reward) if config.reward else None
     digest = sha256_file(prompt_file(config))
-    prompts = read_prompts(prompt_file(config), "train", need_checks=judge is None)
+    prompts = read_prompts(prompt_file(config), "train", need_checks=reward is None)
     if config.limit is not None and config.limit > len(prompts):
         raise UserError(f"limit = {config.limit}: {config.prompts} has only {len(prompts)} training prompts")
     prompts = prompts[: config.limit]
@@ -153,7 +157,7 @@ def load_task(config):
                 f"{config.prompts}: the prompt {text_of(row['prompt'])!r} is the held-out prompt "
                 f"{heldout[_plain(row['prompt'])]!r} of {PROMPTS}, on which models are measured; take it out"
             )
-    return Task(prompts, judge, digest)
+    return Task(prompts, reward, digest)
 
 
 def _plain(prompt):
@@ -164,7 +168,7 @@ def _plain(prompt):
 def sample_and_score(config, task):
     """Answer every prompt config.samples_per_prompt times and score each answer; progress is printed."""
     quiet_libraries()
-    prompts, judge = task.prompts, task.judge
+    prompts, reward = task.prompts, task.reward
     device = pick_device()
     precision = pick_precision(config.precision, device)
     tokenizer = load_tokenizer(config.model_name)
@@ -177,7 +181,7 @@ def sample_and_score(config, task):
         f"prompts, {many:,} in all, of at most {config.max_new_tokens} tokens, temperature {config.temperature:g}"
     )
     started = time.time()
-    generation, before = generate_kept(
+    generation, before = generate_resumable(
         partial_path(in_root(config.out)),
         {"policy": policy, "precision": precision, "device": device.type},
         model,
@@ -187,15 +191,15 @@ def sample_and_score(config, task):
         config.samples_per_prompt,
         [tokenizer.eos_token_id],
         config.seed,
-        config.batch_size,
+        config.sampling_batch_size,
         progress_line(),
     )
-    answers = as_answers(tokenizer, generation, config.samples_per_prompt)
+    answers = as_completions(tokenizer, generation, config.samples_per_prompt)
     say(f"sampled {rate(answers, before + time.time() - started)}")
     for row, group in zip(prompts, answers):
         for answer in group:
-            if judge:
-                answer.score = call_judge(judge, text_of(row["prompt"]), answer.text)
+            if reward:
+                answer.score = call_reward(reward, text_of(row["prompt"]), answer.text)
             else:
                 answer.score = score(answer.text, row["checks"])
     return Sampled(task, answers, policy, before)
@@ -302,14 +306,10 @@ def save(config, rows, sampled, summary, started, next_command):
         "summary": summary,
         "inputs": {"prompts": sampled.task.sha256, "policy": sampled.policy},
         "files": files_read(config),
-        "seconds": round(sampled.seconds_before + time.time() - started, 1),
-        "peak_memory_gb": round(peak_memory_gb(), 3),
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(sampled.seconds_before + time.time() - started),
     }
     write_atomically(manifest_path(out), json.dumps(manifest, indent=2) + "\n")
-    forget(partial_path(out))
+    discard(partial_path(out))
     say(f"\nwritten to {shown(out)} (and {manifest_path(out).name}) in {duration(manifest['seconds'])}")
     say(f"next: {next_command}")
 

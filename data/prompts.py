@@ -33,7 +33,7 @@ def parse_prompts(content, where, need_checks=False, jsonl=False):
         raise UserError(f"{where}: there is no prompt in it")
     if not (jsonl or lines[0][1].startswith("{")):
         if need_checks:
-            raise UserError(f"{where}: lines of text have no checks to be scored by; give a --judge module:function")
+            raise UserError(f"{where}: lines of text have no checks to be scored by; give a --reward module:function")
         return [{"prompt": line} for _, line in lines]
     rows = []
     for number, line in lines:
@@ -47,7 +47,7 @@ def parse_prompts(content, where, need_checks=False, jsonl=False):
                 f"each with role and content, not {line[:60]!r}"
             )
         if need_checks and not row.get("checks"):
-            raise UserError(f"{where} line {number}: has no checks to be scored by; give a --judge module:function")
+            raise UserError(f"{where} line {number}: has no checks to be scored by; give a --reward module:function")
         if row.get("checks"):
             validate_checks(row["checks"], f"{where} line {number}")
         rows.append(row)
@@ -79,7 +79,7 @@ def _decoded(content, where):
 
 
 def text_of(prompt):
-    """The plain text of a prompt (a text, or a list of messages), for judges and for the terminal."""
+    """The plain text of a prompt (a text, or a list of messages), for reward functions and for the terminal."""
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
 
@@ -126,7 +126,7 @@ def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_chec
     """Read and validate a prompt file; return its prompts, or those of one split.
 
     The default file is the repository's, from wherever a script runs; any other relative path starts at the
-    working directory. With `need_checks=False` (a judge scores the answers) "checks" may be absent or empty.
+    working directory. With `need_checks=False` (a reward function scores) "checks" may be absent or empty.
     Raises UserError, naming the file and the prompt's id, for whatever is wrong.
     """
     if split is not None and split not in SPLITS:

@@ -11,14 +11,14 @@ from pathlib import Path
 from configs.config import UserError
 
 
-def load_judge(spec: str):
-    """`module:function` -> a callable judge(prompt, completion) -> float.
+def load_reward(spec: str):
+    """`module:function` -> a callable reward(prompt, completion) -> float.
 
     The module is looked for in the working directory first, then among what Python can import. Raises UserError.
     """
     module_name, _, function_name = spec.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
-        raise UserError(f"judge must be module:function, such as my_judge:judge, got {spec!r}")
+        raise UserError(f"reward must be module:function, such as my_reward:reward, got {spec!r}")
     stem = Path.cwd().joinpath(*module_name.split("."))
     own = [file for file in (stem.with_name(stem.name + ".py"), stem / "__init__.py") if file.is_file()]
     try:
@@ -33,23 +33,23 @@ def load_judge(spec: str):
         reason = (
             f"{own[0]} imports it; for modules beside it set PYTHONPATH=." if own else f"{stem}.py is no file either"
         )
-        raise UserError(f"judge {spec!r}: Python finds no module {error.name!r}, and {reason}") from error
+        raise UserError(f"reward {spec!r}: Python finds no module {error.name!r}, and {reason}") from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"judge {spec!r}: importing {module_name} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"reward {spec!r}: importing {module_name} failed: {type(error).__name__}: {error}") from error
     if function_name not in vars(module):
-        raise UserError(f"judge {spec!r}: {module.__file__} has no {function_name!r}")
-    judge = vars(module)[function_name]
-    if not callable(judge):
-        raise UserError(f"judge {spec!r}: {function_name} is a {type(judge).__name__}, not a function")
-    return judge
+        raise UserError(f"reward {spec!r}: {module.__file__} has no {function_name!r}")
+    function = vars(module)[function_name]
+    if not callable(function):
+        raise UserError(f"reward {spec!r}: {function_name} is a {type(function).__name__}, not a function")
+    return function
 
 
-def call_judge(judge, prompt: str, completion: str) -> float:
-    """The judge's score as a finite float; UserError, naming judge, prompt and answer, for anything else it does."""
-    name = getattr(judge, "__qualname__", repr(judge))
-    where = f"judge {name} on prompt {prompt!r} and completion {completion!r}"
+def call_reward(function, prompt: str, completion: str) -> float:
+    """The reward as a finite float; UserError, naming function, prompt and completion, for anything else it does."""
+    name = getattr(function, "__qualname__", repr(function))
+    where = f"reward {name} on prompt {prompt!r} and completion {completion!r}"
     try:
-        value = judge(prompt, completion)
+        value = function(prompt, completion)
     except (Exception, SystemExit) as error:
         raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from configs.config import option
 from data.prompts import text_of
-from models.completions import lengths, mean, show_answer, show_table, write_rows
+from models.completions import lengths, mean, show_completion, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide, run_value
 from runtime.cli import cli
 from runtime.console import say
@@ -49,8 +49,8 @@ def main(config):
     rows = []
     for number, (prompt, [a], [b], reward, base_reward) in enumerate(zip(both.prompts, own, base, *rewards), 1):
         say(f"\n{number}. {text_of(prompt)}")
-        show_answer(both.name, a, f"implicit reward {reward:+.2f}")
-        show_answer(both.base, b, f"implicit reward {base_reward:+.2f}")
+        show_completion(both.name, a, f"implicit reward {reward:+.2f}")
+        show_completion(both.base, b, f"implicit reward {base_reward:+.2f}")
         rows.append(
             {
                 "prompt": prompt,

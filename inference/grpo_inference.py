@@ -1,7 +1,7 @@
 """A GRPO model beside its base: a group of answers to each prompt, the reward of each, mean@k and best@k.
 
     python inference/grpo_inference.py                                      # models/grpo, 8 answers a prompt
-    python inference/grpo_inference.py --prompt "Tell me a joke." --judge my_judge:judge
+    python inference/grpo_inference.py --prompt "Tell me a joke." --reward my_reward:reward
 
 mean@k is what GRPO maximises: the mean reward of k sampled answers. best@k is the reward of the best of them: what
 sampling k answers and keeping one would reach. Where mean@k rises and best@k does not, training made likely what the
@@ -11,12 +11,12 @@ base already could (Shao et al. 2024, "DeepSeekMath", section 5.2.2).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from configs.config import option
 from data.checks import score
 from data.prompts import text_of
-from data.rewards import call_judge, load_judge
+from data.rewards import call_reward, load_reward
 from models.completions import lengths, mean, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide
 from runtime.cli import cli
@@ -27,8 +27,9 @@ from runtime.console import say
 class Config(CompareConfig):
     model_name: str = option("models/grpo", "the folder of a GRPO run")
     limit: int = option(6, "how many of the file's prompts", at_least=1)
-    group_size: int = option(8, "answers to each prompt: the k of mean@k and best@k", at_least=2)
-    judge: str | None = option(None, "module:function that scores an answer in place of the checks")
+    ALIASES: ClassVar[dict] = {"judge": "reward"}
+    samples_per_prompt: int = option(8, "completions to each prompt: the k of mean@k and best@k", at_least=2)
+    reward: str | None = option(None, "module:function, a reward function in place of the checks")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights")
 
 
@@ -41,9 +42,9 @@ def best_at_k(group):
 
 
 def main(config):
-    judge = load_judge(config.judge) if config.judge else None
-    both = SideBySide(config, made_by="python rlhf/grpo_train.py", need_checks=judge is None)
-    k = config.group_size
+    reward = load_reward(config.reward) if config.reward else None
+    both = SideBySide(config, made_by="python rlhf/grpo_train.py", need_checks=reward is None)
+    k = config.samples_per_prompt
 
     # 1. a group of answers to each prompt from each model
     own, base = both.answers(k)
@@ -51,7 +52,7 @@ def main(config):
     # 2. the reward of each answer
     for row, group, base_group in zip(both.rows, own, base):
         for a in (*group, *base_group):
-            a.score = call_judge(judge, text_of(row["prompt"]), a.text) if judge else score(a.text, row["checks"])
+            a.score = call_reward(reward, text_of(row["prompt"]), a.text) if reward else score(a.text, row["checks"])
 
     rows = []
     for number, (prompt, group, base_group) in enumerate(zip(both.prompts, own, base), 1):

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 
 from configs.config import UserError, option, refuse_unused
 from data.prompts import parse_prompts, read_prompts, text_of
-from models.completions import TextStream, check_out, rate, sample_answers, sampling, synchronize, write_rows
+from models.completions import TextStream, check_out, rate, sample_completions, sampling, synchronize, write_rows
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
 from models.loader import load_model, load_tokenizer, resolve_model
@@ -42,6 +42,7 @@ EXAMPLES = (
 @dataclass
 class Config:
     CONFIG: ClassVar[str] = "configs/inference.yaml"
+    RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     model_name: str = option("smollm2-135m", "an embedded name, a folder (full model or adapter), or a hub id")
     merge: bool = option(False, "fold the adapter into its base: the same answers, faster")
     prompt: str | None = option(None, "one prompt")
@@ -51,7 +52,7 @@ class Config:
     temperature: float = option(0.7, "of the sampling; 0 takes the most probable token each time", at_least=0)
     top_k: int = option(0, "sample among the k most probable tokens; 0: all", at_least=0)
     top_p: float = option(0.95, "sample among the tokens that hold this share of the probability", above=0, at_most=1)
-    batch_size: int = option(64, "answers sampled at once", at_least=1)
+    sampling_batch_size: int = option(64, "answers sampled at once", at_least=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights")
     seed: int = option(0, "of the sampling", at_least=0)
     out: str | None = option(None, "JSONL file to write prompts and answers to")
@@ -91,7 +92,7 @@ def batch(config, model, tokenizer, rows):
     """Answer all prompts, print them, and write them to config.out."""
     started = time.time()
     prompts = [row["prompt"] for row in rows]
-    groups = sample_answers(model, tokenizer, prompts, config.max_new_tokens, **sampling(config))
+    groups = sample_completions(model, tokenizer, prompts, config.max_new_tokens, **sampling(config))
     synchronize(model.device)
     seconds = time.time() - started
     for number, (row, [answer]) in enumerate(zip(rows, groups), 1):

@@ -18,9 +18,9 @@ import torch
 from configs.config import option
 from data.checks import score
 from data.prompts import text_of
-from models.completions import lengths, mean, show_answer, show_table, write_rows
+from models.completions import lengths, mean, show_completion, show_table, write_rows
 from models.loader import same_tokens
-from rlhf.packing import score_answers
+from rlhf.packing import score_completions
 from rlhf.reward_model import RewardModel
 from rlhf.side_by_side import CompareConfig, SideBySide, run_folder, run_value
 from rlhf.utils import kl_estimate
@@ -46,7 +46,9 @@ def main(config):
     own, base = both.answers()
 
     # 2. what the reward model says of each
-    scores, base_scores = (score_answers(reward_model, *both.ids(g), both.tokenizer.pad_token_id) for g in (own, base))
+    scores, base_scores = (
+        score_completions(reward_model, *both.ids(g), both.tokenizer.pad_token_id) for g in (own, base)
+    )
 
     # 3. how far the model's answers are from the base
     logprobs, ref_logprobs = both.logprobs(own)
@@ -55,8 +57,8 @@ def main(config):
     rows = []
     for i, (row, [a], [b]) in enumerate(zip(both.rows, own, base)):
         say(f"\n{i + 1}. {text_of(row['prompt'])}")
-        show_answer(both.name, a, f"score {scores[i]:+.2f} | kl {kl[i]:.2f}" + gold(row, a))
-        show_answer(both.base, b, f"score {base_scores[i]:+.2f}" + gold(row, b))
+        show_completion(both.name, a, f"score {scores[i]:+.2f} | kl {kl[i]:.2f}" + gold(row, a))
+        show_completion(both.base, b, f"score {base_scores[i]:+.2f}" + gold(row, b))
         rows.append(
             {
                 "prompt": row["prompt"],

@@ -13,13 +13,13 @@ import torch
 
 from configs.config import UserError
 from models.generation import generate
-from models.tokens import answer_text, prompt_ids
+from models.tokens import completion_text, prompt_ids
 from runtime.console import duration, say
 from runtime.files import in_root, write_atomically
 
 
 @dataclass
-class Answer:
+class Completion:
     text: str
     ids: list[int]  # as sampled, the stop id included when it was sampled
     logprobs: list[float]  # of each id, in nats, under the distribution it was drawn from
@@ -27,8 +27,8 @@ class Answer:
     score: float = 0.0
 
 
-def sample_answers(model, tokenizer, prompts, max_new_tokens, samples_per_prompt=1, **sampling):
-    """Answer each prompt (a text, or a list of messages) `samples_per_prompt` times: a list of Answers for each prompt.
+def sample_completions(model, tokenizer, prompts, max_new_tokens, samples_per_prompt=1, **sampling):
+    """Answer each prompt (a text, or a list of messages) `samples_per_prompt` times: a list of Completions for each prompt.
 
     sampling: what `generate` takes (temperature, top_k, top_p, seed, batch_size). How far it is and how long it will
     take is printed every few seconds. Raises UserError for a prompt that is empty or too long.
@@ -42,13 +42,13 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, samples_per_prompt
         progress=progress_line(),
         **sampling,
     )
-    return as_answers(tokenizer, generation, samples_per_prompt)
+    return as_completions(tokenizer, generation, samples_per_prompt)
 
 
-def as_answers(tokenizer, generation, samples_per_prompt):
-    """What `generate` returns as a list of Answers for each prompt."""
+def as_completions(tokenizer, generation, samples_per_prompt):
+    """What `generate` returns as a list of Completions for each prompt."""
     rows = zip(generation.completions, generation.logprobs, generation.finish_reasons)
-    answers = [Answer(answer_text(tokenizer, ids), ids, logprobs, finish) for ids, logprobs, finish in rows]
+    answers = [Completion(completion_text(tokenizer, ids), ids, logprobs, finish) for ids, logprobs, finish in rows]
     return [answers[i : i + samples_per_prompt] for i in range(0, len(answers), samples_per_prompt)]
 
 
@@ -98,11 +98,12 @@ class TextStream:
 
 
 def sampling(config):
-    """What a configuration says about sampling, by the names that `sample_answers` takes."""
-    return {k: v for k, v in vars(config).items() if k in ("temperature", "top_k", "top_p", "seed", "batch_size")}
+    """What a configuration says about sampling, by the names that `sample_completions` takes."""
+    found = {k: v for k, v in vars(config).items() if k in ("temperature", "top_k", "top_p", "seed")}
+    return found | {"batch_size": config.sampling_batch_size}
 
 
-def show_answer(name, answer, note):
+def show_completion(name, answer, note):
     """Print one answer: whose it is, a note with its numbers, how long it is, and its text, indented."""
     say(f"  {name} | {note} | {len(answer.ids)} tokens{', cut' if answer.finish == 'length' else ''}")
     for line in answer.text.splitlines() or [""]:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from configs.config import UserError
-from models.fast.attention import ALIGNED, use_products
-from models.fast.decoder import Recorded, decoder_for
+from models.fast.attention import ALIGNED, use_matmul_attention
+from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
 
 RECORDED = ("cuda",)  # devices on which a token's operations are started as one
@@ -202,8 +202,8 @@ class _Batch:
 
     def __init__(self, model, prompts, samples, max_new_tokens, decoder=None):
         device = model.get_input_embeddings().weight.device
-        self.recorded = decoder is not None and decoder.recordable and device.type in RECORDED
-        self.model, self.decoder, self.results = model, Recorded(decoder) if self.recorded else decoder, []
+        self.recorded = decoder is not None and decoder.graphable and device.type in RECORDED
+        self.model, self.decoder, self.results = model, CudaGraphDecoder(decoder) if self.recorded else decoder, []
 
         # what all prompts begin with (a system message) runs once, and its keys and values serve every row
         shared = common_prefix(prompts)
@@ -323,7 +323,7 @@ def _decode_attention(model):
     """Use models/fast/attention.py while answers are sampled, whoever loaded the model."""
     inner = unwrapped(model)
     before = inner.config._attn_implementation
-    use_products(inner)
+    use_matmul_attention(inner)
     try:
         yield
     finally:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from configs.config import UserError
+from configs.config import UserError, shown
 from models.device import pick_device
-from models.fast.attention import use_products
-from models.fast.layers import make_lean
+from models.fast.attention import use_matmul_attention
+from models.fast.layers import use_memory_efficient_layers
 from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.tiny import TINY_MODELS, build_tiny
-from runtime.files import in_root, read_json, shown
+from runtime.files import in_root, read_json
 
 
 def resolve_model(name):
@@ -145,7 +145,7 @@ def _with_adapter(model, folder, trainable):
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    from models.fast.lora import lean_adapters
+    from models.fast.lora import use_memory_efficient_adapters
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -154,7 +154,7 @@ def _with_adapter(model, folder, trainable):
         with safe_open(file, "pt") as stored, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing weights, which are refused below
             names = set(stored.keys())
-            model = lean_adapters(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
+            model = use_memory_efficient_adapters(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
     except SafetensorError as error:
         raise UserError(f"the weights in {shown(folder)} are damaged: {error}") from None
     except (ValueError, RuntimeError, TypeError) as error:
@@ -192,7 +192,7 @@ def read_weights(auto_class, path, name, new=(), **options):
     for key, weight in model.named_parameters():
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
             raise UserError(f"the weights in {where} are damaged: {key} holds numbers that are not finite")
-    return use_products(make_lean(model))
+    return use_matmul_attention(use_memory_efficient_layers(model))
 
 
 def _pickles(folder):

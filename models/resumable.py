@@ -9,9 +9,9 @@ import time
 
 import torch
 
+from configs.config import shown
 from models.generation import Generation, check_sampling, generate
 from runtime.console import clock, say
-from runtime.files import shown
 from runtime.run_folder import hold, release
 
 
@@ -20,13 +20,13 @@ def partial_path(out):
     return out.with_name(out.name + ".partial")
 
 
-def generate_kept(
+def generate_resumable(
     path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show
 ):
     """(what `generate` returns, seconds spent on it before an interruption); the arguments are those of `generate`,
     where `show` is a `progress` that is also told how many of the answers were there already.
 
-    path: keeps the answers, a line a batch, until `forget(path)`. identity: what else decides the answers, the weights
+    path: keeps the answers, a line a batch, until `discard(path)`. identity: what else decides the answers, the weights
     above all, as JSON can hold it; answers of another identity are thrown away.
     The answers are those of one call of `generate`, bit by bit: the batches and their random numbers are the same.
     """
@@ -90,7 +90,7 @@ def _read(path, header):
     return done, size
 
 
-def forget(path):
+def discard(path):
     """The answers are in their place: they need not be kept any longer."""
     path.unlink(missing_ok=True)
     release(path)

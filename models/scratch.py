@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from configs.config import UserError
-from models.fast.attention import use_products
-from models.fast.layers import make_lean
+from models.fast.attention import use_matmul_attention
+from models.fast.layers import use_memory_efficient_layers
 from models.tiny import CHAT_TEMPLATE
 
 
@@ -66,4 +66,6 @@ def build_scratch(architecture, layers, width, heads, context, tokenizer, seed):
         config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **attention, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return use_products(make_lean(AutoModelForCausalLM.from_config(config, dtype=torch.float32)))
+        return use_matmul_attention(
+            use_memory_efficient_layers(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        )

@@ -70,6 +70,6 @@ def _adds_bos(tokenizer):
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def answer_text(tokenizer, ids):
+def completion_text(tokenizer, ids):
     """The text of sampled ids, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()

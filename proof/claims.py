@@ -31,14 +31,14 @@ from proof.lab import (
     documents,
     gradients,
     new_folder,
-    packed_scores,
     precision,
+    scores_of_packed,
     trained_policy,
     trained_scorer,
 )
 from proof.trainers import DROPOUT, TRAINERS, apart, differ, interrupt, largest, layers_computed, metrics, run, said
 from rlhf import grpo_train, ppo_train
-from rlhf.packing import answer_logprobs, pack
+from rlhf.packing import pack, packed_logprobs
 from rlhf.policy import as_reference, save_policy
 from rlhf.reward_model import RewardModel
 from rlhf.rollouts import PromptStream, Sampler
@@ -48,7 +48,7 @@ from train.common import lm_loss
 from train.train_lm_lora import add_lora, save_adapter
 
 
-def lean_is_plain(lab, name, numbers):
+def memory_efficient_is_plain(lab, name, numbers):
     """The layers of models/fast/layers.py against those of transformers: what the head reads, and all gradients."""
     plain = AutoModelForCausalLM.from_pretrained(lab.folder / name, dtype=torch.float32).to(lab.device).eval()
     ids, found = torch.tensor([PROMPTS[2] + ANSWERS[3], ANSWERS[3] + PROMPTS[2]], device=lab.device), []
@@ -68,7 +68,7 @@ def packed_is_separate(lab, name, numbers):
     with lab.autocast(numbers):
         alone = torch.cat([definition(model, p, a) for p, a in zip(prompts, answers)])
         found["LM"] = both(model, [lm_loss(model, blocks.batch([0], lab.device))[0]], [-alone.sum()])
-        together = answer_logprobs(model, packed, 0.7)[at]
+        together = packed_logprobs(model, packed, 0.7)[at]
         alone = [definition(model, p, a, 0.7) for p, a in zip(PROMPTS, ANSWERS)]
         if numbers == "float64":  # without scores and values, which are float32 by design, and without the gradients
             found["DPO, PPO, GRPO"] = deviation([together], alone)  # of Llama's norm, which transformers has in float32
@@ -76,10 +76,10 @@ def packed_is_separate(lab, name, numbers):
         found["DPO, PPO, GRPO"] = both(model, [together], alone)
         scorer = lab.reward_model(name, numbers, lora_r=0)
         alone = [scorer.score(row, torch.ones_like(row)) for row in lab.rows()]
-        found["reward"] = both(scorer, [packed_scores(scorer, packed)], alone)
+        found["reward"] = both(scorer, [scores_of_packed(scorer, packed)], alone)
         states = [model.base_model(row).last_hidden_state[0] for row in lab.rows()]
         alone = [scorer.head(x[len(p) - 1 : -1].float())[:, 0].float() for x, p in zip(states, PROMPTS)]
-        found["PPO's values"] = both(model, [answer_logprobs(model, packed, value_head=scorer.head)[1][at]], alone)
+        found["PPO's values"] = both(model, [packed_logprobs(model, packed, value_head=scorer.head)[1][at]], alone)
     return found
 
 
@@ -114,7 +114,7 @@ def chunked_is_plain(lab, name, numbers):
             with chunks_of(3, model):  # the gradients too: the backward pass goes piece by piece
                 chunked = {
                     "LM": [lm_loss(model, batch)[0]],
-                    "DPO, PPO, GRPO": [answer_logprobs(model, packed, 0.7)[packed.mask.bool()]],
+                    "DPO, PPO, GRPO": [packed_logprobs(model, packed, 0.7)[packed.mask.bool()]],
                 }
                 slopes = {what: gradients(model, values) for what, values in chunked.items()}
             for what, values in plain.items():
@@ -178,7 +178,7 @@ def sampler_is_trainer(lab, name, numbers):
             with lab.autocast(numbers), torch.no_grad():
                 rollout = sampler.sample(tokenizer, stream, 1, config, config.group_size)
                 packed = rollout.pack(range(len(rollout.prompts)), tokenizer.pad_token_id, lab.device)
-                again = answer_logprobs(model, packed, config.temperature)
+                again = packed_logprobs(model, packed, config.temperature)
             found[f"{what}, temperature {config.temperature}"] = deviation([packed.align(rollout.logprobs)], [again])
     if numbers == "float32":  # in which the groups were sampled
         model = lab.model(name, numbers)
@@ -186,7 +186,7 @@ def sampler_is_trainer(lab, name, numbers):
         rows = [(g["prompt"], c) for g in groups for c in g["completions"]]
         packed = pack(*zip(*rows), tokenizer.pad_token_id, lab.device)
         stored = packed.align([x for g in groups for x in g["logprobs"]])
-        found["GRPO offline"] = deviation([stored], [answer_logprobs(model, packed)])
+        found["GRPO offline"] = deviation([stored], [packed_logprobs(model, packed)])
     return found
 
 
@@ -203,9 +203,10 @@ def lora_starts_as_base(lab, name, numbers):
     with lab.autocast(numbers), torch.no_grad():
         return {
             "LM": deviation([lm_loss(adapted, batch)[0]], [lm_loss(base, batch)[0]]),
-            "DPO, PPO, GRPO": deviation([answer_logprobs(policy, packed)], [answer_logprobs(base, packed)]),
+            "DPO, PPO, GRPO": deviation([packed_logprobs(policy, packed)], [packed_logprobs(base, packed)]),
             "reward": deviation(
-                [packed_scores(lab.reward_model(name, numbers, lora_r=4), packed)], [packed_scores(scorer, packed)]
+                [scores_of_packed(lab.reward_model(name, numbers, lora_r=4), packed)],
+                [scores_of_packed(scorer, packed)],
             ),
         }
 
@@ -215,17 +216,17 @@ def adapter_off_is_base(lab, name, numbers):
     found, packed, policy = {}, lab.packed(), trained_policy(lab, name, numbers)[0]
     base = load_model(lab.folder / name, dtype=lab.frozen(numbers), device=lab.device)
     with lab.autocast(numbers), torch.no_grad():
-        expected, trained = answer_logprobs(base, packed), answer_logprobs(policy, packed)
+        expected, trained = packed_logprobs(base, packed), packed_logprobs(policy, packed)
         assert deviation([trained], [expected]) > 1e-3, "the adapter changes nothing: the claim would be empty"
         with as_reference(policy) as reference:
-            found["DPO, GRPO"] = deviation([answer_logprobs(reference, packed)], [expected])
+            found["DPO, GRPO"] = deviation([packed_logprobs(reference, packed)], [expected])
         if name == "tiny-llama":  # the reward model of whose run is an adapter: PPO puts it beside the policy's
             folder = run(lab.folder, "reward", name)
             scores = ppo_train.place_reward_model(policy, SimpleNamespace(lora_r=4), folder, lab.device)
             scores(packed)
             with as_reference(policy) as reference:
-                found["PPO"] = deviation([answer_logprobs(reference, packed)], [expected])
-            found["PPO's policy after scoring"] = deviation([answer_logprobs(policy, packed)], [trained])
+                found["PPO"] = deviation([packed_logprobs(reference, packed)], [expected])
+            found["PPO's policy after scoring"] = deviation([packed_logprobs(policy, packed)], [trained])
     return found
 
 
@@ -243,13 +244,13 @@ def merged_is_adapter(lab, name, numbers):
             "loading": load_model(out / "policy", dtype=dtype, merge_adapter=True, **options),
             "LM, saved with merge": load_model(out / "LM" / "merged", dtype=dtype, **options),
         }
-        expected, scores = answer_logprobs(policy, packed), packed_scores(scorer, packed)
+        expected, scores = packed_logprobs(policy, packed), scores_of_packed(scorer, packed)
         for what, model in merged.items():
-            found[what] = deviation([answer_logprobs(model, packed)], [expected])
+            found[what] = deviation([packed_logprobs(model, packed)], [expected])
         scorer.save(out / "reward", tokenizer, lab.folder / name)
         loaded = RewardModel.load(out / "reward", dtype=dtype, **options)
         loaded.head.float()
-        found["reward"] = deviation([packed_scores(loaded, packed)], [scores])
+        found["reward"] = deviation([scores_of_packed(loaded, packed)], [scores])
     return found
 
 
@@ -266,13 +267,13 @@ def saved_is_in_memory(lab, name, numbers):
             loaded = load_model(out / what, dtype=dtype, device=lab.device)
             with lab.autocast(numbers), torch.no_grad():
                 found[f"{what}, {kind}"] = deviation(
-                    [answer_logprobs(loaded, packed)], [answer_logprobs(policy, packed)]
+                    [packed_logprobs(loaded, packed)], [packed_logprobs(policy, packed)]
                 )
     scorer = trained_scorer(lab, name, numbers, lora_r=0)  # with LoRA it is saved merged: see `merged_is_adapter`
     scorer.save(out / "reward", tokenizer, lab.folder / name)
     loaded = RewardModel.load(out / "reward", device=lab.device)
     with lab.autocast(numbers), torch.no_grad():
-        found["reward, all weights"] = deviation([packed_scores(loaded, packed)], [packed_scores(scorer, packed)])
+        found["reward, all weights"] = deviation([scores_of_packed(loaded, packed)], [scores_of_packed(scorer, packed)])
     return found
 
 
@@ -288,9 +289,9 @@ def other_padding_is_the_same(lab, name, numbers):
         with lab.autocast(numbers), torch.no_grad():
             computed.append({
                 "LM": [lm_loss(model, batch)[0]],
-                "DPO, PPO, GRPO": [answer_logprobs(model, packed)],
+                "DPO, PPO, GRPO": [packed_logprobs(model, packed)],
                 "token_logprobs": [token_logprobs(model, *padded)],
-                "reward": [packed_scores(scorer, packed), scorer.score(*padded)],
+                "reward": [scores_of_packed(scorer, packed), scorer.score(*padded)],
             })  # fmt: skip
     return {what: deviation(computed[1][what], values) for what, values in computed[0].items()}
 

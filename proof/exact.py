@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.config import option
+from configs.config import option, shown
 from proof.exact_bed import kl, make_bed, optimum
 from proof.exact_figures import estimators_figure, fixed_points_figure, gradients_figure
 from proof.exact_fixed_points import describe, measure_fixed_points, measure_one_token, measure_transformer
@@ -30,7 +30,7 @@ from proof.exact_gradients import (
 from proof.exact_report import markdown
 from runtime.cli import cli
 from runtime.console import say
-from runtime.files import in_root, shown, write_atomically
+from runtime.files import in_root, write_atomically
 
 
 @dataclass

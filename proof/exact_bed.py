@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from models.tiny import tiny_config
 from rlhf.dpo_train import dpo_loss
 from rlhf.grpo_train import group_advantages, grpo_loss
-from rlhf.packing import answer_logprobs, pack
+from rlhf.packing import pack, packed_logprobs
 from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
 from rlhf.utils import masked_whiten
 
@@ -122,7 +122,7 @@ def prompts_and_answers(bed):
 
 def transformer_table(bed, model):
     """The table of a transformer's policy, by the packed forward pass that the trainers use."""
-    return answer_logprobs(model, pack(*prompts_and_answers(bed), STOP, "cpu")).view(bed.ref.shape)
+    return packed_logprobs(model, pack(*prompts_and_answers(bed), STOP, "cpu")).view(bed.ref.shape)
 
 
 def probabilities(table):

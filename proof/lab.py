@@ -13,7 +13,7 @@ from models.device import PRECISIONS, autocast, frozen_dtype
 from models.loader import load_model, load_tokenizer
 from models.tokens import completion_ids, prompt_ids
 from rlhf import grpo_train, train_reward_model
-from rlhf.packing import answer_logprobs, answer_scores, pack
+from rlhf.packing import pack, packed_logprobs, packed_scores
 from rlhf.policy import load_policy
 from train.updates import make_optimizer
 
@@ -126,7 +126,7 @@ def train_a_little(lab, numbers, parameters, loss):
 def trained_policy(lab, name, numbers, lora_r=4):
     """`Lab.policy` after three steps on the packed answers."""
     model, tokenizer, parameters, config = lab.policy(name, numbers, lora_r)
-    train_a_little(lab, numbers, parameters, lambda: -answer_logprobs(model, lab.packed()).mean())
+    train_a_little(lab, numbers, parameters, lambda: -packed_logprobs(model, lab.packed()).mean())
     return model, tokenizer, config
 
 
@@ -134,12 +134,12 @@ def trained_scorer(lab, name, numbers, lora_r):
     """`Lab.reward_model` after three steps on the packed answers."""
     scorer, packed = lab.reward_model(name, numbers, lora_r), lab.packed()
     parameters = [p for p in scorer.parameters() if p.requires_grad]
-    train_a_little(lab, numbers, parameters, lambda: packed_scores(scorer, packed).mean())
+    train_a_little(lab, numbers, parameters, lambda: scores_of_packed(scorer, packed).mean())
     return scorer.eval()
 
 
-def packed_scores(scorer, packed):
-    return answer_scores(scorer.model, packed, scorer.head)
+def scores_of_packed(scorer, packed):
+    return packed_scores(scorer.model, packed, scorer.head)
 
 
 def documents(lab, name):

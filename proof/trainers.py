@@ -32,7 +32,7 @@ from configs.config import ROOT
 from models.generation import generate
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer, tiny_config
-from models.tokens import answer_text, prompt_ids
+from models.tokens import completion_text, prompt_ids
 from rlhf import dpo_train, grpo_train, ppo_train, train_reward_model
 from runtime.cli import cli
 from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora
@@ -127,7 +127,7 @@ def _groups(model_folder):
     for i in range(6):
         prompt, stops = f"group {i}", [tokenizer.eos_token_id]
         g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=3, stop_ids=stops, seed=i)
-        texts = [answer_text(tokenizer, c) for c in g.completions]
+        texts = [completion_text(tokenizer, c) for c in g.completions]
         rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0, 0.5],
                      "completion_ids": g.completions, "logprobs": g.logprobs, "temperature": 1.0})  # fmt: skip
     return rows

@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 
-from configs.config import UserError, option
+from configs.config import UserError, option, shown
 from models.device import pick_device, pick_precision
 from proof import claims, trainers
 from proof.lab import EPS, Lab
 from runtime.cli import cli
 from runtime.console import duration, quiet_libraries, say
-from runtime.files import in_root, shown, write_atomically
+from runtime.files import in_root, write_atomically
 from runtime.provenance import git_commit, machine, versions
 from runtime.run_folder import check_place
 
@@ -103,7 +103,7 @@ RUNS_WHY = (
 WHOLE = {"whole_runs": True}
 CLAIMS = (
     Claim("packed rows = each row alone", claims.packed_is_separate, ROUNDING, ROUNDING_WHY),
-    Claim("layers that keep less = those of transformers", claims.lean_is_plain, SHORT,
+    Claim("layers that keep less = those of transformers", claims.memory_efficient_is_plain, SHORT,
         f"{ROUNDING_WHY} Not in float64, where transformers takes norms in float32."),
     Claim("loss in chunks = loss in one piece", claims.chunked_is_plain, ROUNDING, ROUNDING_WHY),
     Claim("padded batch = single rows, in the forward pass", claims.padded_is_single, ROUNDING, ROUNDING_WHY),

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import yaml
 
-from configs.config import UserError, option
+from configs.config import UserError, option, shown
 from data.corpus import load_corpus
 from report.evaluate import Config as EvaluateConfig
 from report.evaluate import Measure, evaluate
@@ -29,7 +29,7 @@ from report.page import table, text_table, write_report
 from report.sentences import headline
 from runtime.cli import cli
 from runtime.console import duration, say
-from runtime.files import in_root, read_manifest, sha256_file, shown
+from runtime.files import in_root, read_manifest, sha256_file
 
 REWARD = "python rlhf/train_reward_model.py"
 

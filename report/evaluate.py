@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from configs.config import ROOT, UserError, config_to_dict, option
+from configs.config import ROOT, UserError, config_to_dict, names_with, option, shown
 from data.blocks import make_blocks
 from data.checks import is_degenerate, passed, score
 from data.corpus import load_corpus
@@ -34,20 +34,19 @@ from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
 from models.loader import adapter_base, load_model, load_tokenizer, resolve_model, same_tokens, weights_hash
-from models.resumable import forget, generate_kept, partial_path
-from models.tokens import answer_text, prompt_ids
+from models.resumable import discard, generate_resumable, partial_path
+from models.tokens import completion_text, prompt_ids
 from report.intervals import keep_best, plus_minus, summarise
-from rlhf.packing import completion_logprobs, score_answers
+from rlhf.packing import completion_logprobs, score_completions
 from rlhf.reward_model import RewardModel
 from rlhf.utils import kl_estimate
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
-from runtime.files import in_root, read_json, sha256_file, shown, write_atomically
-from runtime.provenance import git_commit, machine, versions
+from runtime.files import in_root, read_json, sha256_file, write_atomically
+from runtime.provenance import provenance
 from runtime.run_folder import check_place
 from train.common import evaluate_lm
 
-NOT_IDENTITY = ("model_name", "out", "overwrite", "batch_size")  # the model counts by its weights
 BLOCKS_AT_ONCE = 8
 
 
@@ -55,28 +54,36 @@ BLOCKS_AT_ONCE = 8
 class Measure:
     """What is measured and how: the same for every model that is to be compared."""
 
-    base: str = option("smollm2-135m", "the model that the KL is taken to: where training started")
-    reward_model: str | None = option("models/reward", "folder of the reward model, the proxy; left out if not there")
-    prompts: str = option(PROMPTS, "prompt file; its held-out prompts are answered")
+    RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
+    base: str = option("smollm2-135m", "the model that the KL is taken to: where training started", reads=True)
+    reward_model: str | None = option(
+        "models/reward", "folder of the reward model, the proxy; left out if not there", reads=True
+    )
+    prompts: str = option(PROMPTS, "prompt file; its held-out prompts are answered", reads=True)
     limit: int | None = option(None, "answer only the first so many held-out prompts", at_least=2)
-    samples_per_prompt: int = option(2, "answers measured for each prompt", at_least=1)
-    max_new_tokens: int = option(48, "longest answer, in tokens", at_least=1)
+    samples_per_prompt: int = option(2, "completions measured for each prompt", at_least=1)
+    max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of the sampling and of the log-probs", above=0)
-    batch_size: int = option(240, "answers sampled at once", at_least=1)
-    text: str = option("shakespeare", "corpus whose held-out part is read for the perplexity")
+    sampling_batch_size: int = option(240, "completions sampled at once", at_least=1, identity=False)
+    text: str = option("shakespeare", "corpus whose held-out part is read for the perplexity", reads=True)
     text_tokens: int = option(4096, "tokens of it that are read, about", at_least=16)
     text_length: int = option(256, "tokens that are read in one piece", at_least=8)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights of all models")
     seed: int = option(0, "of the sampling", at_least=0)
-    overwrite: bool = option(False, "measure again what was measured already")
+    overwrite: bool = option(False, "measure again what was measured already", identity=False)
 
 
 @dataclass
 class Config(Measure):
     CONFIG: ClassVar[str] = "configs/evaluate.yaml"
-    model_name: str = option("smollm2-135m", "what is measured: an embedded name, a folder with a model or an adapter")
-    best_of: int = option(1, "keep of so many answers the one that the reward model scores highest", at_least=1)
-    out: str | None = option(None, "the file to write; default report/runs/NAME.json")
+    model_name: str = option(
+        "smollm2-135m",
+        "what is measured: an embedded name, a folder with a model or an adapter",
+        reads=True,
+        identity=False,  # it counts by its weights
+    )
+    best_of: int = option(1, "keep of so many completions the one that the reward model scores highest", at_least=1)
+    out: str | None = option(None, "the file to write; default report/runs/NAME.json", identity=False)
 
 
 def files_hash(name):
@@ -116,7 +123,8 @@ def read_measurement(path):
 
 def identity(config):
     """What decides the figures: the settings, and hashes of the weights, the prompts and the checks' code."""
-    settings = {k: v for k, v in config_to_dict(config).items() if k not in NOT_IDENTITY}
+    free = names_with(config, identity=False)
+    settings = {k: v for k, v in config_to_dict(config).items() if k not in free}
     settings["precision"] = pick_precision(config.precision, pick_device())
     reward = config.reward_model and in_root(config.reward_model)
     there = bool(reward) and reward.is_dir()
@@ -177,7 +185,7 @@ def evaluate(config):
         raise UserError(f"text_length = {config.text_length}: {config.model_name} reads at most {context} tokens")
     per_prompt = config.samples_per_prompt * config.best_of
     path.parent.mkdir(parents=True, exist_ok=True)
-    generation, before = generate_kept(
+    generation, before = generate_resumable(
         partial_path(path),
         who,
         model,
@@ -187,7 +195,7 @@ def evaluate(config):
         per_prompt,
         [tokenizer.eos_token_id],
         config.seed,
-        config.batch_size,
+        config.sampling_batch_size,
         progress_line(),
     )
     questions = [prompt_ids(tokenizer, row["prompt"]) for row in prompts for _ in range(per_prompt)]
@@ -198,7 +206,7 @@ def evaluate(config):
     clock = time.time()
     scores = [None] * len(completions)
     if reward_model:
-        scores = score_answers(reward_model, questions, completions, tokenizer.pad_token_id)
+        scores = score_completions(reward_model, questions, completions, tokenizer.pad_token_id)
         del reward_model
     else:
         say(f"reward_model = {config.reward_model!r} is not there: its score is left out")
@@ -216,14 +224,14 @@ def evaluate(config):
         kls = [0.0] * len(completions)
     else:
         rows = (questions, completions, tokenizer.pad_token_id, config.temperature)
-        kls = answer_kls(generation.logprobs, config.base, dtype, *rows)
+        kls = completion_kls(generation.logprobs, config.base, dtype, *rows)
     seconds["kl"] = time.time() - clock
 
     # 4. the checks, and all of it in numbers
     answers = []
     for i, ids in enumerate(completions):
         row = prompts[i // per_prompt]
-        said = answer_text(tokenizer, ids)
+        said = completion_text(tokenizer, ids)
         good = [x and not is_degenerate(said) for x in passed(said, row["checks"])]
         answers.append(
             {
@@ -242,20 +250,19 @@ def evaluate(config):
         answers = keep_best(answers, config.best_of)
     measured = summarise(answers, unseen, config.best_of)
     seconds["total"] = before + time.time() - started
+    where = provenance(seconds["total"])
     result = {
+        **{key: where[key] for key in ("git_commit", "versions", "machine")},
         "model_name": config.model_name,
         "identity": who,
         "measured": measured,
         "text": text,
         "unseen_types": unseen,
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "machine": machine(),
         "answers": answers,
     }
     write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    forget(partial_path(path))
+    discard(partial_path(path))
     return result
 
 
@@ -271,7 +278,7 @@ def heldout_prompts(config):
     return heldout[: config.limit], unseen
 
 
-def answer_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
+def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
     """k1 of each answer in nats, log pi(answer) - log base(answer): an estimate of the KL without bias.
 
     logprobs: those of the sampler, a list for each answer.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.fast.attention import Rows, attends_here
+from models.fast.attention import Ragged, takes_ragged
 from models.fast.head import head_logprobs, hidden_states, unwrapped
 from models.generation import common_prefix
 
@@ -27,7 +27,7 @@ class Packed:
 
     input_ids: torch.Tensor  # (1, end to end)
     position_ids: torch.Tensor  # (1, end to end)
-    rows: Rows
+    rows: Ragged
     attention_mask: torch.Tensor  # (R, 1, T, T), True where a token (third axis) sees another (fourth)
     targets: torch.Tensor  # (N, L) the answers' ids
     mask: torch.Tensor  # (N, L) 1 on the answers' tokens
@@ -35,7 +35,7 @@ class Packed:
     last: torch.Tensor  # (N,) index of each answer's last token
     tokens: int
 
-    def to_answers(self, values):
+    def to_completions(self, values):
         """Values of the counted tokens, in the order of `mask`, as (N, L) with zeros elsewhere."""
         empty = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
         return empty.masked_scatter(self.mask.bool(), values)
@@ -43,7 +43,7 @@ class Packed:
     def align(self, lists):
         """A list of numbers for each answer as (N, L)."""
         numbers = [x for row in lists for x in row]
-        return self.to_answers(torch.tensor(numbers, dtype=torch.float32, device=self.mask.device))
+        return self.to_completions(torch.tensor(numbers, dtype=torch.float32, device=self.mask.device))
 
 
 def pack(prompts, completions, pad_id, device):
@@ -69,7 +69,7 @@ def pack(prompts, completions, pad_id, device):
         segments[-1] += [segments[-1][-1] + 1] * len(completion)
         positions[-1] += range(len(prompt), len(prompt) + len(completion))
 
-    where = Rows.of([len(row) for row in rows], device, shared)
+    where = Ragged.of([len(row) for row in rows], device, shared)
     width, longest = where.shape[1], max(map(len, completions))
 
     def end_to_end(lists):
@@ -98,13 +98,13 @@ def pack(prompts, completions, pad_id, device):
 def token_states(model, packed):
     """The hidden states (end to end, H) of all rows."""
     rows, ids, positions = packed.rows, packed.input_ids, packed.position_ids
-    if attends_here(unwrapped(model)):
+    if takes_ragged(unwrapped(model)):
         return hidden_states(model, ids, packed.attention_mask, positions, rows=rows)[0]
     ids, positions = (x[0][rows.padded].view(rows.shape) for x in (ids, positions))
     return rows.unpad(hidden_states(model, ids, packed.attention_mask, positions))[0]
 
 
-def answer_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
+def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
     """Log-probs (N, L) of the answers' tokens in float32, at the sampling temperature; entries outside the mask are 0.
 
     entropy=True also returns the entropies (N, L) in nats, without gradient. With a value head, a module
@@ -115,28 +115,28 @@ def answer_logprobs(model, packed, temperature=1.0, entropy=False, value_head=No
     states = hidden[packed.predictor[at]]  # (tokens of the answers, H)
     head = unwrapped(model).get_output_embeddings()
     measured = head_logprobs(head, states, packed.targets[at], temperature, entropy)
-    found = [packed.to_answers(x) for x in (measured if entropy else (measured,))]
+    found = [packed.to_completions(x) for x in (measured if entropy else (measured,))]
     if value_head is not None:
-        found.append(packed.to_answers(value_head(states.float()).float().squeeze(-1)))
+        found.append(packed.to_completions(value_head(states.float()).float().squeeze(-1)))
         found.append(value_head(hidden[packed.last].float()).float().squeeze(-1))
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def answer_scores(model, packed, head):
+def packed_scores(model, packed, head):
     """Scores (N,) of a reward model: its head on the last token of each answer."""
     hidden = token_states(model, packed)
     return head(hidden[packed.last]).float().squeeze(-1)
 
 
 @torch.no_grad()
-def score_answers(reward_model, prompts, completions, pad_id, batch_size=64):
+def score_completions(reward_model, prompts, completions, pad_id, batch_size=64):
     """Scores by a RewardModel, as floats in the order given; answers to one prompt should stand together."""
     device = next(reward_model.parameters()).device
     scores = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         packed = pack(prompts[part], completions[part], pad_id, device)
-        scores += answer_scores(reward_model.model, packed, reward_model.head).tolist()
+        scores += packed_scores(reward_model.model, packed, reward_model.head).tolist()
     return scores
 
 
@@ -151,7 +151,7 @@ def completion_logprobs(model, prompts, completions, pad_id, temperature=1.0, ba
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         packed = pack(prompts[part], completions[part], pad_id, device)
-        logprobs = answer_logprobs(model, packed, temperature)
+        logprobs = packed_logprobs(model, packed, temperature)
         found += [row[: len(c)].tolist() for row, c in zip(logprobs, completions[part])]
         if progress:
             progress(len(found), len(prompts))

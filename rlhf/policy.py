@@ -10,12 +10,44 @@ from peft import LoraConfig, get_peft_model
 
 from models.device import frozen_dtype
 from models.fast.head import check_head, unwrapped
-from models.fast.lora import lean_adapters
+from models.fast.lora import use_memory_efficient_adapters
 from models.loader import load_model, load_tokenizer, portable_name, resolve_model
 from models.save import save_model
+from rlhf.packing import packed_logprobs
 from runtime.console import say
 from runtime.files import in_root
 from runtime.processes import on_main
+
+
+class Policy:
+    """The model that trains (`model`, `parameters`, `tokenizer`), and the reference that it must stay near."""
+
+    def __init__(self, config, stage):
+        self.config, self.stage = config, stage
+        loaded = load_policy(config, stage.device, stage.precision, config.out)
+        self.model, self.reference, self.tokenizer, self.parameters = loaded
+
+    def logprobs(self, batch, entropy=False, value_head=None):
+        """Of a batch's completions, (N, L), at the sampling temperature; with more: see `packed_logprobs`."""
+        with self.stage.autocast():
+            return packed_logprobs(self.model, batch.packed, self.config.temperature, entropy, value_head)
+
+    def ref_logprobs(self, batch):
+        """The same under the reference, without gradients."""
+        with self.stage.autocast(), as_reference(self.model, self.reference) as reference:
+            return packed_logprobs(reference, batch.packed, self.config.temperature)
+
+    def batches(self, rollout, rows):
+        """These rows of a rollout as `Batch`es of micro_batch_size completions, on the model's device."""
+        size, pad_id = self.config.micro_batch_size, self.tokenizer.pad_token_id
+        batches = rollout.batches(rows, size, pad_id, self.stage.device)
+        for batch in batches:
+            self.stage.run.count_tokens(batch.packed.tokens)
+        return batches
+
+    def save(self, folder):
+        """Write the weights (an adapter that names its base, or the full model) and the tokenizer."""
+        save_policy(self.model, self.tokenizer, folder)
 
 
 @contextlib.contextmanager
@@ -91,7 +123,7 @@ def prepare_training(model, config, task_type, **lora_options):
             task_type=task_type,
             **lora_options,
         )
-        model = lean_adapters(get_peft_model(model, adapter))
+        model = use_memory_efficient_adapters(get_peft_model(model, adapter))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora_r:  # no weight before the checkpointed blocks trains: without this, no gradient would enter them

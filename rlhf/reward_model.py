@@ -7,16 +7,23 @@ scores. A margin (Touvron et al. 2023, eq. 2) asks for a larger difference where
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from configs.config import UserError
+from configs.config import UserError, shown
 from models.device import pick_device
 from models.fast.head import hidden_states, unwrapped
+from models.fast.lora import use_memory_efficient_adapters
 from models.loader import model_config, portable_name, read_weights, resolve_model
-from runtime.files import in_root, shown
+from rlhf.packing import packed_scores
+from runtime.console import say
+from runtime.files import in_root, read_json
 
 ADAPTER = "adapter"  # subfolder of a reward model trained with LoRA: the adapter alone, for sharing a backbone
 
@@ -113,3 +120,53 @@ class RewardModel(torch.nn.Module):
         model.config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def place_reward_model(model, name, lora_r, device):
+    """A function packed -> scores (N,): the reward model as a second adapter on the policy's backbone
+    where it was trained with LoRA on the same base, else as a model of its own."""
+    folder = find_reward_model(name)
+    adapter = folder / ADAPTER
+    shared = False
+    if lora_r and adapter.is_dir():
+        settings = read_json(adapter / "adapter_config.json")
+        shared = settings.get("base_model_name_or_path") == model.peft_config["default"].base_model_name_or_path
+    if not shared:
+        say(f"reward model {shown(folder)}: a model of its own")
+        reward_model = RewardModel.load(name, device=device)
+        return lambda packed: packed_scores(reward_model.model, packed, reward_model.head)
+
+    try:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        score = weights.pop("base_model.model.score.weight")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"the adapter of the reward model in {shown(adapter)} is damaged: {error}") from None
+    head = torch.nn.Linear(model.config.hidden_size, 1, bias=False).to(device)
+    head.weight.data.copy_(score)
+    targets = settings["target_modules"]
+    lora = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=targets, task_type="CAUSAL_LM")
+    model.add_adapter("reward", lora)
+    use_memory_efficient_adapters(model)
+    missing = set_peft_model_state_dict(model, weights, adapter_name="reward")
+    assert not missing.unexpected_keys, missing.unexpected_keys
+    model.set_adapter("default")
+    say(f"reward model {shown(folder)}: an adapter on the policy's backbone")
+
+    def scores(packed):
+        with adapter_in_use(model, "reward"):
+            return packed_scores(model, packed, head)
+
+    return scores
+
+
+@contextlib.contextmanager
+def adapter_in_use(model, name):
+    """The model with another of its adapters active; eval mode, and the policy's adapter again afterwards."""
+    was_training = model.training
+    model.eval()
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+        model.train(was_training)

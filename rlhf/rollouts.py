@@ -1,41 +1,99 @@
-"""Answers sampled from the policy and their scores: what PPO and GRPO have in common."""
+"""Rollouts: the completions that a step of PPO or GRPO learns from, and the batches in which they are computed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 
-from configs.config import UserError
-from data.checks import score
+from configs.config import UserError, option
 from data.order import step_indices
+from data.pairs import load_groups
 from data.prompts import load_prompts
-from data.rewards import call_judge, load_judge
-from models.device import frozen_dtype
-from models.fast.head import unwrapped
-from models.generation import generate
-from models.loader import load_model, same_tokens
-from models.tokens import answer_text, prompt_ids
-from rlhf.packing import pack, score_answers
-from rlhf.reward_model import RewardModel, find_reward_model
+from models.loader import check_length
+from models.tokens import completion_text, prompt_ids
+from rlhf.packing import Packed, pack
+from rlhf.sampler import Sampler
+from rlhf.scoring import gold_scores
+from rlhf.stage import TrainingConfig
+from rlhf.steps import in_words
 from runtime.console import say
 from runtime.files import in_root, sha256_file
 
 
 @dataclass
+class RolloutConfig(TrainingConfig):
+    """The options that PPO and GRPO share."""
+
+    RENAMED: ClassVar[dict] = {"group_size": "samples_per_prompt", "rollout_batch_size": "sampling_batch_size"}
+    prompts: str = option("data/prompts.json", "prompts; their checks give the gold score", reads=True)
+    steps: int = option(30, "rollouts; each is followed by inner_epochs * minibatches updates", at_least=1)
+    prompts_per_step: int = option(8, "prompts a rollout, over all processes", at_least=1)
+    samples_per_prompt: int = option(4, "completions a prompt; they share the prompt's computation", at_least=1)
+    max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
+    temperature: float = option(1.0, "of sampling and of the log-probs", above=0)
+    inner_epochs: int = option(1, "passes over each rollout", at_least=1)
+    minibatches: int = option(1, "updates a pass", at_least=1)
+    micro_batch_size: int = option(16, "completions in one forward and backward pass", at_least=1)
+    sampling_batch_size: int = option(64, "completions sampled at once", at_least=1)
+
+
+@dataclass
+class Batch:
+    """Completions that go through the model in one pass; N completions, L tokens of the longest one.
+
+    Those of one prompt share a row (`packed`), in which the prompt is computed once. Everything per token is (N, L).
+    """
+
+    packed: Packed
+    rows: list[int]  # of the rollout: which completion each of the N is
+    sampler_logprobs: torch.Tensor | None = None  # (N, L) as the sampler, or a file of groups, gave them
+    old_logprobs: torch.Tensor | None = None  # (N, L) of the policy before the updates; None: the current ones
+    ref_logprobs: torch.Tensor | None = None  # (N, L) of the reference
+    advantages: torch.Tensor | None = None  # (N,) in GRPO, (N, L) in PPO
+    scores: torch.Tensor | None = None  # (N,) of the reward model, in PPO
+    values: torch.Tensor | None = None  # (N, L) of the value head before the updates, in PPO
+    returns: torch.Tensor | None = None  # (N, L) in PPO
+
+    @property
+    def mask(self):
+        """(N, L): 1 on the tokens of the completions."""
+        return self.packed.mask
+
+
+@dataclass
+class Minibatch:
+    """What one optimizer step trains on: batches of this process, whose losses add up, and counts over all processes.
+
+    tokens, sequences: what a mean over the step is divided by. Completions whose gradient is 0, and which are therefore
+    in no batch, are counted.
+    """
+
+    batches: list[Batch]
+    tokens: float
+    sequences: float
+
+
+@dataclass
 class Rollout:
-    """Answers to prompts: entry i of each list is one row; the answers of one prompt are consecutive rows."""
+    """Completions of one step: entry i of each list is one row; those of one prompt, a group, are consecutive rows."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
     logprobs: list[list[float]] | None  # the sampler's, of each sampled id
-    stopped: list[bool]  # ended by itself, not by the length limit
+    finish_reasons: list[str]  # "stop": it ended by itself; "length": the limit cut it
     texts: list[str]
     questions: list[str]
     group_sizes: list[int]  # rows of each prompt
     checks: list[list[dict]] | None = None
+    rewards: list[float] | None = None  # what is maximised
+    gold: list[float] | None = None  # the score by the program that defines the task; None where prompts have none
+
+    @property
+    def where(self):
+        """The prompts in words, for a message about them."""
+        return in_words(self.questions)
 
     def grouped(self, values):
         """A list with one value a row as a list of groups."""
@@ -50,11 +108,32 @@ class Rollout:
         groups = self.grouped(range(len(self.prompts)))
         return [[i for group in groups[part::parts] for i in group] for part in range(parts)]
 
-    def micro_batches(self, rows, size):
-        """These rows in pieces of about `size` answers, groups kept together: a prompt is computed once a piece.
+    def map_groups(self, function, processes):
+        """What `function` makes of all groups of the step, over all processes; of that, this process's, as one tensor.
 
-        Groups of like length share a piece, so that little of it is padding.
+        function: takes a list with the rewards (G,) of each group, and returns a list with a tensor (G,) for each.
         """
+        mine = [torch.tensor(group) for group in self.grouped(self.rewards)]
+        everywhere = processes.gather(mine)
+        found = function([group for groups in everywhere for group in groups])
+        start = sum(len(groups) for groups in everywhere[: processes.rank])
+        return torch.cat(found[start : start + len(mine)])
+
+    def batches(self, rows, size, pad_id, device):
+        """These rows as `Batch`es of about `size` completions, groups kept together: a prompt is computed once a batch.
+
+        Groups of like length share a batch, so that little of it is padding.
+        """
+        found = []
+        for piece in self.micro_batches(rows, size):
+            batch = Batch(self.pack(piece, pad_id, device), piece)
+            if self.logprobs:
+                batch.sampler_logprobs = batch.packed.align([self.logprobs[i] for i in piece])
+            found.append(batch)
+        return found
+
+    def micro_batches(self, rows, size):
+        """The rows of each of these batches."""
         chosen = set(rows)
         groups = [[i for i in group if i in chosen] for group in self.grouped(range(len(self.prompts)))]
         groups = [group for group in groups if group]
@@ -68,48 +147,53 @@ class Rollout:
         return pieces
 
     def pack(self, rows, pad_id, device):
-        """These rows as one batch; see `rlhf/packing.py`."""
+        """These rows as one `Packed`; see rlhf/packing.py."""
         return pack([self.prompts[i] for i in rows], [self.completions[i] for i in rows], pad_id, device)
 
-    def measure(self, meter, rewards, gold):
-        """Means over answers: reward, gold score, length in tokens, share that ended by itself."""
-        for i, completion in enumerate(self.completions):
-            meter.mean(reward=rewards[i], length=len(completion), stopped=self.stopped[i])
-            if gold:
-                meter.mean(gold=gold[i])
+    def count(self, rows, processes, device):
+        """(tokens, sequences) of these rows over all processes."""
+        mine = [sum(len(self.completions[i]) for i in rows), len(rows)]
+        return processes.sum(torch.tensor(mine, dtype=torch.float32, device=device)).tolist()
 
-    def show(self, rewards):
-        """Print the first prompt and answer of this rank."""
+    def measure(self, meter):
+        """Means over completions: reward, gold score, length in tokens, share that the length limit cut."""
+        for i, completion in enumerate(self.completions):
+            cut = self.finish_reasons[i] == "length"
+            meter.mean(reward=self.rewards[i], mean_length=len(completion), clipped_ratio=cut)
+            if self.gold:
+                meter.mean(gold=self.gold[i])
+
+    def show(self):
+        """Print the first prompt and completion of this process."""
         text = " ".join(self.texts[0].split())
-        say(f"        {self.questions[0]}\n        -> {text[:200]}  (reward {rewards[0]:.2f})")
+        say(f"        {self.questions[0]}\n        -> {text[:200]}  (reward {self.rewards[0]:.2f})")
 
 
 class PromptStream:
     """Prompts of the training split in an order that is a pure function of (seed, step), each once an epoch.
 
-    A step's prompts are dealt out to the ranks: rank r gets every world-th of them.
+    A step's prompts are dealt out to the processes: see `Processes.share`.
     """
 
-    def __init__(self, path, tokenizer, prompts_per_step, seed, accelerator, need_checks=True):
+    def __init__(self, path, tokenizer, prompts_per_step, seed, processes, need_checks=True):
         self.rows = load_prompts(path, split="train", need_checks=need_checks)
         if len(self.rows) < prompts_per_step:
             raise UserError(f"prompts_per_step = {prompts_per_step}: {path} has only {len(self.rows)} training prompts")
-        if prompts_per_step < accelerator.num_processes:
-            n = accelerator.num_processes
+        if prompts_per_step < processes.world_size:
+            n = processes.world_size
             raise UserError(f"prompts_per_step = {prompts_per_step}: must be at least {n}, one for each process")
         self.ids = [prompt_ids(tokenizer, row["prompt"]) for row in self.rows]
         self.sha256 = sha256_file(in_root(path))
-        self.count, self.seed, self.accelerator = prompts_per_step, seed, accelerator
+        self.count, self.seed, self.processes = prompts_per_step, seed, processes
 
     def at(self, step):
-        """This rank's (position in the step, row, ids) for step `step`, counted from 1."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        """This process's (position in the step, row, ids) for step `step`, counted from 1."""
         chosen = step_indices(len(self.rows), self.count, step, self.seed)
-        return [(k, self.rows[i], self.ids[i]) for k, i in enumerate(chosen) if k % world == rank]
+        return self.processes.share([(k, self.rows[i], self.ids[i]) for k, i in enumerate(chosen)])
 
 
 def check_room(stream, model, max_new_tokens):
-    """Raise UserError for a prompt after which the model has no room for an answer: now, not when it is its turn."""
+    """Raise UserError for a prompt after which the model has no room for a completion: now, not when it is its turn."""
     context = model.config.max_position_embeddings
     for row, ids in zip(stream.rows, stream.ids):
         if len(ids) + max_new_tokens > context:
@@ -119,105 +203,83 @@ def check_room(stream, model, max_new_tokens):
             )
 
 
-class Sampler:
-    """The model that answers: a copy of the policy in the dtype of the passes, brought up to date before each rollout.
+class SampledRollouts:
+    """Rollouts that the policy samples: `samples` completions to each prompt of a step.
 
-    With LoRA the copy is the base with the adapter merged in: an adapter beside each layer doubles the time of a token.
-    With all weights training in float32 it saves the cast of every weight for every token; where the passes are in
-    float32, too, the policy itself answers. What rounding the merged weights to bf16 changes is measured in the tests
-    (1e-4 nats a token and less). The copy has weights only while it samples: they make room for the passes.
+    score: a function rollout -> rewards, one a row; None where they come later.
     """
 
-    def __init__(self, policy, config, precision):
-        self.policy = self.copy = policy
-        weight = policy.get_input_embeddings().weight
-        self.dtype = frozen_dtype(precision)
-        if isinstance(policy, PeftModel) or weight.dtype != self.dtype:
-            self.copy = load_model(config.model_name, dtype=self.dtype, device=weight.device, merge_adapter=True)
-            self.copy.requires_grad_(False)
-            self.rest()
-
-    @torch.no_grad()
-    def model(self):
-        """The policy as it is now, ready to sample."""
-        if self.copy is self.policy:
-            return self.copy
-        policy = unwrapped(self.policy)
-        for name, mine in self.copy.named_parameters():
-            layer, _, kind = name.rpartition(".")
-            layer = policy.get_submodule(layer)
-            if isinstance(layer, LoraLayer):
-                theirs = getattr(layer.get_base_layer(), kind)
-                if kind == "weight":
-                    theirs = theirs.float() + layer.get_delta_weight("default").float()
-            else:
-                theirs = getattr(layer, kind)
-            mine.data = theirs.to(self.dtype)
-        return self.copy
-
-    def rest(self):
-        """Let go of the copy's weights until the next rollout."""
-        if self.copy is not self.policy:
-            for weight in self.copy.parameters():
-                weight.data = weight.new_empty(0)
-
-    def sample(self, tokenizer, stream, step, config, samples):
-        """`samples` answers to each of this rank's prompts of the step, as a Rollout.
-
-        The random numbers belong to the place in the step, so that one process and several draw the same answers.
-        """
-        share = stream.at(step)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        uniforms = torch.rand(stream.count, samples, config.max_new_tokens, generator=generator, dtype=torch.float64)
-        generation = generate(
-            self.model(),
-            [ids for _, _, ids in share],
-            config.max_new_tokens,
-            temperature=config.temperature,
-            samples_per_prompt=samples,
-            stop_ids=[tokenizer.eos_token_id],
-            uniforms=uniforms[[k for k, _, _ in share]].flatten(0, 1),
-            batch_size=config.rollout_batch_size,
+    def __init__(self, config, stage, policy, samples, score=None, need_checks=True):
+        self.config, self.stage, self.samples, self.score = config, stage, samples, score
+        self.tokenizer = policy.tokenizer
+        self.stream = PromptStream(
+            config.prompts, policy.tokenizer, config.prompts_per_step, config.seed, stage.processes, need_checks
         )
-        self.rest()
-        rows = [row for _, row, _ in share for _ in range(samples)]
+        check_room(self.stream, policy.model, config.max_new_tokens)
+        self.sampler = Sampler(policy.model, config, stage.precision)
+        self.inputs = {config.prompts: self.stream.sha256}
+
+    def at(self, step):
+        """This process's part of the rollout of `step`, a function of (seed, step) and of the policy's weights."""
+        with self.stage.autocast():
+            share = self.stream.at(step)
+            generation = self.sampler.sample(self.tokenizer, self.stream, step, self.config, self.samples)
+            rows = [row for _, row, _ in share for _ in range(self.samples)]
+            rollout = Rollout(
+                prompts=[ids for _, _, ids in share for _ in range(self.samples)],
+                completions=generation.completions,
+                logprobs=generation.logprobs,
+                finish_reasons=generation.finish_reasons,
+                texts=[completion_text(self.tokenizer, ids) for ids in generation.completions],
+                questions=[row["prompt"] for row in rows],
+                group_sizes=[self.samples] * len(share),
+                checks=[row["checks"] for row in rows] if all(row.get("checks") for row in rows) else None,
+            )
+            rollout.gold = gold_scores(rollout)
+            if self.score:
+                rollout.rewards = self.score(rollout)
+        return rollout
+
+
+class StoredRollouts:
+    """Rollouts from a file of groups, each group once an epoch.
+
+    `stored` says whether the groups hold the log-probs of the policy that sampled them.
+    """
+
+    def __init__(self, config, stage, policy):
+        check_length(policy.model, config)
+        groups, sha256 = load_groups(config.groups, policy.tokenizer, config.max_length)
+        if len(groups) < config.prompts_per_step:
+            raise UserError(
+                f"prompts_per_step = {config.prompts_per_step}: {config.groups} has only {len(groups)} groups"
+            )
+        odd = next((g for g in groups if g["temperature"] != config.temperature), None)
+        if odd:
+            raise UserError(
+                f"{odd['where']} was sampled at temperature {odd['temperature']}: set temperature to that, or the "
+                "stored log-probs do not compare with the policy's"
+            )
+        self.config, self.stage, self.groups = config, stage, groups
+        self.eos = policy.tokenizer.eos_token_id
+        self.stored = all(g["logprobs"] for g in groups)
+        self.inputs = {config.groups: sha256}
+        what = "ratios to the stored log-probs"
+        if not self.stored:
+            what = "no stored log-probs: this is advantage-weighted fine-tuning"
+        say(f"{len(groups)} groups, {sum(len(g['completions']) for g in groups)} completions; {what}")
+
+    def at(self, step):
+        """This process's part of the groups of `step`, with the stored scores as rewards."""
+        chosen = step_indices(len(self.groups), self.config.prompts_per_step, step, self.config.seed)
+        mine = [self.groups[i] for i in self.stage.processes.share(chosen)]
         return Rollout(
-            prompts=[ids for _, _, ids in share for _ in range(samples)],
-            completions=generation.completions,
-            logprobs=generation.logprobs,
-            stopped=[reason == "stop" for reason in generation.finish_reasons],
-            texts=[answer_text(tokenizer, ids) for ids in generation.completions],
-            questions=[row["prompt"] for row in rows],
-            group_sizes=[samples] * len(share),
-            checks=[row["checks"] for row in rows] if all(row.get("checks") for row in rows) else None,
+            prompts=[g["prompt"] for g in mine for _ in g["completions"]],
+            completions=[c for g in mine for c in g["completions"]],
+            logprobs=[x for g in mine for x in g["logprobs"]] if self.stored else None,
+            finish_reasons=["stop" if c[-1] == self.eos else "length" for g in mine for c in g["completions"]],
+            texts=[t for g in mine for t in g["text"]["completions"]],
+            questions=[g["text"]["prompt"] for g in mine for _ in g["completions"]],
+            group_sizes=[len(g["completions"]) for g in mine],
+            rewards=[s for g in mine for s in g["scores"]],
         )
-
-
-def gold_scores(rollout):
-    """The share of checks that each answer passes; None where the prompts have no checks."""
-    if rollout.checks is None:
-        return None
-    return [score(text, checks) for text, checks in zip(rollout.texts, rollout.checks)]
-
-
-class Scorer:
-    """What answers are worth: by the checks (the gold score), by a reward model's folder, or by the user's judge."""
-
-    def __init__(self, judge, reward_model, tokenizer, device):
-        self.judge = load_judge(judge) if judge else None
-        self.reward_model = None
-        if reward_model:
-            self.reward_model = RewardModel.load(find_reward_model(reward_model), device=device)
-            same_tokens(tokenizer, reward_model)
-        self.pad_id = tokenizer.pad_token_id
-
-    def __call__(self, rollout):
-        """(rewards, gold): a float for each row; gold is None where the prompts have no checks."""
-        gold = gold_scores(rollout)
-        if self.judge:
-            rewards = [call_judge(self.judge, q, text) for q, text in zip(rollout.questions, rollout.texts)]
-        elif self.reward_model:
-            rewards = score_answers(self.reward_model, rollout.prompts, rollout.completions, self.pad_id)
-        else:
-            rewards = gold
-        return rewards, gold

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from configs.config import UserError, option, read_yaml, refuse_unused
+from configs.config import UserError, option, read_yaml, refuse_unused, shown
 from data.prompts import read_prompts
-from models.completions import check_out, sample_answers, sampling
+from models.completions import check_out, sample_completions, sampling
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
 from models.loader import adapter_base, load_model, load_tokenizer, resolve_model
@@ -15,18 +15,19 @@ from models.tokens import prompt_ids
 from rlhf.packing import completion_logprobs
 from rlhf.policy import as_reference
 from runtime.console import quiet_libraries, say
-from runtime.files import in_root, shown
+from runtime.files import in_root
 
 
 @dataclass
 class CompareConfig:
+    RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size", "group_size": "samples_per_prompt"}
     model_name: str = option("", "the run's folder")
     prompt: str | None = option(None, "one prompt of your own, in place of the file's")
     prompts: str = option("data/prompts.json", "file of prompts (.json, .jsonl, .txt); of a .json the held-out ones")
     limit: int = option(8, "how many of the file's prompts", at_least=1)
     max_new_tokens: int = option(48, "longest answer, in tokens", at_least=1)
     temperature: float = option(1.0, "of sampling and of the log-probs", above=0)
-    batch_size: int = option(64, "answers sampled at once", at_least=1)
+    sampling_batch_size: int = option(64, "answers sampled at once", at_least=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "of the weights; fp32 gives exact log-probs")
     seed: int = option(0, "of the sampling; both models draw with the same random numbers", at_least=0)
     out: str | None = option(None, "JSONL file to write the answers to")
@@ -71,9 +72,9 @@ class SideBySide:
         say(f"{self.name} and its base {self.base}: {each} to each of {len(self.prompts)} prompts,", end=" ")
         say(f"temperature {config.temperature:g}")
         settings = (self.tokenizer, self.prompts, config.max_new_tokens, samples)
-        own = sample_answers(self.model, *settings, **sampling(config))
+        own = sample_completions(self.model, *settings, **sampling(config))
         with as_reference(self.model, self.reference) as ref:
-            return own, sample_answers(ref, *settings, **sampling(config))
+            return own, sample_completions(ref, *settings, **sampling(config))
 
     def ids(self, groups):
         """(prompt ids, completion ids) of all answers, one entry an answer; those to one prompt stand together."""
@@ -109,5 +110,5 @@ def read_some(config, need_checks=False):
     if config.prompt is None:
         return read_prompts(config.prompts, "heldout", need_checks)[: config.limit]
     if need_checks:
-        raise UserError("prompt: your own prompt has no checks to be scored by; give a --judge module:function")
+        raise UserError("prompt: your own prompt has no checks to be scored by; give a --reward module:function")
     return [{"prompt": config.prompt}]

@@ -1,7 +1,8 @@
-"""Reward model: learn one number for an answer from pairs of a chosen and a rejected one.
+"""Reward model: learn one number for a completion from pairs of a chosen and a rejected one.
 
     python rlhf/train_reward_model.py                   # pairs of data/preferences.jsonl
     python rlhf/train_reward_model.py --margin true --center_coef 0.01
+    torchrun --nproc_per_node=2 rlhf/train_reward_model.py       # the same run on two processes
 
 A transformer with a linear head of one output, read at the last real token; the Bradley-Terry loss of `reward_loss`.
 PPO maximises what this model says: how often it is right on held-out pairs, and whether it merely measures length, is
@@ -11,134 +12,108 @@ printed and drawn at the end. Stiennon et al. 2020, section 3.4. Left out: ensem
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from accelerate import Accelerator
 
-from configs.config import UserError, option
-from data.order import step_indices
-from data.pairs import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
-from models.device import autocast, frozen_dtype, pick_device, pick_precision
-from models.loader import check_length, load_tokenizer, resolve_model
-from rlhf.packing import answer_scores, pack
+from configs.config import UserError, option, shown
+from models.device import frozen_dtype
+from models.loader import load_tokenizer, resolve_model
+from rlhf.packing import packed_scores
+from rlhf.pairs import Pairs, PairsConfig, pack_pairs
 from rlhf.policy import prepare_training
 from rlhf.reward_model import RewardModel, reward_loss
-from rlhf.steps import Meter, in_words, optimizer_step
-from runtime.checkpoint import Checkpoints, Saving
+from rlhf.stage import Stage
+from rlhf.steps import RunningMeter
 from runtime.cli import cli
-from runtime.console import quiet_libraries, say
-from runtime.files import shown
-from runtime.run import Run
-from train.updates import lr_at, make_optimizer
+from runtime.console import say
+from train.updates import Updates
 
 
 @dataclass
-class Config(Saving):
+class Config(PairsConfig):
     CONFIG: ClassVar[str] = "configs/reward.yaml"
-    model_name: str = option("smollm2-135m", "the language model that gets the head")
-    data: str = option("data/preferences.jsonl", "pairs: JSONL or hub dataset with prompt, chosen, rejected")
     heldout_fraction: float = option(0.15, "share of the prompts kept for accuracy", above=0, below=1)
-    max_length: int = option(512, "longest prompt and answer together, in tokens", at_least=8)
-    truncation: Literal["left", "drop"] = option("left", "cut a long prompt from the left, or drop the row")
     margin: bool = option(False, "ask for a difference of chosen_score - rejected_score")
     center_coef: float = option(0.01, "weight of (chosen + rejected)^2, which keeps scores around 0", at_least=0)
-    lr: float = option(2e-4, "peak learning rate", above=0)
-    epochs: int = option(1, "passes over the pairs", at_least=1)
-    max_steps: int = option(0, "stop after this many optimizer steps; 0 takes all", at_least=0)
-    batch_size: int = option(16, "pairs an optimizer step, over all processes", at_least=1)
-    micro_batch_size: int = option(8, "pairs in one forward and backward pass", at_least=1)
-    warmup_steps: int = option(3, "optimizer steps of linear warm-up", at_least=0)
-    min_lr_ratio: float = option(0.1, "the cosine ends at lr times this", at_least=0, at_most=1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
-    lora_r: int = option(16, "rank of the adapter; 0 trains all weights", at_least=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the forward and backward passes")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    seed: int = option(0, "of the order, the head and the adapter", at_least=0)
-    log_every: int = option(1, "optimizer steps between log lines", at_least=1)
-    out: str = option("models/reward", "the run's folder")
-    overwrite: bool = option(False, "replace the run that the folder holds")
+    lr: float = 2e-4
+    out: str = "models/reward"
 
 
 def main(config):
-    quiet_libraries()
-    device = pick_device()
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    precision = pick_precision(config.precision, device)
-    torch.manual_seed(config.seed)
-    run = Run(config, config.out)
+    stage = Stage(config)  # device, precision, processes, seed, the run's folder
     tokenizer = load_tokenizer(config.model_name)
-    reward_model = build(config, device, precision)
+    reward_model = build(config, stage.device, stage.precision)
+    pairs = Pairs(config, stage, reward_model.model, tokenizer)  # as token ids; some prompts are held out
+    check_margins(config, [*pairs.train, *pairs.heldout])
     parameters = [p for p in reward_model.parameters() if p.requires_grad]
+    updates = Updates(parameters, config, stage.run, stage.processes, stage.precision)
+    meter = RunningMeter(stage.processes)
+    checkpoints = stage.checkpoints(model=reward_model, updates=updates, meter=meter)
 
-    # 1. pairs as token ids; some prompts are held out
-    pairs, counts, sha256 = load_pairs(config.data, tokenizer, config.max_length, config.truncation)
+    reward_model.train()
+    for step in checkpoints.remaining():
+        for batch in pairs.batches(step):
+            # 1. the scores of both completions of each pair, (B,) each
+            chosen, rejected = pair_scores(reward_model, batch, tokenizer, stage)
+
+            # 2. the loss, as its share of the mean over the pairs of the whole step
+            margin = torch.tensor([pair["margin"] for pair in batch], device=stage.device) if config.margin else None
+            loss = reward_loss(chosen, rejected, margin, config.center_coef)
+            updates.backward(loss * (len(batch) / config.batch_size))
+            measure(meter, loss.item(), chosen.detach(), rejected.detach())
+        updates.step(step, pairs.where(step))
+
+        # 3. what happened
+        if stage.log_due(step):
+            stage.log(step, meter.collect_and_reset(), updates)
+        checkpoints.save_if_due(step)
+
+    # 4. how often it is right on pairs it has not seen, and whether it only measures length
+    differences = heldout_differences(reward_model, pairs.heldout, tokenizer, stage)
+    result = accuracy_report(pairs.heldout, differences)
+    if stage.processes.is_main:
+        reward_model.save(stage.run.folder, tokenizer, resolve_model(config.model_name))
+        calibration_figure(differences, stage.run.folder / "calibration.png")
+        say(f"calibration figure: {shown(stage.run.folder / 'calibration.png')}")
+    stage.finish(result, pairs.inputs, "python rlhf/ppo_train.py")
+
+
+def pair_scores(reward_model, pairs, tokenizer, stage):
+    """Chosen and rejected scores, (B,) each: both in one pass, the prompt that they share computed once."""
+    packed = pack_pairs(pairs, tokenizer.pad_token_id, stage.device)
+    with stage.autocast():
+        found = packed_scores(reward_model.model, packed, reward_model.head)
+    return found[0::2], found[1::2]
+
+
+def check_margins(config, pairs):
+    """Raise UserError for config.margin with a pair that has no scores."""
     missing = next((pair for pair in pairs if pair["margin"] is None), None)
     if config.margin and missing:
         raise UserError(f"margin = true needs chosen_score and rejected_score, which {missing['where']} lacks")
-    train, heldout = split_by_prompt(pairs, config.heldout_fraction, config.seed)
-    describe_pairs(train, heldout, counts)
-    check_length(reward_model.model, config)
-    run.total_steps = steps = count_steps(config, len(train))
 
-    def scores(batch):
-        """Chosen and rejected scores, (B,) each: both answers in one pass, the prompt that they share computed once."""
-        prompts = [pair["prompt"] for pair in batch for _ in range(2)]
-        completions = [answer for pair in batch for answer in (pair["chosen"], pair["rejected"])]
-        packed = pack(prompts, completions, tokenizer.pad_token_id, device)
-        with autocast(device, precision):
-            found = answer_scores(reward_model.model, packed, reward_model.head)
-        return found[0::2], found[1::2]
 
-    optimizer = make_optimizer(parameters, config.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    checkpoints = Checkpoints(run, model=reward_model, optimizer=optimizer, scaler=scaler)
-    done, kept = checkpoints.load()  # (0, {}) unless this run was interrupted
-    meter, updates = Meter(kept.get("meter")), kept.get("updates", 0)
-    run.begin_steps(done)
-    reward_model.train()
-    for step in range(done + 1, steps + 1):
-        # 2. this step's pairs, dealt out to the ranks; pairs of like length share a micro-batch
-        chosen_pairs = step_indices(len(train), config.batch_size, step, config.seed)
-        mine = [train[i] for i in chosen_pairs[accelerator.process_index :: accelerator.num_processes]]
-        mine.sort(key=pair_length)
-        for start in range(0, len(mine), config.micro_batch_size):
-            batch = mine[start : start + config.micro_batch_size]
-            # 3. the loss, as its share of the mean over the pairs of the whole step
-            chosen, rejected = scores(batch)
-            margin = torch.tensor([pair["margin"] for pair in batch], device=device) if config.margin else None
-            loss = reward_loss(chosen, rejected, margin, config.center_coef) * (len(batch) / config.batch_size)
-            scaler.scale(loss).backward()
-            run.count_tokens(sum(map(pair_length, batch)))
-            meter.sum(loss=loss.item())
-            right = (chosen > rejected).float().mean()
-            meter.mean(len(batch), accuracy=right, margin=(chosen - rejected).detach().mean())
-            meter.mean(len(batch), score=(chosen + rejected).detach().mean() / 2)
-        lr = lr_at(updates + 1, steps, config.lr, config.warmup_steps, config.min_lr_ratio)
-        where = in_words(train[i]["where"] for i in chosen_pairs)
-        grad_norm, taken = optimizer_step(run, step, where, accelerator, optimizer, scaler, parameters, lr)
-        updates += taken
+def measure(meter, loss, chosen, rejected):
+    """Means over pairs: how often the chosen completion scores higher, by how much, and where scores lie."""
+    meter.mean(
+        len(chosen),
+        loss=loss,
+        accuracy=(chosen > rejected).float().mean(),
+        margin=(chosen - rejected).mean(),
+        score=(chosen + rejected).mean() / 2,
+    )
 
-        # 4. what happened
-        if step % config.log_every == 0 or step in (1, steps):
-            run.log(step, **meter.collect(accelerator), lr=lr, grad_norm=grad_norm)
-            meter = Meter()
-        if checkpoints.due(step):
-            checkpoints.save(step, {"updates": updates, "meter": meter.over_ranks(accelerator)})
 
-    # 5. how often it is right on pairs it has not seen, and whether it only measures length
+@torch.no_grad()
+def heldout_differences(reward_model, pairs, tokenizer, stage):
+    """Chosen minus rejected score of each held-out pair, in their order."""
     reward_model.eval()
-    differences = []
-    with torch.no_grad():
-        for start in range(0, len(heldout), config.micro_batch_size):
-            chosen, rejected = scores(heldout[start : start + config.micro_batch_size])
-            differences += (chosen - rejected).tolist()
-    result = accuracy_report(heldout, differences)
-    if accelerator.is_main_process:
-        reward_model.save(run.folder, tokenizer, resolve_model(config.model_name))
-        calibration_figure(differences, run.folder / "calibration.png")
-        say(f"calibration figure: {shown(run.folder / 'calibration.png')}")
-    run.finish({"steps": steps, **result}, {config.data: sha256}, next_command="python rlhf/ppo_train.py")
+    found, size = [], stage.config.micro_batch_size
+    for start in range(0, len(pairs), size):
+        chosen, rejected = pair_scores(reward_model, pairs[start : start + size], tokenizer, stage)
+        found += (chosen - rejected).tolist()
+    return found
 
 
 def build(config, device, precision):

@@ -1,20 +1,19 @@
 """Checkpoints: all that a run needs to go on where it was interrupted, as if it never had been.
 
-    checkpoints = Checkpoints(run, model=model, optimizer=optimizer)
-    step, kept = checkpoints.load()                      # (0, {}) unless this very run was interrupted
-    while step < run.total_steps:
+    checkpoints = Checkpoints(run, model=model, updates=updates)
+    checkpoints.load()                                   # where this very run was interrupted, if it was
+    for step in checkpoints.remaining():
         ...
-        if checkpoints.due(step):                        # by steps, by minutes, or because a signal came
-            checkpoints.save(step, kept)                 # ends the process if one came
+        checkpoints.save_if_due(step)                    # by steps, by minutes, or because a signal came
 
 A checkpoint is a folder OUT/checkpoints/step-00000040: tensors as safetensors, the rest as JSON, and a manifest with
 the size and the sha256 of both. It is written under another name, flushed to the disk and renamed: it is there whole or
 not at all. The last `keep_checkpoints` are kept, and removed when the run is finished: then its weights are there.
 
-What is saved: the weights that train, the state of each other part (optimizer, gradient scaler, value head), what the
-loop carries over (`kept`), the clock and counters of the run, and the random state of every process. Data order and
-rollouts are functions of (seed, step), so the step says where they are. Process 0 writes and reads; the others get what
-they need from it, and there may be more or fewer of them than before.
+What is saved: the weights that train, the state of each other part (updates, value head, meter), what the loop carries
+over (`carried`), the clock and counters of the run, and the random state of every process. Data order and rollouts are
+functions of (seed, step), so the step says where they are. Process 0 writes and reads; the others get what they need
+from it, and there may be more or fewer of them than before.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from configs.config import UserError, option
+from configs.config import UserError, option, shown
 from runtime.console import clock, command, rank, say
 from runtime.failures import reason
-from runtime.files import sha256_file, shown, synced, write_atomically
-from runtime.processes import gather, largest_over_ranks, meeting_device, on_main, several
+from runtime.files import sha256_file, synced, write_atomically
+from runtime.processes import communication_device, gather, largest_over_processes, on_main, several
 from runtime.run import CHECKPOINTS
 
 FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each next pause is twice as long
@@ -51,28 +50,36 @@ FILES = ("tensors.safetensors", "state.json")
 class Saving:
     """The options of checkpoints, the same in every script that trains. They do not change what a run computes."""
 
-    save_every: int = option(0, "steps (rollouts in PPO and GRPO) between checkpoints; 0: by time alone", at_least=0)
-    save_minutes: float = option(5.0, "minutes between checkpoints, fewer at first; 0: by steps alone", at_least=0)
-    keep_checkpoints: int = option(2, "the last so many are kept while the run goes on", at_least=1)
-    max_skipped: int = option(3, "end at so many steps in a row whose loss or gradient is not finite", at_least=1)
+    save_every: int = option(
+        0, "steps (rollouts in PPO and GRPO) between checkpoints; 0: by time alone", at_least=0, identity=False
+    )
+    save_minutes: float = option(
+        5.0, "minutes between checkpoints, fewer at first; 0: by steps alone", at_least=0, identity=False
+    )
+    keep_checkpoints: int = option(2, "the last so many are kept while the run goes on", at_least=1, identity=False)
+    max_skipped: int = option(
+        3, "end at so many steps in a row whose loss or gradient is not finite", at_least=1, identity=False
+    )
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    parts: by name, what has a state: a module (of which the weights that train are kept), an optimizer, a scaler.
+    parts: by name, what has a state: a module (of which the weights that train are saved), or whatever has state_dict
+        and load_state_dict.
     """
 
     def __init__(self, run, **parts):
         self.run, self.parts, self.config = run, parts, run.config
         self.folder = run.folder / CHECKPOINTS
+        self.done = 0  # steps that were taken before this process began
         self._since = None  # when the last one was saved, or the steps began
         self._pause = min(FIRST_PAUSE, 60 * self.config.save_minutes)
         self._came, self._came_at = 0, 0.0  # SIGINT or SIGTERM once it came to this process, and when
         self._signal = 0  # the same once all processes know
 
     def load(self):
-        """(step, kept) of the newest checkpoint that is whole, everything put back; (0, {}) if there is none.
+        """(step, carried) of the newest checkpoint that is whole, everything put back; (0, {}) if there is none.
 
         A damaged one is named, and the one before it is used. Raises UserError if another script wrote it, or if a file
         that the run reads has changed since. From here on SIGTERM and Ctrl-C are a wish to save and stop.
@@ -83,13 +90,26 @@ class Checkpoints:
         if state is None:
             self.run.restart()
         else:
+            if state["parts"].keys() != self.parts.keys():
+                raise UserError("the checkpoint is of another version of this script. --overwrite true begins again")
             for name, part in self.parts.items():
                 put_back(part, state["parts"][name])
+            self.done = state["step"]
             if rank() < len(state["random"]):  # a process that was not there before keeps what its seed gave it
                 set_random_state(state["random"][rank()])
             self.run.resume(state["run"])
         self._listen()
-        return (0, {}) if state is None else (state["step"], state["kept"])
+        return (0, {}) if state is None else (state["step"], state["carried"])
+
+    def remaining(self):
+        """The numbers of the steps that are left, from 1 on; the clock of the run's steps starts with the first."""
+        self.run.begin_steps(self.done)
+        yield from range(self.done + 1, self.run.total_steps + 1)
+
+    def save_if_due(self, step, carried=None):
+        """Save after `step` if it is time to, or if a signal came, which then ends the process; see `save`."""
+        if self.due(step):
+            self.save(step, carried)
 
     def due(self, step):
         """Whether to save after `step`. All processes are told the same."""
@@ -98,20 +118,21 @@ class Checkpoints:
         by_steps = self.config.save_every and step % self.config.save_every == 0
         by_time = self.config.save_minutes and now - self._since >= self._pause
         wanted = bool(by_steps or by_time) and not self.run.skipped  # the last good one stays the last
-        wanted, self._signal = largest_over_ranks(wanted, self._came)
+        wanted, self._signal = largest_over_processes(wanted, self._came)
         if step == self.run.total_steps:
             self._listen(False)  # what comes now is short, and would not look whether a signal came
         return bool(wanted or self._signal)
 
-    def save(self, step, kept=None):
+    def save(self, step, carried=None):
         """Write a checkpoint of `step`. If a signal asked for it, say how to go on, and end the process.
 
-        kept: what the loop carries over, a dict of tensors, numbers, texts, lists and dicts.
+        carried: what the loop carries over, a dict of tensors, numbers, texts, lists and dicts.
         Raises UserError when it cannot be written; those that are there stay.
         """
         began = time.time()
         states = gather(random_state())
-        on_main(lambda: self._write(step, kept or {}, states))
+        parts = {name: state_of(part) for name, part in self.parts.items()}  # on all: a meter adds up over processes
+        on_main(lambda: self._write(step, parts, carried or {}, states))
         self._since = time.time()
         cost = self._since - began
         self._pause = min(max(2 * self._pause, 20 * cost), 60 * self.config.save_minutes)  # 5 % of the time at most
@@ -121,9 +142,8 @@ class Checkpoints:
             say(f"\n{name}: stopped after step {step} of {self.run.total_steps}, which is saved. To go on: {command()}")
             sys.exit(128 + self._signal)
 
-    def _write(self, step, kept, states):
-        parts = {name: state_of(part) for name, part in self.parts.items()}
-        state = {"script": self.run.script, "step": step, "kept": kept, "parts": parts, "random": states}
+    def _write(self, step, parts, carried, states):
+        state = {"script": self.run.script, "step": step, "carried": carried, "parts": parts, "random": states}
         state |= {"run": self.run.state(), "files": self.run.files}
         temporary, path = self.folder / "saving.tmp", self.folder / f"step-{step:08d}"
         try:
@@ -131,7 +151,7 @@ class Checkpoints:
             self.folder.mkdir(exist_ok=True)  # not its parent: a run whose folder is gone has lost its configuration
             temporary.mkdir()
             tensors = {}
-            tree = take_apart(state, tensors)
+            tree = flatten(state, tensors)
             save_file(tensors, temporary / FILES[0])
             (temporary / FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
             files = {n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)} for n in FILES}
@@ -164,7 +184,7 @@ class Checkpoints:
             if damage:
                 say(f"checkpoint {shown(path)} is damaged: {damage}. It is left out")
                 continue
-            state = put_together(json.loads((path / FILES[1]).read_text(encoding="utf-8")), load_file(path / FILES[0]))
+            state = unflatten(json.loads((path / FILES[1]).read_text(encoding="utf-8")), load_file(path / FILES[0]))
             if state["script"] != self.run.script:
                 raise UserError(
                     f"checkpoint {shown(path)} was written by {state['script']}, not by {self.run.script}. "
@@ -243,24 +263,24 @@ def put_back(part, state):
             p.copy_(state[name])
 
 
-def take_apart(value, tensors, name="state"):
+def flatten(value, tensors, name="state"):
     """A nested value as what JSON can hold; its tensors go into the dict `tensors`, by their place."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().cpu().contiguous()
         return {"tensor": name}
     if isinstance(value, dict):  # as pairs: JSON would turn the optimizer's numbers into texts
-        return {"dict": [[key, take_apart(x, tensors, f"{name}.{key}")] for key, x in value.items()]}
+        return {"dict": [[key, flatten(x, tensors, f"{name}.{key}")] for key, x in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [take_apart(x, tensors, f"{name}.{i}") for i, x in enumerate(value)]
+        return [flatten(x, tensors, f"{name}.{i}") for i, x in enumerate(value)]
     return value
 
 
-def put_together(tree, tensors):
-    """The inverse of `take_apart`; tuples come back as lists."""
+def unflatten(tree, tensors):
+    """The inverse of `flatten`; tuples come back as lists."""
     if isinstance(tree, list):
-        return [put_together(x, tensors) for x in tree]
+        return [unflatten(x, tensors) for x in tree]
     if isinstance(tree, dict):
-        return tensors[tree["tensor"]] if "tensor" in tree else {k: put_together(x, tensors) for k, x in tree["dict"]}
+        return tensors[tree["tensor"]] if "tensor" in tree else {k: unflatten(x, tensors) for k, x in tree["dict"]}
     return tree
 
 
@@ -285,12 +305,12 @@ def from_main(state):
     if not several():
         return state
     tensors = {}
-    message = [(take_apart(state, tensors), {k: (x.dtype, x.shape) for k, x in tensors.items()})]
+    message = [(flatten(state, tensors), {k: (x.dtype, x.shape) for k, x in tensors.items()})]
     dist.broadcast_object_list(message)
     tree, kinds = message[0]
     for name, (dtype, shape) in kinds.items():
         here = tensors[name] if rank() == 0 else torch.empty(shape, dtype=dtype)
-        there = here.to(meeting_device())
+        there = here.to(communication_device())
         dist.broadcast(there, 0)
         tensors[name] = there.cpu()
-    return put_together(tree, tensors)
+    return unflatten(tree, tensors)

@@ -22,9 +22,9 @@ def cli(main, Config):
     try:
         config = load_config(Config)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # launchers that may start all processes again
-            from runtime.rendezvous import meet_anew
+            from runtime.rendezvous import new_rendezvous
 
-            meet_anew()
+            new_rendezvous()
         main(config)
     except UserError as error:
         while on_refusal:

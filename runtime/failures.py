@@ -11,9 +11,9 @@ import os
 import traceback
 from pathlib import Path
 
-from configs.config import ROOT
+from configs.config import ROOT, shown
 from runtime.console import command
-from runtime.files import in_root, shown
+from runtime.files import in_root
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")

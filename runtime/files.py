@@ -7,13 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from configs.config import ROOT, UserError
-
-
-def shown(path):
-    """A path as a person would type it from the repository's root."""
-    path = Path(path).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+from configs.config import ROOT, UserError, shown
 
 
 def in_root(path):

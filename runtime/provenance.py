@@ -7,20 +7,22 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from configs.config import ROOT, config_to_dict
+from configs.config import ROOT, names_with
 from runtime.files import in_root, sha256_file
-
-READ = ("data", "groups", "prompts", "model_name", "reward_model")  # keys that may name files that a run reads
 
 
 def named_inputs(config):
-    """{key: path} of the data and models that a configuration names; the paths of hub names are not there."""
-    return {key: in_root(name) for key, name in config_to_dict(config).items() if key in READ and name}
+    """{key: path} of the data and models that a configuration names (`option(reads=True)`).
+
+    The paths of hub names are not there.
+    """
+    return {key: in_root(vars(config)[key]) for key in names_with(config, reads=True) if vars(config)[key]}
 
 
 def files_read(config):
@@ -86,3 +88,16 @@ def git_commit():
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def provenance(seconds):
+    """What every manifest says of where its numbers come from. seconds: what the work took."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "seconds": round(seconds, 1),
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }

@@ -19,7 +19,7 @@ TRY_SECONDS = 3
 KEY = "port of rank 0"
 
 
-def meet_anew():
+def new_rendezvous():
     """Have `init_process_group` use a store of this start alone. Raises RuntimeError when rank 0 does not come."""
     from torch.distributed import TCPStore
 

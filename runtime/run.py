@@ -4,30 +4,26 @@
     run.log(step, loss=0.69, lr=1e-4, tokens=5120)          # one line, the same keys in metrics.jsonl
     run.finish(result={"heldout_accuracy": 0.81}, inputs={"data/preferences.jsonl": sha256})
 
-Under torchrun or accelerate every rank makes a Run; only rank 0 prints and writes.
+Under torchrun every rank makes a Run; only rank 0 prints and writes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import textwrap
 import time
 from pathlib import Path
 
-from configs.config import UserError, config_to_dict, format_config, read_yaml
+from configs.config import UserError, config_to_dict, format_config, names_with, read_yaml, shown
 from runtime.console import _number, duration, rank, say
-from runtime.files import in_root, read_lines, read_manifest, shown, write_atomically
+from runtime.files import in_root, read_lines, read_manifest, write_atomically
 from runtime.processes import on_main
-from runtime.provenance import files_read, git_commit, machine, named_inputs, peak_memory_gb, versions
-from runtime.run_folder import hold, make_way, refuse_other_use, release
+from runtime.provenance import files_read, named_inputs, provenance
+from runtime.run_folder import acquire, hold, refuse_other_use, release
 
-# keys that change how a run is watched, not what it computes
-NOT_IDENTITY = {"out", "overwrite", "log_every", "wandb_project", "wandb_mode", "wandb_log_model"}
-NOT_IDENTITY |= {"save_every", "save_minutes", "keep_checkpoints", "max_skipped"}
 CHECKPOINTS = "checkpoints"  # the subfolder of a run that is not finished; see runtime/checkpoint.py
 
 
@@ -46,6 +42,7 @@ class Run:
         self.unfinished = False  # whether the folder held this very run, interrupted
         self.checkpoint = None  # the folder of the last one
         self.files = {}  # hashes of what the run reads
+        self.last = {}  # the numbers of the last logged line
         self.steps_began = None  # when
         self.skipped = 0  # steps in a row whose loss or gradient was not finite
         self._skips = 0  # of those, since the last logged line
@@ -80,7 +77,7 @@ class Run:
             # a run that began with --overwrite true and was interrupted goes on: that, too, is the same command again
             self.unfinished = not (differences or manifest or (overwrite and not before.get("overwrite")))
         try:
-            self._begin = make_way(self.folder, not self.unfinished, hold)
+            self._begin = acquire(self.folder, not self.unfinished, hold)
             write_atomically(held, format_config(self.config))
         except OSError as error:
             raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
@@ -96,13 +93,13 @@ class Run:
             raise UserError(f"{names}: changed since {when}. --overwrite true begins again, another --out keeps both")
 
     def _differences(self, before):
-        now = config_to_dict(self.config)
+        now, free = config_to_dict(self.config), set(names_with(self.config, identity=False))
         different = [
             f"{key}: {before[key]!r} there, {now[key]!r} now"
             for key in sorted(before.keys() & now.keys())
-            if before[key] != now[key] and key not in NOT_IDENTITY
+            if before[key] != now[key] and key not in free
         ]
-        only = {"there": before.keys() - now.keys() - NOT_IDENTITY, "now": now.keys() - before.keys() - NOT_IDENTITY}
+        only = {"there": before.keys() - now.keys(), "now": now.keys() - before.keys() - free}
         return different + [f"only {where}: {', '.join(sorted(keys))}" for where, keys in only.items() if keys]
 
     def restart(self):
@@ -124,8 +121,9 @@ class Run:
         self._lines, self.skipped, self._skips = state["lines"], state["skipped"], state["skips"]
         if self.is_main:
             lines = read_lines(self.folder / "metrics.jsonl")
-            kept = [json.dumps(line) + "\n" for line in lines[: state["lines"]]]
-            write_atomically(self.folder / "metrics.jsonl", "".join(kept))
+            lines = lines[: state["lines"]]
+            self.last = lines[-1] if lines else {}
+            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def begin_steps(self, step=0):
         """Start the clock of the steps, so that loading and evaluating do not count in the rates."""
@@ -173,6 +171,7 @@ class Run:
             metrics["skipped"], self._skips = self._skips, 0
         record = {"step": step, **{k: v for k, v in metrics.items() if v is not None}}
         record["seconds"] = round(now - self.started, 3)
+        self.last = record
         if not self.is_main:
             return
         self._begin()
@@ -202,12 +201,7 @@ class Run:
             "result": result,
             "inputs": inputs or {},
             "files": self.files,
-            "seconds": round(time.time() - self.started, 1),
-            "peak_memory_gb": round(peak_memory_gb(), 3),
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
-            "git_commit": git_commit(),
-            "versions": versions(),
-            "machine": machine(),
+            **provenance(time.time() - self.started),
         }
         write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)

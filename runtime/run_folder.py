@@ -12,9 +12,8 @@ import shutil
 import time
 from pathlib import Path
 
-from configs.config import UserError
+from configs.config import UserError, shown
 from runtime.console import say
-from runtime.files import shown
 
 REPLACED = ".replaced"  # the subfolder that keeps an earlier run until the new one has begun
 
@@ -45,7 +44,7 @@ def check_place(path):
         raise UserError(f"cannot write to {path.parent}: {why}")
 
 
-def make_way(folder, clear, lock):
+def acquire(folder, clear, lock):
     """Make and lock `folder`, and empty it if `clear`. Returns a function to call when the run has begun.
 
     Until then, `configs.config.cli` takes everything back if the run ends in a UserError.
@@ -63,7 +62,7 @@ def make_way(folder, clear, lock):
     elif clear:  # a run that replaces another was killed before it began: the other one is still the earlier run
         _empty(folder)
 
-    def take_back():
+    def roll_back():
         if first_new:
             shutil.rmtree(first_new)
         elif clear:
@@ -73,13 +72,13 @@ def make_way(folder, clear, lock):
             replaced.rmdir()
 
     def begin():
-        if take_back in on_refusal:
-            on_refusal.remove(take_back)
+        if roll_back in on_refusal:
+            on_refusal.remove(roll_back)
         if replaced.exists():
             shutil.rmtree(replaced)
 
     if first_new or clear:
-        on_refusal.append(take_back)
+        on_refusal.append(roll_back)
     return begin
 
 

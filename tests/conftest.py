@@ -64,16 +64,16 @@ def nothing_stays_in_the_tree(seen_in_the_tree):
 @pytest.fixture
 def sampled_models(monkeypatch):
     """A function (module that samples) -> the list of the models that it will sample from, filled as it does."""
-    from models.resumable import generate_kept
+    from models.resumable import generate_resumable
 
     def watch(module):
         models = []
 
         def watched(path, identity, model, *rest):
             models.append(model)
-            return generate_kept(path, identity, model, *rest)
+            return generate_resumable(path, identity, model, *rest)
 
-        monkeypatch.setattr(module, "generate_kept", watched)
+        monkeypatch.setattr(module, "generate_resumable", watched)
         return models
 
     return watch

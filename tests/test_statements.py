@@ -4,7 +4,7 @@ import ast
 from functools import cache
 
 import pytest
-from mutants.mutants import BREAKAGES
+from mutants.mutants import MUTANTS
 from statements import STATEMENTS
 
 from configs.config import ROOT
@@ -29,10 +29,10 @@ def test_every_mark_names_a_statement_and_every_statement_has_a_test():
 
 
 def test_every_statement_has_a_breakage():
-    assert {breakage.statement for breakage in BREAKAGES} == STATEMENTS.keys()
+    assert {breakage.statement for breakage in MUTANTS} == STATEMENTS.keys()
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES, ids=str)
+@pytest.mark.parametrize("breakage", MUTANTS, ids=str)
 def test_a_breakage_fits_the_code_and_its_tests_are_of_its_statement(breakage):
     assert breakage.fits(ROOT), "stale: the code has changed; say in mutants.py how to break it now"
     tests = marked_tests()

@@ -1,4 +1,4 @@
-"""What the language-model scripts share: configuration, data order, schedule, optimizer, loss, evaluation, saving."""
+"""What the language-model scripts share: options, what a run starts from, the order of blocks, the loss, evaluation."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import ClassVar
 
 import torch
 
-from configs.config import UserError, option
+from configs.config import UserError, option, shown
 from data.blocks import make_blocks
 from data.corpus import load_corpus
 from data.order import data_order
-from models.device import compile_layers
 from models.fast.head import check_head, head_nll, hidden_states, unwrapped
 from models.generation import generate
-from models.loader import check_length, load_model, load_tokenizer, portable_name, resolve_model
+from models.loader import check_length, load_model, load_tokenizer, weights_hash
 from models.scratch import build_scratch, train_tokenizer
-from models.tokens import answer_text, prompt_ids
+from models.tokens import completion_text, prompt_ids
 from runtime.checkpoint import Saving
 from runtime.console import say
-from runtime.files import in_root, shown, write_atomically
+from runtime.files import in_root, write_atomically
+from runtime.processes import Processes
 
 
 @dataclass
@@ -29,22 +29,27 @@ class LMConfig(Saving):
     """One run of language-model training. A script adds its own fields."""
 
     CONFIG: ClassVar[str] = "configs/train_base.yaml"
-    model_name: str = option("smollm2-135m", "a folder, an embedded name, a hub id, or `scratch` for random weights")
-    batch_size: int = option(2, "blocks in one forward pass", at_least=1)
+    RENAMED: ClassVar[dict] = {
+        "accumulation_steps": "batch_size (blocks an optimizer step) and micro_batch_size (blocks in one pass)"
+    }
+    model_name: str = option(
+        "smollm2-135m", "a folder, an embedded name, a hub id, or `scratch` for random weights", reads=True
+    )
+    batch_size: int = option(4, "blocks an optimizer step, over all processes", at_least=1)
+    micro_batch_size: int = option(2, "blocks in one forward and backward pass", at_least=1)
     max_length: int = option(256, "tokens in a block", at_least=8)
     lr: float = option(5e-5, "peak learning rate", above=0)
     epochs: int = option(1, "times that each block is seen", at_least=1)
     max_steps: int = option(0, "optimizer steps at most; 0 = as many as the epochs have", at_least=0)
-    accumulation_steps: int = option(2, "forward passes in one optimizer step, over all processes", at_least=1)
     warmup_steps: int = option(5, "optimizer steps until the peak learning rate", at_least=0)
     min_lr_ratio: float = option(0.1, "learning rate of the last step, as a share of lr", at_least=0, at_most=1)
     weight_decay: float = option(0.1, "AdamW's, on matrices", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    data: str = option("shakespeare", "an embedded text, a .txt or .jsonl file, a folder, or a hub dataset")
+    data: str = option("shakespeare", "an embedded text, a .txt or .jsonl file, a folder, or a hub dataset", reads=True)
     heldout_fraction: float = option(0.05, "share kept for evaluation, where the data says nothing", above=0, below=1)
     eval_blocks: int = option(16, "held-out blocks that an evaluation reads; 0 = all", at_least=0)
     eval_every: int = option(0, "optimizer steps between evaluations; 0 = only before and after", at_least=0)
-    log_every: int = option(5, "optimizer steps between log lines", at_least=1)
+    log_every: int = option(5, "optimizer steps between log lines", at_least=1, identity=False)
     sample_prompt: str = option("", "what the model goes on from, before and after training; empty = no samples")
     sample_tokens: int = option(60, "length of a sample at most", at_least=1)
     scratch_architecture: str | None = option(None, "only for model_name scratch: llama or gpt2")
@@ -53,8 +58,8 @@ class LMConfig(Saving):
     scratch_heads: int | None = option(None, "only for model_name scratch: attention heads", at_least=1)
     scratch_vocab: int | None = option(None, "only for model_name scratch: ids of its tokenizer", at_least=260)
     seed: int = option(0, "decides weights, data order and samples", at_least=0)
-    out: str = option("models/lm", "the folder that receives the model, metrics and manifest")
-    overwrite: bool = option(False, "replace a run that lies in `out`")
+    out: str = option("models/lm", "the folder that receives the model, metrics and manifest", identity=False)
+    overwrite: bool = option(False, "replace a run that lies in `out`", identity=False)
 
     def check(self):
         shape = {k: v for k, v in vars(self).items() if k.startswith("scratch_")}
@@ -70,6 +75,23 @@ class LMConfig(Saving):
             raise UserError(
                 f"scratch_width = {self.scratch_width} must be a multiple of twice scratch_heads = {self.scratch_heads}"
             )
+
+
+class Start:
+    """What a run starts from: `model` and `tokenizer`, `blocks` to train on and `heldout` ones, all as config says.
+
+    kind: that of the corpus ("text", "messages" or "prompt"). inputs: the hashes of data and weights, by name.
+    """
+
+    def __init__(self, config, device, change_model=None):
+        """change_model: takes the loaded model and returns the one to train."""
+        corpus = load_data(config)
+        self.kind = corpus.kind
+        self.model, self.tokenizer = load_start(config, corpus, device)
+        self.inputs = {config.data: corpus.sha256, config.model_name: weights_hash(self.model)}
+        if change_model:
+            self.model = change_model(self.model)
+        self.blocks, self.heldout = load_blocks(config, corpus, self.tokenizer)
 
 
 def load_data(config):
@@ -108,7 +130,7 @@ def load_start(config, corpus, device):
 
 
 def steps_in_epoch(rows, config):
-    return math.ceil(rows / (config.batch_size * config.accumulation_steps))
+    return math.ceil(rows / config.batch_size)
 
 
 def count_steps(rows, config):
@@ -121,14 +143,14 @@ def count_steps(rows, config):
 
 
 def step_rows(step, rows, config):
-    """The micro-batches of optimizer step `step` (from 0): lists of block numbers, a function of (seed, step) alone.
+    """The micro-batches of optimizer step `step` (from 1): lists of block numbers, a function of (seed, step) alone.
 
     The last step of an epoch may be smaller; no block is left out.
     """
-    epoch, step = divmod(step, steps_in_epoch(rows, config))
-    size = config.batch_size * config.accumulation_steps
-    mine = data_order(rows, config.seed, epoch)[step * size : (step + 1) * size]
-    return [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
+    epoch, place = divmod(step - 1, steps_in_epoch(rows, config))
+    size, piece = config.batch_size, config.micro_batch_size
+    mine = data_order(rows, config.seed, epoch)[place * size : (place + 1) * size]
+    return [mine[i : i + piece] for i in range(0, len(mine), piece)]
 
 
 def lm_loss(model, batch, compiled=False):
@@ -144,23 +166,50 @@ def lm_loss(model, batch, compiled=False):
 
 
 @torch.no_grad()
-def evaluate_lm(model, blocks, batch_size, share=(0, 1), reduce=None):
-    """{"nats_per_token", "bits_per_byte"} over all counted tokens of `blocks`, each counted once.
+def evaluate_lm(model, blocks, batch_size, processes=Processes()):  # noqa: B008 - it is frozen
+    """{"nats_per_token", "bits_per_byte"} over all counted tokens of `blocks`, each counted once by one process.
 
-    share: (r, n) reads every n-th block from r on; reduce: a function that sums a tensor over the n processes.
     Changes neither parameters nor random state.
     """
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    mine = list(range(len(blocks)))[share[0] :: share[1]]
+    mine = processes.share(list(range(len(blocks))))
     for rows in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size)):
         nats, tokens = lm_loss(model, blocks.batch(rows, device))
         total += torch.tensor([nats.item(), tokens.item(), blocks.bytes[rows].sum().item()], dtype=torch.float64)
     model.train(was_training)
-    nats, tokens, sizes = (reduce(total.to(device)) if reduce else total).tolist()
+    nats, tokens, sizes = processes.sum(total.to(device)).tolist()
     return {"nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / max(sizes, 1)}
+
+
+class Evaluation:
+    """What the model can do, before, between and after the steps: its loss on held-out blocks, and a sample.
+
+    processes: those that share the blocks; the sample is drawn by the first.
+    """
+
+    def __init__(self, start, config, updates, processes=None):
+        self.start, self.config, self.forward = start, config, updates.forward  # evaluated as it is trained
+        self.processes = processes or Processes()
+
+    def due(self, step, steps):
+        """Whether `step` is one between the steps after which the model is evaluated."""
+        every = self.config.eval_every
+        return bool(every) and step % every == 0 and step < steps
+
+    def loss(self):
+        """See `evaluate_lm`."""
+        with self.forward():
+            return evaluate_lm(self.start.model, self.start.heldout, self.config.micro_batch_size, self.processes)
+
+    def sample(self, when):
+        """See `show_sample`; None in all processes but the first."""
+        if not self.processes.is_main:
+            return None
+        with self.forward():
+            return show_sample(self.start.model, self.start.tokenizer, self.start.kind, self.config, when)
 
 
 def show_sample(model, tokenizer, kind, config, when):
@@ -174,31 +223,23 @@ def show_sample(model, tokenizer, kind, config, when):
     if new < 1:
         raise UserError(f"sample_prompt has {len(ids)} tokens: the model reads at most {len(ids) + new}")
     found = generate(model, [ids], new, temperature=0.8, top_p=0.95, stop_ids=stop, seed=config.seed)
-    text = answer_text(tokenizer, found.completions[0])
+    text = completion_text(tokenizer, found.completions[0])
     say(f"\nsample {when} training, after {config.sample_prompt!r}:\n" + "\n".join("  " + x for x in text.splitlines()))
     return {"when": when, "prompt": config.sample_prompt, "answer": text}
 
 
-def compile_if_asked(model, config):
-    """Compile the layers where `config.compile` says so. Raises UserError on a CPU."""
-    if config.compile and model.device.type == "cpu":
-        raise UserError("compile = True is for GPUs: on a CPU compiling takes longer than it saves")
-    if config.compile:
-        compile_layers(model)
-
-
 def save_samples(folder, samples):
+    """Write the samples that this process drew, a line each; a process without any writes nothing."""
     lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples if s]
     if lines:
         write_atomically(folder / "samples.jsonl", "".join(lines))
 
 
-def name_base(model, model_name):
-    """Make an adapter name its base so that it loads on another machine, from another checkout."""
-    for adapter in model.peft_config.values():
-        adapter.base_model_name_or_path = portable_name(resolve_model(model_name))
-
-
 def summary(before, after, steps):
     """What a run reached, for its manifest: held-out loss before and after."""
     return {"steps": steps, **{f"{k}_before": v for k, v in before.items()}, **after}
+
+
+def next_command(folder):
+    """What to do with the model that a run has written."""
+    return f"python inference/inference.py --model_name {shown(folder)}"

@@ -15,13 +15,12 @@ from typing import Literal
 
 import torch
 
-from configs.config import UserError, option
+from configs.config import UserError, option, shown
 from models.device import PRECISIONS, cast_weights, pick_device, pick_precision
 from models.loader import load_model, portable_name, resolve_model
 from models.save import save_model
 from runtime.cli import cli
 from runtime.console import say
-from runtime.files import shown
 from train.common import LMConfig
 from train.train_lm import train
 
@@ -56,12 +55,12 @@ def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32)
     """
     from peft import LoraConfig, get_peft_model
 
-    from models.fast.lora import lean_adapters
+    from models.fast.lora import use_memory_efficient_adapters
 
     settings = LoraConfig(
         r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = lean_adapters(get_peft_model(cast_weights(model, dtype), settings))
+    model = use_memory_efficient_adapters(get_peft_model(cast_weights(model, dtype), settings))
     model.peft_config["default"].base_model_name_or_path = portable_name(resolve_model(model_name))
     trained, total = model.get_nb_trainable_parameters()
     say(f"LoRA of rank {r}: {trained:,} of {total:,} parameters train ({trained / total:.2%}); the rest are {dtype}")

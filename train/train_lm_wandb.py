@@ -16,10 +16,9 @@ from urllib.parse import urlparse
 
 import wandb
 
-from configs.config import UserError, config_to_dict, option
+from configs.config import UserError, config_to_dict, option, shown
 from runtime.cli import cli
 from runtime.console import say
-from runtime.files import shown
 from runtime.run import Run
 from train.common import LMConfig
 from train.train_lm import train
@@ -28,9 +27,11 @@ from train.train_lm import train
 @dataclass
 class Config(LMConfig):
     out: str = "models/lm_wandb"
-    wandb_project: str = option("llm-training", "the W&B project that receives the run")
-    wandb_mode: Literal["auto", "online", "offline"] = option("auto", "auto: online where a login is found")
-    wandb_log_model: bool = option(False, "also send the trained model, as an artifact")
+    wandb_project: str = option("llm-from-scratch", "the W&B project that receives the run", identity=False)
+    wandb_mode: Literal["auto", "online", "offline"] = option(
+        "auto", "auto: online where a login is found", identity=False
+    )
+    wandb_log_model: bool = option(False, "also send the trained model, as an artifact", identity=False)
 
 
 def logged_in():

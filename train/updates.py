@@ -1,10 +1,15 @@
-"""One optimizer step: AdamW, the learning rate, clipping, the gradient scaler of fp16."""
+"""The optimizer steps of a run: AdamW, warm-up and cosine, clipping, and the gradient scaler that fp16 needs."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+
+from configs.config import UserError
+from models.device import autocast
+
+SMALLEST_SCALE = 1e-6  # of fp16's loss: when gradients overflow even so, no scale helps
 
 
 def lr_at(step, total_steps, lr, warmup_steps, min_lr_ratio):
@@ -28,3 +33,83 @@ def make_optimizer(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+class Updates:
+    """Takes the optimizer steps of a run and counts them: `backward` for each loss, then `step`.
+
+    parameters: those that train. config: lr, warmup_steps, min_lr_ratio, weight_decay, max_grad_norm. run: its total_steps is the
+    length of the schedule, per_step updates each. processes: whose gradients `step` adds up; None where
+    DistributedDataParallel has done so. precision: with "fp16" a loss is scaled up before the backward pass, because
+    small gradients would be 0 in fp16 (Micikevicius et al. 2018, section 3.2); with the others nothing is scaled.
+
+    After a step: `lr` and `grad_norm` (before clipping) of that step, `count` of those taken so far, and `overflows`,
+    the steps that fp16 skipped.
+    """
+
+    def __init__(self, parameters, config, run, processes=None, precision="fp32", per_step=1):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.config, self.run, self.processes, self.per_step = config, run, processes, per_step
+        self.optimizer = make_optimizer(self.parameters, config.lr, config.weight_decay)
+        self.device, self.precision = self.parameters[0].device, precision
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.count = self.overflows = 0
+        self.lr = self.grad_norm = None
+
+    def forward(self):
+        """The context of forward passes: matrix products in this precision, over weights that stay as they are."""
+        return autocast(self.device, self.precision)
+
+    def backward(self, loss):
+        """Add the gradients of `loss` to those that are there."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, step, where, **seen):
+        """Clip the gradients, take one optimizer step and discard them. Returns whether the step counts.
+
+        It does not where an fp16 gradient overflowed: the scale is halved, and the schedule stands still. A gradient
+        (without a scaler) or one of the numbers `seen` that is not finite is a failure: no weight moves, and the run
+        counts it, see `Run.finite`. step, where: the step, and the rows that it is taken on, for messages.
+        Raises UserError at too many failures in a row, and when no scale helps.
+        """
+        if self.processes:
+            self.processes.sum_gradients(self.parameters)
+        config, optimizer, scaler = self.config, self.optimizer, self.scaler
+        total = self.run.total_steps * self.per_step
+        self.lr = lr_at(self.count + 1, total, config.lr, config.warmup_steps, config.min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        scaler.unscale_(optimizer)  # clipping must see the true gradients
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self.grad_norm, scale = norm.item(), scaler.get_scale()
+        if not scaler.is_enabled():  # else it is the scaler's matter
+            seen["grad_norm"] = norm
+        if self.run.finite(step, where, **seen):
+            scaler.step(optimizer)  # does nothing when an fp16 gradient is inf or NaN
+            scaler.update()  # halves the scale then, and doubles it after 2,000 good steps
+        else:
+            scaler.update(scale)  # no scale is at fault
+        optimizer.zero_grad(set_to_none=True)
+        if scaler.get_scale() < scale:
+            self.overflows += 1
+            if scale < SMALLEST_SCALE:
+                raise UserError(f"step {step}: gradients are not finite; try a lower lr, or precision bf16 or fp32")
+            return False
+        self.count += 1
+        return True
+
+    def remaining(self):
+        """The numbers of the steps that are left, from 1 on; one that fp16 skipped comes again."""
+        self.run.begin_steps(self.count)
+        while self.count < self.run.total_steps:
+            yield self.count + 1
+
+    def state_dict(self):
+        """For a checkpoint."""
+        counts = {"count": self.count, "overflows": self.overflows}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), **counts}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.count, self.overflows = state["count"], state["overflows"]

@@ -8,7 +8,7 @@
 Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU; there not to
 cuDNN's kernel where a mask says that shapes will change.
 
-Rows of different length may come end to end (`Rows`): then attention alone pads them, and no linear layer does.
+Rows of different length may come end to end (`Ragged`): then attention alone pads them, and no linear layer does.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may 
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where N tokens that lie end to end stand in R padded rows of T. Goes to the model as `rows=`, see `attends_here`.
+class Ragged:
+    """Where N tokens that lie end to end stand in R padded rows of T. Goes to the model as `rows=`, see `takes_ragged`.
 
     padded: (R * T,) the token of each place, any one where the place is padding. places: (N,) the place of each token.
     The first `shared` tokens, with which all rows begin, are there once: they stand in every row, and what comes back
@@ -62,7 +62,7 @@ class Rows:
         padded = torch.zeros(len(lengths), width, dtype=torch.long, device=device)
         padded[:, :shared] = torch.arange(shared, device=device)
         padded.view(-1)[places] = torch.arange(len(places), device=device)
-        return Rows(padded.view(-1), places, (len(lengths), width), shared)
+        return Ragged(padded.view(-1), places, (len(lengths), width), shared)
 
     def pad(self, x):
         """(1, heads, N, D) as (R, heads, T, D)."""
@@ -107,12 +107,12 @@ class _Unpadded(torch.autograd.Function):
         return empty.index_copy_(0, ctx.rows.places, gradient), None
 
 
-def attends_here(model):
+def takes_ragged(model):
     """Whether `model`, of transformers, attends by this file, so that it takes `rows=`."""
     return model.config._attn_implementation == NAME
 
 
-def use_products(model):
+def use_matmul_attention(model):
     """Let `model`, of transformers, attend by this file where it would call PyTorch's kernel; returns it.
 
     Architectures that do not hand all that a pass is given on to an attention function of choice keep their own.

@@ -3,7 +3,7 @@
 While answers are sampled, a token of a small model is a thousand small operations: what they cost to start, and to lay
 weights out anew for each product, is as much as the products themselves. So here queries, keys and values are one
 product, as are the two halves of the MLP; in bf16 on a CPU the weights are laid out once, as oneDNN reads them; masks
-and angles are made once for all layers. On a GPU all operations of a token are started as one (`Recorded`). The numbers
+and angles are made once for all layers. On a GPU all operations of a token are started as one (`CudaGraphDecoder`). The numbers
 are those of transformers' forward pass, but for the order of sums.
 
 `decoder_for` takes the models whose layers are known here; all others go through transformers.
@@ -55,7 +55,7 @@ class Decoder:
         body, config = model.model, model.config
         self.embedding, self.angles, self.norm = body.embed_tokens.weight, body.rotary_emb, body.norm
         # whether a token's operations are the same each time: angles that depend on the length ask for it
-        self.recordable = body.rotary_emb.rope_type not in ("dynamic", "longrope")
+        self.graphable = body.rotary_emb.rope_type not in ("dynamic", "longrope")
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scaling, self.size = body.layers[0].self_attn.scaling, body.layers[0].self_attn.head_dim
         self.head = _product(model.lm_head)
@@ -87,7 +87,7 @@ class Decoder:
         return self.head(_normed(x, self.norm))
 
 
-class Recorded:
+class CudaGraphDecoder:
     """A decoder whose operations on a GPU are recorded once, as a CUDA graph, and then started as one.
 
     To start a thousand kernels takes Python three times as long as the GPU takes to run them. A graph reads and writes

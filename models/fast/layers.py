@@ -5,7 +5,7 @@ gated MLP five of its width until the backward pass. What each needs is its inpu
 back, in passes over a tensor that cost little beside the matrix products. Of SmolLM2-135M on 2,048 tokens in float32
 that leaves 1.71 GB of 2.75 GB.
 
-`make_lean` puts these layers into a model in place of those whose equation it knows by name; weights, their names and
+`use_memory_efficient_layers` puts these layers into a model in place of those whose equation it knows by name; weights, their names and
 what comes out stay. It leaves alone what it does not know.
 """
 
@@ -23,7 +23,7 @@ GELUS = ("NewGELUActivation",)  # GPT-2's, of which torch has a fused form
 BEFORE_PRODUCTS = ("input_layernorm", "post_attention_layernorm")  # norms whose output goes into linear layers alone
 
 
-def make_lean(model):
+def use_memory_efficient_layers(model):
     """Put the layers of this file in place of those of `model` that compute the same; returns `model`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -3,7 +3,7 @@
 peft writes base(x) + B(A(x)) * scaling as single operations: under autocast x is copied to float32 and back for each
 adapter, and the product, its scaled copy and the sum are three tensors as large as the output. Here they are none.
 
-`lean_adapters` gives peft's layers this forward pass; weights, their names, what is saved and what peft's methods do
+`use_memory_efficient_adapters` gives peft's layers this forward pass; weights, their names, what is saved and what peft's methods do
 (merge, disable, switch adapters) stay.
 """
 
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 from models.fast.layers import product_dtype
 
 
-def lean_adapters(model):
+def use_memory_efficient_adapters(model):
     """Let the plain LoRA layers of a PEFT model compute by this file; returns `model`."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear:
-            layer.__class__ = LeanLinear
+            layer.__class__ = MemoryEfficientLinear
     return model
 
 
-class LeanLinear(Linear):
+class MemoryEfficientLinear(Linear):
     """base(x) + B(A(x)) * scaling (Hu et al. 2022, eq. 3) for one adapter on a frozen base; else peft's own way."""
 
     def forward(self, x, *args, **kwargs):

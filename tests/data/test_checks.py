@@ -8,7 +8,7 @@ import pytest
 from configs.config import UserError
 from data.checks import CHECKS, is_degenerate, passed, score, split_sentences, words
 from data.prompts import load_prompts, validate_checks
-from data.rewards import call_judge, load_judge
+from data.rewards import call_reward, load_reward
 
 # name, arguments, answers that pass, answers that nearly pass
 CASES = [
@@ -302,9 +302,9 @@ def judges(tmp_path, monkeypatch):
 
 
 def test_a_judge_in_the_working_directory_is_found(judges):
-    assert call_judge(load_judge("own_judge:judge"), "ab", "abcde") == 3.0
-    assert call_judge(load_judge("own_folder.inner:judge"), "ab", "c") == 1.0
-    assert load_judge("data.checks:score")("bees", [{"name": "lowercase"}]) == 1.0  # an installed module
+    assert call_reward(load_reward("own_judge:judge"), "ab", "abcde") == 3.0
+    assert call_reward(load_reward("own_folder.inner:judge"), "ab", "c") == 1.0
+    assert load_reward("data.checks:score")("bees", [{"name": "lowercase"}]) == 1.0  # an installed module
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_judge_in_the_working_directory_is_found(judges):
 )
 def test_a_judge_that_cannot_be_loaded(judges, spec, message):
     with pytest.raises(UserError, match=message):
-        load_judge(spec)
+        load_reward(spec)
 
 
 @pytest.mark.parametrize(
@@ -342,9 +342,9 @@ def test_a_judge_that_returns_no_number(value, message):
         return value
 
     with pytest.raises(UserError, match=f"my_judge on prompt 'Describe bees.' and completion 'bzz'.*{message}"):
-        call_judge(my_judge, "Describe bees.", "bzz")
+        call_reward(my_judge, "Describe bees.", "bzz")
 
 
 def test_a_judge_that_raises(judges):
     with pytest.raises(UserError, match="breaks on prompt 'p' and completion 'c' raised KeyError: 'no such word'"):
-        call_judge(load_judge("own_judge:breaks"), "p", "c")
+        call_reward(load_reward("own_judge:breaks"), "p", "c")

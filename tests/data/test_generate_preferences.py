@@ -17,9 +17,9 @@ from data.generate_preferences_multi import order_group
 from data.pairs import load_groups, load_pairs
 from data.preferences import SamplingConfig, histogram, load_task, sample_and_score
 from data.prompts import parse_prompts, read_prompts
-from models.completions import Answer
+from models.completions import Completion
 from models.loader import load_model, load_tokenizer, weights_hash
-from models.tokens import answer_text, prompt_ids
+from models.tokens import completion_text, prompt_ids
 from rlhf.packing import completion_logprobs
 
 
@@ -43,7 +43,7 @@ def rows_of(path):
 
 
 def answer(text, value, finish="stop"):
-    return Answer(text, [1, 2], [-1.0, -1.0], finish, value)
+    return Completion(text, [1, 2], [-1.0, -1.0], finish, value)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_groups_hold_what_was_sampled(made_groups):
         assert len(row["rejected"]) == 3 and len(row["scores"]) == 4
         assert row["scores"] == sorted(row["scores"], reverse=True) and row["scores"][0] > row["scores"][-1]
         texts = [row["chosen"][0]["content"], *(r[0]["content"] for r in row["rejected"])]
-        assert texts == [answer_text(tokenizer, ids) for ids in row["completion_ids"]]
+        assert texts == [completion_text(tokenizer, ids) for ids in row["completion_ids"]]
         for ids, finish in zip(row["completion_ids"], row["finish_reasons"]):
             assert (ids[-1] == tokenizer.eos_token_id) == (finish == "stop")
             assert finish == "stop" or len(ids) == 10

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.fast.decoder import decoder_for
-from models.fast.layers import make_lean
+from models.fast.layers import use_memory_efficient_layers
 from models.generation import BLOCK, _moved, _moves, generate, inverse_cdf, tempered_logprobs
 
 ALL = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "decoder"])
@@ -22,7 +22,7 @@ def tiny(tiny):
     def build(name="tiny-llama", **changes):
         if name != "decoder":
             return tiny(name, **changes)
-        model = make_lean(tiny(**changes))
+        model = use_memory_efficient_layers(tiny(**changes))
         assert decoder_for(model)
         return model
 

@@ -8,7 +8,7 @@ from configs.config import UserError
 from models import completions, resumable
 from models.completions import progress_line
 from models.generation import generate
-from models.resumable import forget, generate_kept
+from models.resumable import discard, generate_resumable
 from runtime.run_folder import release
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
@@ -30,7 +30,7 @@ def sample(tiny, tmp_path, monkeypatch):
 
         monkeypatch.setattr(resumable, "generate", counted)
         try:
-            found, _ = generate_kept(path, identity, model, prompts, 6, 1.3, 2, [2], seed, batch_size, show)
+            found, _ = generate_resumable(path, identity, model, prompts, 6, 1.3, 2, [2], seed, batch_size, show)
             return found, len(sampled)
         finally:
             release(path)
@@ -50,7 +50,7 @@ def test_the_answers_are_those_of_one_call_however_often_it_was_interrupted(samp
     assert found == whole
     assert sampled == 1  # of three batches, two were there
     assert call()[1] == 0
-    forget(path)
+    discard(path)
     assert not path.exists() and call() == (whole, 3)
 
 
@@ -61,7 +61,7 @@ def test_answers_of_another_sampling_are_thrown_away(sample, change):
         call(fail_at=2)
     fresh, sampled = call(**change)
     assert sampled == (5 if "batch_size" in change else 2 if "prompts" in change else 3)
-    forget(path)
+    discard(path)
     assert call(**change)[0] == fresh
 
 

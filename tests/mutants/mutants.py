@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Breakage:
+class Mutant:
     statement: str  # key of tests/statements.py
     what: str  # what is wrong then
     file: str
@@ -49,293 +49,293 @@ LIMIT = f"{TRAINERS}with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most
 POISON = f"{LOSSES}mask_before_exp"
 RECOMPUTES = f"{TRAINERS}gradient_checkpointing_recomputes_and_changes_nothing"
 
-BREAKAGES = [
+MUTANTS = [
     # loss and gradient book-keeping
-    Breakage(
+    Mutant(
         "token-mean", "the mean over micro-batches of their means (plain loop)", "train/train_lm.py",
         "nats = nats / count  # of", "nats = nats / blocks.counted(rows) / len(micro_batches)  # of",
         (f"{STEPS}the_loss_of_micro_batches_with_1_and_9_tokens_and_losses_2_and_1_is_1_1", ACCUMULATION),
     ),
-    Breakage(
+    Mutant(
         "token-mean", "the mean over micro-batches of their means (AMP)", "train/train_lm_amp_ckpt.py",
         "nats = nats / count  # of", "nats = nats / blocks.counted(rows) / len(micro_batches)  # of",
         (ACCUMULATION,),
     ),
-    Breakage(
+    Mutant(
         "token-mean", "DPO's loss is divided by the micro-batch", "rlhf/dpo_train.py",
         "losses.sum() / config.batch_size", "losses.mean()",
         (f"{MICRO_BATCHES}[dpo]", f"{ORACLES}20_steps_of_dpo_have_the_losses_of_trls_dpo_trainer"),
     ),
-    Breakage(
+    Mutant(
         "token-mean", "the reward model's loss is divided by the micro-batch", "rlhf/train_reward_model.py",
         " * (len(batch) / config.batch_size)", "",
         (f"{MICRO_BATCHES}[reward]",),
     ),
-    Breakage(
+    Mutant(
         "token-mean", "PPO's losses are divided by the micro-batch", "rlhf/ppo_train.py",
         "tokens = sum_over_ranks(accelerator, tokens).item()", "tokens = None",
         (f"{MICRO_BATCHES}[ppo]",),
     ),
-    Breakage(
+    Mutant(
         "token-mean", "GRPO's loss is divided by the micro-batch", "rlhf/grpo_train.py",
         "max_tokens=config.max_new_tokens, normalizer=size,", "max_tokens=config.max_new_tokens,",
         (f"{MICRO_BATCHES}[grpo]",),
     ),
-    Breakage(
+    Mutant(
         "token-mean-ranks", "each process divides by its own tokens", "train/train_lm_ddp.py",
         "add_up(count)  # DDP", "# DDP",
         (f"{TWO_RANKS}[sgd]",),
     ),
-    Breakage(
+    Mutant(
         "token-mean-ranks", "DDP's average is taken for a sum: Adam would hide it, clipping does not",
         "train/train_lm_ddp.py",
         "nats * processes", "nats",
         (f"{TWO_RANKS}[sgd]",),
     ),
-    Breakage(
+    Mutant(
         "token-mean-ranks", "gradients are averaged over processes", "rlhf/steps.py",
         "flat = sum_over_ranks(accelerator, flat)",
         "flat = sum_over_ranks(accelerator, flat) / accelerator.num_processes",
         (UNEVEN,),
     ),
-    Breakage(
+    Mutant(
         "token-mean-ranks", "GRPO divides by the tokens of its own process", "rlhf/grpo_train.py",
         "size = sum_over_ranks(accelerator, torch.tensor(float(size), device=device)).item()", "size = float(size)",
         (f"{UNEVEN}[grpo]",),
     ),
-    Breakage(
+    Mutant(
         "ranks-equal", "the forward pass skips the wrapper, and with it the all-reduce", "train/train_lm_ddp.py",
         "summed_loss(blocks.batch(rows, device))", "summed_loss.module(blocks.batch(rows, device))",
         (f"{DDP}parameters_are_equal_on_all_ranks[sgd]",),
     ),
-    Breakage(
+    Mutant(
         "ranks-equal", "gradients are not added up over processes", "rlhf/steps.py",
         "flat = sum_over_ranks(accelerator, flat)", "flat = flat.clone()",
         (f"{TRAINERS}parameters_are_equal_on_all_ranks_after_each_step",),
     ),
-    Breakage(
+    Mutant(
         "one-all-reduce", "every micro-batch reduces", "train/train_lm_ddp.py",
         "with nullcontext() if last else", "with nullcontext() if True else",
         (f"{DDP}one_all_reduce_set_per_optimizer_step",),
     ),
-    Breakage(
+    Mutant(
         "one-all-reduce", "gradients are reduced twice a step", "rlhf/steps.py",
         "    flat = sum_over_ranks(accelerator, flat)",
         "    sum_over_ranks(accelerator, flat.clone())\n    flat = sum_over_ranks(accelerator, flat)",
         (f"{TRAINERS}gradients_are_reduced_once_a_step",),
     ),
-    Breakage(
+    Mutant(
         "data-order", "each epoch has the same order", "data/order.py",
         "seed * 1_000_003 + epoch", "seed * 1_000_003",
         (f"{COMMON}data_order_differs_between_epochs_and_is_the_same_for_equal_seed_and_epoch",),
     ),
-    Breakage(
+    Mutant(
         "data-order", "rows that do not fill a step are left out", "train/common.py",
         "return math.ceil(rows / (config.batch_size * config.accumulation_steps))",
         "return rows // (config.batch_size * config.accumulation_steps)",
         (f"{COMMON}each_epoch_sees_each_row_once_over_all_ranks",),
     ),
-    Breakage(
+    Mutant(
         "data-order", "every process evaluates everything", "train/common.py",
         "[share[0] :: share[1]]", "",
         (f"{COMMON}evaluation_counts_each_token_once_whatever_the_batch_and_the_number_of_ranks",),
     ),
-    Breakage(
+    Mutant(
         "data-order", "prompts and pairs come in the same order each epoch", "data/order.py",
         "seed * 100_003 + epoch", "seed * 100_003",
         (f"{TRAINERS}prompts_come_in_another_order_each_epoch_and_the_ranks_together_see_each_once",),
     ),
-    Breakage(
+    Mutant(
         "data-order", "every process evaluates every pair", "rlhf/dpo_train.py",
         "sorted(pairs, key=pair_length)[accelerator.process_index :: accelerator.num_processes]",
         "sorted(pairs, key=pair_length)",
         (f"{TRAINERS}held_out_pairs_are_counted_once_over_the_ranks[3]",),
     ),
-    Breakage(
+    Mutant(
         "schedule", "the cosine ends at 0", "train/updates.py",
         "lr * (min_lr_ratio + (1 - min_lr_ratio) * 0.5", "lr * (0.5",
         (f"{COMMON}learning_rate_warms_up_peaks_and_ends_at_its_minimum",),
     ),
-    Breakage(
+    Mutant(
         "schedule", "a skipped step counts (AMP)", "train/train_lm_amp_ckpt.py",
         "            continue\n", "",
         (f"{AMP}the_schedule_stands_still_on_skipped_steps_and_ends_at_its_minimum",),
     ),
-    Breakage(
+    Mutant(
         "schedule", "a skipped step counts (DPO)", "rlhf/dpo_train.py",
         "updates += taken", "updates += 1",
         (f"{TRAINERS}the_schedule_counts_optimizer_steps_and_stands_still_on_skipped_ones",),
     ),
-    Breakage(
+    Mutant(
         "schedule", "PPO's schedule counts rollouts", "rlhf/ppo_train.py",
         "lr_at(updates + 1,", "lr_at(step,",
         (f"{TRAINERS}the_schedule_ends_at_its_minimum[ppo]",),
     ),
-    Breakage(
+    Mutant(
         "clipping", "scaled gradients are clipped", "train/train_lm_amp_ckpt.py",
         "        scaler.unscale_(optimizer)  # AMP: clipping must see the true gradients\n", "",
         (f"{AMP}the_norm_is_that_of_the_unscaled_gradients_and_the_limit_holds",),
     ),
-    Breakage(
+    Mutant(
         "clipping", "nothing is clipped (DDP)", "train/train_lm_ddp.py",
         "clip_grad_norm_(model.parameters(), config.max_grad_norm)", "clip_grad_norm_(model.parameters(), 1e9)",
         (f"{DDP}with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6[two]",),
     ),
-    Breakage(
+    Mutant(
         "clipping", "nothing is clipped (RLHF)", "rlhf/steps.py",
         "clip_grad_norm_(parameters, run.config.max_grad_norm)", "clip_grad_norm_(parameters, 1e9)",
         (LIMIT,),
     ),
-    Breakage(
+    Mutant(
         "clipping", "the norm that is logged is the one after clipping", "rlhf/steps.py",
         "return norm.item(),", "return norm.clamp(max=run.config.max_grad_norm).item(),",
         (LIMIT,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "PPO masks after exp", "rlhf/ppo_train.py",
         "torch.where(counted, logprobs - old_logprobs, 0.0).exp()  # masked before exp",
         "torch.where(counted, (logprobs - old_logprobs).exp(), 1.0)",
         (POISON,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "GRPO masks after exp", "rlhf/grpo_train.py",
         "log_ratio = torch.where(counted, logprobs - old_logprobs, 0.0)  # masked before exp",
         "log_ratio = logprobs - old_logprobs  # masked after exp",
         (POISON,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "the KL in GRPO's loss masks after exp", "rlhf/grpo_train.py",
         "d = torch.where(counted, logprobs - ref_logprobs, 0.0)", "d = logprobs - ref_logprobs",
         (POISON,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "means multiply by the mask", "rlhf/utils.py",
         "    x = torch.where(mask.bool(), x, 0.0)\n    if dim is None:", "    x = x * mask\n    if dim is None:",
         (f"{LOSSES}masked_mean_ignores_what_is_masked",),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "whitening multiplies by the mask", "rlhf/utils.py",
         "    x = torch.where(mask, x, 0.0)\n    sums", "    x = x * mask\n    sums",
         (NOTHING_MASKED,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "the KL that is logged multiplies by the mask", "rlhf/steps.py",
         'kl = torch.where(mask.bool(), kl_estimate(logprobs, ref_logprobs, "k3"), 0.0)',
         'kl = kl_estimate(logprobs, ref_logprobs, "k3") * mask',
         (NOTHING_MASKED,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "PPO's rewards multiply by the mask", "rlhf/ppo_train.py",
         'torch.where(counted, -kl_coef * kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)',
         '-kl_coef * kl_estimate(logprobs, ref_logprobs, "k1") * mask',
         (NOTHING_MASKED,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "GAE multiplies by the mask", "rlhf/ppo_train.py",
         "rewards, values = torch.where(counted, rewards, 0.0), torch.where(counted, values, 0.0)",
         "rewards, values = rewards * mask, values * mask",
         (NOTHING_MASKED,),
     ),
-    Breakage(
+    Mutant(
         "mask-before-exp", "the value loss multiplies by the mask", "rlhf/ppo_train.py",
         "(torch.where(counted, x, 0.0) for x in (values, old_values, returns))",
         "(x * mask for x in (values, old_values, returns))",
         (NOTHING_MASKED,),
     ),
-    Breakage(
+    Mutant(
         "float32-softmax", "log-softmax in the dtype of the weights", "models/fast/head.py",
         "torch.log_softmax(logits, -1, out=logits)",
         "logits.bfloat16().log_softmax(-1).to(logits.dtype)",
         (f"{LOGPROBS}the_log_softmax_of_a_half_precision_model_is_computed_in_float32",),
     ),
-    Breakage(
+    Mutant(
         "lean-layers", "a norm's gradient forgets that the length of its input is divided out", "models/fast/layers.py",
         "g.sub_(normed.mul_(along)).mul_(scale)", "g.mul_(scale)",
         (f"{LEAN}their_gradients_are_those_of_finite_differences",),
     ),
-    Breakage(
+    Mutant(
         "lean-layers", "the last product's weight learns from the gate alone", "models/fast/layers.py",
         "(silu * up).flatten(0, -2)", "silu.flatten(0, -2)",
         (f"{LEAN}lean_layers_compute_what_those_of_transformers_do",),
     ),
-    Breakage(
+    Mutant(
         "lean-layers", "logits that a backward pass has overwritten are taken again", "models/fast/head.py",
         "        ctx.made = None  # it", "        pass  # it",
         (f"{LOGPROBS}logits_that_stay_for_the_backward_pass_are_those_that_are_made_again",),
     ),
-    Breakage(
+    Mutant(
         "lean-layers", "the norm of a half precision model is taken in half precision", "models/fast/layers.py",
         "exact = x.to(torch.promote_types(x.dtype, torch.float32))", "exact = x",
         (f"{LEAN}weights_of_half_precision_have_their_norms_in_float32",),
     ),
-    Breakage(
+    Mutant(
         "lean-layers", "the summed loss ignores what it is divided by", "models/fast/head.py",
         "x.mul_(gradient) for x in", "x for x in",
         (f"{LOGPROBS}the_sum_in_pieces_has_the_value_and_gradients_of_the_definition",),
     ),
-    Breakage(
+    Mutant(
         "lean-layers", "the gradient of the compiled loss leaves the target out", "models/fast/head.py",
         "logits.copy_(log_p.exp() - target.to(log_p.dtype))", "logits.copy_(log_p.exp())",
         (f"{LOGPROBS}the_loss_that_is_compiled_on_a_gpu_has_the_value_and_gradient_of_the_definition",
          f"{LOGPROBS}compiled_layers_and_loss_compute_what_plain_ones_do"),
     ),
-    Breakage(
+    Mutant(
         "lean-layers", "of the weight's gradient only the last piece is left", "models/fast/head.py",
         "total.addmm_(d.T, hidden)", "total.copy_(d.T @ hidden)",
         (f"{LOGPROBS}the_sum_in_pieces_has_the_value_and_gradients_of_the_definition",
          f"{LOGPROBS}the_head_in_pieces_gives_the_values_and_gradients_of_the_definition"),
     ),
     # tokens, masks, templates
-    Breakage(
+    Mutant(
         "eos-is-target", "packed answers are masked by the pad id", "rlhf/packing.py",
         "mask=filled([[1] * len(c) for c in completions], 0, longest)",
         "mask=filled([[int(t != pad_id) for t in c] for c in completions], 0, longest)",
         (f"{MODELS}sampled_ids_are_trained_on_and_eos_counts_though_it_is_the_pad_token",),
     ),
-    Breakage(
+    Mutant(
         "eos-is-target", "blocks are masked by the pad id", "data/blocks.py",
         "mask = mask[:, 1:].copy()", "mask = mask[:, 1:] & (input_ids[:, 1:] != pad_id)",
         (f"{BLOCKS}only_the_completion_counts_and_the_stop_token_with_it",),
     ),
-    Breakage(
+    Mutant(
         "stop-token", "an answer has no stop token", "models/tokens.py",
         "return [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]",
         "return tokenizer(completion, add_special_tokens=False).input_ids",
         (f"{LOADER}an_answer_ends_with_the_stop_token_in_every_template",),
     ),
-    Breakage(
+    Mutant(
         "stop-token", "the stop token is not in the loss", "data/blocks.py",
         "[False] * len(kept) + [True] * len(c)", "[False] * len(kept) + [True] * (len(c) - 1) + [False]",
         (f"{BLOCKS}a_model_overfitted_on_four_rows_stops_by_itself",),
     ),
-    Breakage(
+    Mutant(
         "one-renderer", "a second place renders prompts", "rlhf/rollouts.py",
         'prompt_ids(tokenizer, row["prompt"]) for row',
         'tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}]) for row',
         (f"{LOADER}chat_templates_are_rendered_in_one_function_only",),
     ),
-    Breakage(
+    Mutant(
         "one-renderer", "the template's BOS and the tokenizer's", "models/tokens.py",
         "ids = tokenizer(text, add_special_tokens=False).input_ids\n    bos",
         "ids = tokenizer(text).input_ids\n    bos",
         (f"{LOADER}exactly_one_bos_where_the_tokenizer_has_one",),
     ),
-    Breakage(
+    Mutant(
         "one-renderer", "no BOS", "models/tokens.py",
         "ids = [bos, *ids]", "ids = [*ids]",
         (f"{LOADER}exactly_one_bos_where_the_tokenizer_has_one",),
     ),
-    Breakage(
+    Mutant(
         "empty-completion", "a row without a completion is taken (LM)", "data/blocks.py",
         "if not p or len(c) < 2:", "if not p:",
         (f"{BLOCKS}a_row_that_would_teach_nothing_is_an_error_that_names_it",),
     ),
-    Breakage(
+    Mutant(
         "empty-completion", "a pair without an answer is taken", "data/pairs.py",
         "    if len(c) < 2:", "    if len(c) < 1:",
         (f"{DATASET}an_empty_completion_is_an_error_that_names_the_row",),
     ),
-    Breakage(
+    Mutant(
         "same-prompt-ids", "prompt and answer are tokenised in one piece", "data/pairs.py",
         "p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)\n",
         "p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)\n"
@@ -343,174 +343,174 @@ BREAKAGES = [
         "        p, c = whole[: len(p)], whole[len(p) :]\n",
         (f"{DATASET}prompt_ids_are_the_same_in_chosen_and_rejected_where_the_boundary_could_merge",),
     ),
-    Breakage(
+    Mutant(
         "same-prompt-ids", "the prompt is cut for one answer alone", "data/pairs.py",
         "prompt_tokens = min(a[0], b[0], key=len)", "prompt_tokens = b[0]",
         (f"{DATASET}prompt_ids_stay_the_same_when_one_answer_is_longer_and_the_prompt_is_cut",),
     ),
-    Breakage(
+    Mutant(
         "truncation", "a long row is cut from the right", "data/pairs.py",
         "p = p[len(p) + len(c) - max_length :]", "p, c = (p + c)[: len(p)][:max_length], (p + c)[len(p) : max_length]",
         (f"{DATASET}truncation_never_erases_a_completion",),
     ),
-    Breakage(
+    Mutant(
         "truncation", "a long row is cut from the right (LM)", "data/blocks.py",
         "kept = p[-(max_length - len(c)) :]", "kept, c = p[: max_length - 1], c[: max(1, max_length - len(p))]",
         (f"{BLOCKS}rows_cut_or_dropped_are_counted_and_a_completion_is_never_cut",),
     ),
-    Breakage(
+    Mutant(
         "truncation", "dropped rows are not counted", "data/pairs.py",
         'counts["dropped"] += 1', 'counts["dropped"] += 0',
         (f"{DATASET}truncation_never_erases_a_completion",),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "positions do not restart: samples of a block see each other", "data/blocks.py",
         "position_ids[i, start:end] = np.arange(len(piece))", "position_ids[i, start:end] = np.arange(start, end)",
         (f"{BLOCKS}positions_restart_and_text_repeats_one_token_of_context",
          f"{BLOCKS}a_packed_sample_has_the_logits_it_has_alone"),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "a sample's first token is predicted from the sample before", "data/blocks.py",
         "mask[i, start + 1 : end] = piece.counts[1:]", "mask[i, start:end] = piece.counts",
         (f"{BLOCKS}the_loss_of_one_sample_has_no_gradient_with_respect_to_another",
          f"{BLOCKS}positions_restart_and_text_repeats_one_token_of_context"),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "answers in a row see each other", "rlhf/packing.py",
         "attention_mask=(causal & (same | sees_prompt))[:, None]", "attention_mask=causal.expand_as(same)[:, None]",
         (f"{MODELS}packed_answers_do_not_see_each_other", f"{MODELS}packed_rows_give_each_answer_what_it_gets_alone"),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "an answer's positions go on from the one before", "rlhf/packing.py",
         "positions[-1] += range(len(prompt), len(prompt) + len(completion))",
         "positions[-1] += range(len(rows[-1]) - len(completion), len(rows[-1]))",
         (f"{MODELS}packed_rows_give_each_answer_what_it_gets_alone",
          f"{MODELS}packed_gradients_equal_separate_ones"),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "what is not seen is seen a little in bf16", "models/fast/attention.py",
         "torch.finfo(dtype).min / 2", "-10.0",
         (f"{ATTENTION}what_is_not_seen_has_no_weight_and_padding_that_sees_nothing_stays_finite",),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "causal attention in bf16 sees one token ahead", "models/fast/attention.py",
         ".tril(keys - length)", ".tril(keys - length + 1)",
         (f"{ATTENTION}half_precision_is_float64_rounded[dtype0-0.03-causal-128]",),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "a block of queries does not read the last key that it sees", "models/fast/attention.py",
         "index[-1].item() + 1", "max(index[-1].item(), 1)",
         (f"{ATTENTION}a_block_of_queries_reads_the_keys_that_it_sees", f"{ATTENTION}half_precision_is_float64_rounded"),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "a block with gaps among its keys does not read the first", "models/fast/attention.py",
         "keys = index\n", "keys = index[1:]\n",
         (f"{ATTENTION}keys_that_no_query_of_a_block_sees_are_left_out",),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "a row that lies end to end begins one place late", "models/fast/attention.py",
         "places += range(r * width + (shared if r else 0), r * width + length)",
         "places += [r * width + (t + (r > 0)) % width for t in range(shared if r else 0, length)]",
         (f"{ATTENTION}a_model_reads_rows_end_to_end_as_it_reads_them_padded",),
     ),
-    Breakage(
+    Mutant(
         "packed-apart", "what all prompts begin with learns from the first row alone", "models/fast/attention.py",
         "gradient.unflatten(0, rows.shape)[:, : rows.shared].sum(0, dtype=exact)",
         "gradient[: rows.shared].to(exact)",
         (f"{ATTENTION}rows_go_there_and_back_with_what_they_begin_with_once",
          f"{MODELS}packed_gradients_equal_separate_ones"),
     ),
-    Breakage(
+    Mutant(
         "adapter-off", "the adapter is in use when it is disabled", "models/fast/lora.py",
         "if self.disable_adapters or self.merged or", "if self.merged or",
         (f"{LORA}pefts_methods_work_on_it",),
     ),
-    Breakage(
+    Mutant(
         "left-padding", "positions count padding (forward)", "models/fast/head.py",
         "(attention_mask.long().cumsum(-1) - 1).clamp(min=0)", "torch.ones_like(attention_mask).cumsum(-1) - 1",
         (f"{MODELS}left_padded_batch_gives_each_row_what_it_gets_alone_in_forward[tiny-gpt2]",),
     ),
-    Breakage(
+    Mutant(
         "left-padding", "positions count padding (prefill)", "models/generation.py",
         "(mask.cumsum(-1) - 1)[:, shared:].clamp(min=0)", "(torch.ones_like(mask).cumsum(-1) - 1)[:, shared:]",
         (f"{GENERATION}greedy_equals_transformers_on_a_padded_batch[tiny-gpt2]",),
     ),
-    Breakage(
+    Mutant(
         "left-padding", "new tokens see the padding", "models/generation.py",
         "self.seen = torch.cat([mask, room], 1)", "self.seen = torch.cat([torch.ones_like(mask), room], 1)",
         (f"{GENERATION}a_row_gets_in_a_batch_what_it_gets_alone",),
     ),
-    Breakage(
+    Mutant(
         "left-padding", "all rows go on at the same position", "models/generation.py",
         "self.next_position = mask.sum(-1)", "self.next_position = torch.ones_like(mask).sum(-1)",
         (f"{GENERATION}greedy_equals_transformers_on_a_padded_batch",),
     ),
-    Breakage(
+    Mutant(
         "sampled-ids", "rollouts are encoded again from their text", "rlhf/rollouts.py",
         "completions=generation.completions,",
         "completions=[tokenizer(tokenizer.decode(c)).input_ids for c in generation.completions],",
         (f"{TRAINERS}rollouts_train_on_the_sampled_ids",),
     ),
-    Breakage(
+    Mutant(
         "sampled-ids", "stored groups are encoded again from their text", "data/pairs.py",
         "        if ids is None:\n", "        if ids:\n",
         (f"{DATASET}groups_train_on_the_stored_ids_not_on_their_text",),
     ),
     # DPO
-    Breakage(
+    Mutant(
         "dpo-ln-2", "dropout stays on", "rlhf/policy.py",
         "    disable_dropout(model)\n    if config.lora_r:\n", "    if config.lora_r:\n",
         (f"{TRAINERS}the_first_dpo_loss_is_ln_2_exactly_with_dropout_in_the_config",),
     ),
-    Breakage(
+    Mutant(
         "dpo-ln-2", "the reference trains along", "rlhf/policy.py",
         "reference = load_model(config.model_name, dtype=frozen_dtype(precision), device=device, merge_adapter=True)",
         "reference = model",
         (f"{TRAINERS}the_reference_is_frozen_and_never_changes",),
     ),
-    Breakage(
+    Mutant(
         "dpo-ln-2", "the reference is in training mode", "rlhf/utils.py",
         "    was_training = model.training\n    model.eval()\n",
         "    was_training = model.training\n    model.train()\n",
         (f"{MODELS}dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config",),
     ),
-    Breakage(
+    Mutant(
         "dpo-sums", "DPO takes means over tokens", "rlhf/dpo_train.py",
         'per_token = config.loss_type == "ipo"', "per_token = True",
         (f"{TRAINERS}dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs",),
     ),
-    Breakage(
+    Mutant(
         "dpo-sums", "IPO takes sums", "rlhf/dpo_train.py",
         'per_token = config.loss_type == "ipo"', "per_token = False",
         (f"{TRAINERS}dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs",),
     ),
-    Breakage(
+    Mutant(
         "dpo-sums", "the signs of h are exchanged", "rlhf/dpo_train.py",
         "h = chosen - rejected", "h = rejected - chosen",
         (f"{LOSSES}dpo_worked_values",),
     ),
-    Breakage(
+    Mutant(
         "dpo-sums", "IPO's target is 1 / beta", "rlhf/dpo_train.py",
         "1 / (2 * beta)", "1 / beta",
         (f"{LOSSES}dpo_worked_values[ipo-0.0-1.0]", f"{ORACLES}dpo_losses_and_gradients_are_trls[ipo-ipo-0.0]"),
     ),
-    Breakage(
+    Mutant(
         "dpo-unused-option", "label smoothing is ignored in silence", "rlhf/dpo_train.py",
         'if label_smoothing and loss_type != "sigmoid":', "if False:",
         (f"{LOSSES}dpo_option_without_effect_is_an_error",),
     ),
-    Breakage(
+    Mutant(
         "adapter-off", "the adapter stays on for the reference", "rlhf/policy.py",
         "with torch.no_grad(), model.disable_adapter():", "with torch.no_grad():",
         (f"{MODELS}the_reference_as_adapter_off_is_bitwise_the_base_model_after_training_too",),
     ),
-    Breakage(
+    Mutant(
         "cached-reference", "the cache exchanges chosen and rejected", "rlhf/dpo_train.py",
         'pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected\n        done',
         'pair["ref_rejected"], pair["ref_chosen"] = chosen, rejected\n        done',
         (f"{SCRIPTS}cached_reference_equals_fresh",),
     ),
-    Breakage(
+    Mutant(
         "cached-reference", "the cache outlives the run, known by the data alone", "rlhf/dpo_train.py",
         "    in_order = sorted(pairs, key=pair_length) if known is None else []\n",
         "    known = known if known is not None else globals().setdefault('KEPT', {}).get(pairs[0]['where'])\n"
@@ -520,302 +520,302 @@ BREAKAGES = [
         "        KEPT[pairs[0]['where']] = torch.tensor(both, dtype=torch.float64)[..., 0]\n",
         (f"{TRAINERS}what_one_run_cached_is_of_no_use_to_another",),
     ),
-    Breakage(
+    Mutant(
         "logged-apart", "one mean stands for both log-probs", "rlhf/dpo_train.py",
         "rejected_logps=rejected_logps.mean(),", "rejected_logps=(chosen_logps.mean() + rejected_logps.mean()) / 2,",
         (f"{TRAINERS}dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs",),
     ),
     # reward model
-    Breakage(
+    Mutant(
         "score-at-end", "the score is read at the last column", "rlhf/reward_model.py",
         "return (attention_mask.bool() * index).argmax(-1)", "return (index + 0 * attention_mask).argmax(-1)",
         (f"{MODELS}the_score_is_read_at_the_last_real_token",),
     ),
-    Breakage(
+    Mutant(
         "score-at-end", "the end is counted from the left", "rlhf/reward_model.py",
         "return (attention_mask.bool() * index).argmax(-1)", "return attention_mask.sum(-1) - 1",
         (f"{MODELS}the_score_is_read_at_the_last_real_token", f"{MODELS}score_at_end_uses_the_mask"),
     ),
-    Breakage(
+    Mutant(
         "score-at-end", "a packed answer is scored one token early", "rlhf/packing.py",
         "last.append(tokens - 1)", "last.append(tokens - 2)",
         (f"{MODELS}packed_scores_equal_separate_ones",),
     ),
-    Breakage(
+    Mutant(
         "score-format", "rollouts ask in another form", "rlhf/rollouts.py",
         'prompt_ids(tokenizer, row["prompt"]) for row', 'tokenizer(row["prompt"]).input_ids for row',
         (f"{TRAINERS}an_answer_is_scored_in_the_form_in_which_the_model_was_trained",),
     ),
-    Breakage(
+    Mutant(
         "bradley-terry", "the margin is added", "rlhf/reward_model.py",
         "difference = difference - margin", "difference = difference + margin",
         (f"{LOSSES}reward_loss_worked_values", f"{ORACLES}reward_loss_and_gradients_are_trls[True-0.0]"),
     ),
-    Breakage(
+    Mutant(
         "bradley-terry", "centering pulls at the difference", "rlhf/reward_model.py",
         "(chosen_scores + rejected_scores).square()", "(chosen_scores - rejected_scores).square()",
         (f"{LOSSES}adding_a_constant_to_all_scores_changes_only_the_centering_term",),
     ),
     # PPO
-    Breakage(
+    Mutant(
         "reward-at-end", "the reward lands on the last column", "rlhf/ppo_train.py",
         "rewards[rows, last_token(mask)] += scores", "rewards[rows, -1] += scores",
         (f"{LOSSES}the_reward_lands_on_the_last_real_token",),
     ),
-    Breakage(
+    Mutant(
         "reward-at-end", "the reward lands one before the last token", "rlhf/ppo_train.py",
         "rewards[rows, last_token(mask)] += scores", "rewards[rows, (last_token(mask) - 1).clamp(min=0)] += scores",
         (f"{LOSSES}the_reward_lands_on_the_last_real_token", f"{ORACLES}ppo_is_its_definition_in_plain_numbers"),
     ),
-    Breakage(
+    Mutant(
         "gae-padding", "the values of padding reach the advantages", "rlhf/ppo_train.py",
         "next_value = torch.where(counted[:, t], values[:, t], next_value)\n",
         "next_value = torch.where(counted[:, t], values[:, t], 9.0)\n",
         (f"{LOSSES}padding_never_reaches_the_advantages",),
     ),
-    Breakage(
+    Mutant(
         "gae-padding", "lambda is left out", "rlhf/ppo_train.py",
         "advantage = delta + gamma * lam * next_advantage", "advantage = delta + gamma * next_advantage",
         (f"{LOSSES}gae_is_its_double_sum", f"{LOSSES}padding_never_reaches_the_advantages"),
     ),
-    Breakage(
+    Mutant(
         "bootstrap", "a cut answer ends at 0", "rlhf/ppo_train.py",
         "next_value = torch.zeros_like(values[:, 0]) if last_values is None else last_values",
         "next_value = torch.zeros_like(values[:, 0])",
         (f"{LOSSES}a_cut_response_bootstraps_from_its_last_value",),
     ),
-    Breakage(
+    Mutant(
         "bootstrap", "answers that stopped go on, too", "rlhf/ppo_train.py",
         "last_values = last_values * cut if", "last_values = last_values if",
         (f"{TRAINERS}only_what_the_length_cut_goes_on_at_its_last_value",),
     ),
-    Breakage(
+    Mutant(
         "bootstrap", "an answer of full length counts as cut though it stopped", "rlhf/rollouts.py",
         'stopped=[reason == "stop" for reason in generation.finish_reasons]',
         "stopped=[len(c) < config.max_new_tokens // 2 for c in generation.completions]",
         (f"{TRAINERS}an_answer_is_cut_where_its_finish_reason_says_so",),
     ),
-    Breakage(
+    Mutant(
         "whitening", "each process whitens its own tokens", "rlhf/utils.py",
         "total, count = reduce(sums) if reduce else sums", "total, count = sums",
         (f"{LOSSES}whitening_over_two_ranks_is_that_of_all_tokens_together",),
     ),
-    Breakage(
+    Mutant(
         "whitening", "PPO whitens the tokens of each process", "rlhf/ppo_train.py",
         ", reduce=lambda x: sum_over_ranks(accelerator, x))", ")",
         (f"{UNEVEN}[ppo]", f"{SCRIPTS}ppo_two_processes_take_the_steps_of_one"),
     ),
-    Breakage(
+    Mutant(
         "whitening", "padding counts", "rlhf/utils.py",
         "sums = torch.stack([x.sum(), mask.sum().to(x.dtype)])",
         "sums = torch.stack([x.sum(), torch.ones_like(x).sum()])",
         (f"{LOSSES}masked_whiten",),
     ),
-    Breakage(
+    Mutant(
         "whitening", "shift_mean=False shifts the mean", "rlhf/utils.py",
         "    if not shift_mean:\n", "    if False:\n",
         (f"{LOSSES}masked_whiten",),
     ),
-    Breakage(
+    Mutant(
         "ppo-first-step", "old log-probs are taken at another temperature", "rlhf/ppo_train.py",
         "model, packed, config.temperature, value_head=value_head", "model, packed, 0.9, value_head=value_head",
         (f"{SCRIPTS}ppo_first_inner_step_has_ratio_1",),
     ),
-    Breakage(
+    Mutant(
         "values-fixed", "a token's value is read after it", "rlhf/packing.py",
-        "found.append(packed.to_answers(value_head(states.float()).float().squeeze(-1)))",
+        "found.append(packed.to_completions(value_head(states.float()).float().squeeze(-1)))",
         "after = (packed.predictor + 1).clamp(max=len(hidden) - 1)\n"
-        "        found.append(packed.to_answers(value_head(hidden[after[at]].float()).float().squeeze(-1)))",
+        "        found.append(packed.to_completions(value_head(hidden[after[at]].float()).float().squeeze(-1)))",
         (f"{MODELS}the_value_of_a_token_does_not_depend_on_that_token",),
     ),
-    Breakage(
+    Mutant(
         "values-fixed", "old log-probs follow the policy", "rlhf/ppo_train.py",
         '                    loss = pg_loss + config.vf_coef * vf_loss\n',
         '                    loss = pg_loss + config.vf_coef * vf_loss\n'
         '                    batch["old_logprobs"] = logprobs.detach()\n',
         (f"{TRAINERS}old_values_and_old_log_probs_do_not_change_over_the_inner_epochs",),
     ),
-    Breakage(
+    Mutant(
         "values-fixed", "old values follow the value head", "rlhf/ppo_train.py",
         '                    loss = pg_loss + config.vf_coef * vf_loss\n',
         '                    loss = pg_loss + config.vf_coef * vf_loss\n'
         '                    batch["values"] = values.detach()\n',
         (f"{TRAINERS}old_values_and_old_log_probs_do_not_change_over_the_inner_epochs",),
     ),
-    Breakage(
+    Mutant(
         "reported-kl", "the KL of an answer is a mean over its tokens", "rlhf/steps.py",
         "kl=kl.sum(1).mean()", "kl=kl.mean()",
         (f"{LOSSES}the_reported_kl_is_that_of_an_enumerated_policy",),
     ),
-    Breakage(
+    Mutant(
         "reported-kl", "the KL of a token is weighted by answers", "rlhf/steps.py",
         "meter.mean(mask.sum(), kl_per_token", "meter.mean(len(mask), kl_per_token",
         (f"{LOSSES}the_reported_kl_is_that_of_an_enumerated_policy",),
     ),
     # KL
-    Breakage(
+    Mutant(
         "kl-gradients", "k3 with the sign of d exchanged", "rlhf/utils.py",
         "return torch.exp(-d) - 1 + d", "return torch.exp(d) - 1 - d",
         (f"{LOSSES}kl_estimators_in_expectation_over_an_enumerable_policy",),
     ),
-    Breakage(
+    Mutant(
         "kl-gradients", "the ratio of ratio * k3 has no gradient", "rlhf/grpo_train.py",
         '(ratio * kl if kl_kind == "ratio_k3" else kl)', '(ratio.detach() * kl if kl_kind == "ratio_k3" else kl)',
         (f"{LOSSES}kl_estimators_in_expectation_over_an_enumerable_policy",),
     ),
-    Breakage(
+    Mutant(
         "kl-gradients", "k1 is taken as a loss", "rlhf/grpo_train.py",
         'if kl_kind not in ("ratio_k3", "k2", "k3"):', 'if kl_kind not in ("ratio_k3", "k1", "k2", "k3"):',
         (f"{LOSSES}k1_in_the_loss_is_refused",),
     ),
     # GRPO
-    Breakage(
+    Mutant(
         "group-advantages", "the mean is that of all groups", "rlhf/grpo_train.py",
         "rewards - rewards.mean(1, keepdim=True)", "rewards - rewards.mean()",
         (f"{LOSSES}group_advantages_permute_with_the_prompts_and_have_mean_0",),
     ),
-    Breakage(
+    Mutant(
         "group-advantages", "the standard deviation of a population", "rlhf/grpo_train.py",
         "rewards.std(1, keepdim=True)", "rewards.std(1, correction=0, keepdim=True)",
         (f"{LOSSES}group_advantages_worked_values",),
     ),
-    Breakage(
+    Mutant(
         "group-advantages", "a group of one is taken", "rlhf/grpo_train.py",
         "if rewards.dim() != 2 or rewards.shape[1] < 2:", "if rewards.dim() != 2:",
         (f"{LOSSES}a_group_of_one_is_refused",),
     ),
-    Breakage(
+    Mutant(
         "sampler-logprobs", "training forgets the temperature", "rlhf/packing.py",
         "head_logprobs(head, states, packed.targets[at], temperature, entropy)",
         "head_logprobs(head, states, packed.targets[at], 1.0, entropy)",
         (f"{MODELS}log_probs_recomputed_in_training_equal_the_samplers",),
     ),
-    Breakage(
+    Mutant(
         "sampler-logprobs", "rollouts are cut by top-p", "rlhf/rollouts.py",
         "            temperature=config.temperature,\n", "            temperature=config.temperature, top_p=0.9,\n",
         (f"{TRAINERS}rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperature",),
     ),
-    Breakage(
+    Mutant(
         "sampler-logprobs", "the sampler's log-probs are those before the temperature", "models/generation.py",
         "return token, logprobs.gather(-1, token[:, None])[:, 0]",
         "return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]",
         (f"{GENERATION}logprobs_are_those_of_the_distribution_that_was_drawn_from",
          f"{MODELS}log_probs_recomputed_in_training_equal_the_samplers"),
     ),
-    Breakage(
+    Mutant(
         "sampler-logprobs", "the decoder turns a new token by the angle of the next one", "models/fast/decoder.py",
         "positions[:, None])  # (B, 1, D)", "positions[:, None] + 1)  # (B, 1, D)",
         (f"{DECODING}it_computes_what_transformers_does",),
     ),
-    Breakage(
+    Mutant(
         "sampler-logprobs", "a recorded token is computed at the position of the first", "models/fast/decoder.py",
         "zip(self.given, new)", "zip(self.given[::2], new[::2])",
         (f"{DECODING}a_recorded_token_gives_what_a_plain_one_does_while_rows_leave",),
     ),
-    Breakage(
+    Mutant(
         "left-padding", "the decoder sees padding", "models/fast/decoder.py",
         "added_mask(seen, x.dtype)", "added_mask(seen | seen[-1:], x.dtype)",
         (f"{DECODING}it_computes_what_transformers_does", f"{GENERATION}greedy_equals_transformers_on_a_padded_batch"),
     ),
-    Breakage(
+    Mutant(
         "sampler-logprobs", "within its block a token is drawn as if nothing lay before", "models/generation.py",
         "_first_above(inside, target - before)", "_first_above(inside, target)",
         (f"{GENERATION}the_token_of_a_uniform_number_is_where_the_running_sum_passes_it",),
     ),
-    Breakage(
+    Mutant(
         "aggregations", "\"sequence\" is a mean over tokens", "rlhf/grpo_train.py",
         "return (losses.sum(1) / counted.sum(1).clamp(min=1)).sum() / rows",
         "return losses.sum() / counted.sum() * len(losses) / rows",
         (f"{LOSSES}the_three_aggregations_on_worked_numbers",
          f"{ORACLES}grpo_losses_and_gradients_are_trls[grpo-sequence-k3]"),
     ),
-    Breakage(
+    Mutant(
         "aggregations", "the width of the padding counts", "rlhf/grpo_train.py",
         "return losses.sum() / (rows * max_tokens)", "return losses.sum() / (rows * losses.shape[1])",
         (f"{LOSSES}aggregations_do_not_change_with_micro_batches_or_padding",),
     ),
-    Breakage(
+    Mutant(
         "aggregations", "the clip bounds are exchanged", "rlhf/grpo_train.py",
         "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)",
         (f"{ORACLES}grpo_losses_and_gradients_are_trls",),
     ),
-    Breakage(
+    Mutant(
         "no-signal", "groups that differ are counted", "rlhf/grpo_train.py",
         "float(group.max() == group.min())", "float(group.max() != group.min())",
         (f"{TRAINERS}the_share_of_groups_without_any_difference_is_logged",),
     ),
-    Breakage(
+    Mutant(
         "offline-online", "stored log-probs are left aside for the reference's", "rlhf/grpo_train.py",
         'batch["old"] = packed.align([rollout.logprobs[i] for i in batch["rows"]])',
-        'batch["old"] = answer_logprobs(model, packed, 1.3)',
+        'batch["old"] = packed_logprobs(model, packed, 1.3)',
         (f"{TRAINERS}the_offline_gradient_is_that_of_the_online_step_on_the_same_data",),
     ),
-    Breakage(
+    Mutant(
         "offline-online", "stored log-probs belong to other answers", "rlhf/grpo_train.py",
         'packed.align([rollout.logprobs[i] for i in batch["rows"]])',
         "packed.align([[-5.0] * len(rollout.logprobs[i]) for i in batch[\"rows\"]])",
         (f"{SCRIPTS}grpo_offline_starts_on_policy_with_stored_logprobs",),
     ),
     # LoRA, checkpoints
-    Breakage(
+    Mutant(
         "checkpointing", "the model is not in training mode, where nothing is checkpointed", "rlhf/policy.py",
         "return model.train()  #", "return model  #",
         (f"{RECOMPUTES}[0-grpo]", f"{RECOMPUTES}[0-ppo]"),
     ),
-    Breakage(
+    Mutant(
         "checkpointing", "nothing is checkpointed", "models/device.py",
         '    enable({"use_reentrant": False})', '    enable  # ({"use_reentrant": False})',
         (f"{COMMON}gradient_checkpointing_recomputes_and_leaves_gradients_as_they_were",),
     ),
-    Breakage(
+    Mutant(
         "tied-merged", "the merged model is the base", "train/train_lm_lora.py",
         "merged = load_model(folder, dtype=torch.float32, merge_adapter=True)",
         "merged = load_model(folder, dtype=torch.float32).unload()",
         (f"{COMMON}a_merged_model_is_tied_and_has_the_logits_of_its_adapter",),
     ),
-    Breakage(
+    Mutant(
         "tied-merged", "the head is saved untied", "models/save.py",
         "        model.save_pretrained(temporary)\n",
         "        model.config.tie_word_embeddings = False\n        model.save_pretrained(temporary)\n",
         (f"{COMMON}tied_embeddings_survive_saving_and_loading",),
     ),
-    Breakage(
+    Mutant(
         "resume", "the optimizer begins anew", "runtime/checkpoint.py",
         "        part.load_state_dict(state)\n        return\n", "        return\n",
         (f"{CHECKPOINT}what_is_put_back_goes_on_bit_by_bit",),
     ),
-    Breakage(
+    Mutant(
         "resume", "random numbers begin anew", "runtime/checkpoint.py",
         'set_random_state(state["random"][rank()])', "pass",
         (f"{CHECKPOINT}what_is_put_back_goes_on_bit_by_bit",),
     ),
-    Breakage(
+    Mutant(
         "resume", "the language model's step is taken twice", "train/train_lm.py",
         "step, kept = checkpoints.load()", "step, kept = checkpoints.load()\n    step = max(step - 1, 0)",
         ("tests/train/test_resume.py::test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics"
          "[dropout]",),
     ),
-    Breakage(
+    Mutant(
         "resume", "PPO's KL coefficient begins anew", "rlhf/ppo_train.py",
         'kl_coef = kept.get("kl_coef", config.kl_coef)', "kl_coef = config.kl_coef",
         ("tests/rlhf/test_resume.py::test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics[ppo]",),
     ),
-    Breakage(
+    Mutant(
         "evaluation-pure", "evaluation leaves the model in eval mode", "train/common.py",
         "    model.train(was_training)\n    nats", "    nats",
         (f"{COMMON}evaluation_and_samples_leave_parameters_and_random_state_as_they_were",),
     ),
-    Breakage(
+    Mutant(
         "evaluation-pure", "a sample draws from the global generator", "train/common.py",
         "stop_ids=stop, seed=config.seed)", "stop_ids=stop)",
         (f"{COMMON}evaluation_and_samples_leave_parameters_and_random_state_as_they_were",),
     ),
-    Breakage(
+    Mutant(
         "evaluation-pure", "DPO's evaluation draws random numbers", "rlhf/dpo_train.py",
         "    mine = sorted(pairs, key=pair_length)[", "    torch.rand(1)\n    mine = sorted(pairs, key=pair_length)[",
         (f"{TRAINERS}evaluation_leaves_parameters_and_random_state_as_they_were",),
     ),
-    Breakage(
+    Mutant(
         "torn-checkpoint", "the hash of a checkpoint's files is not looked at", "runtime/checkpoint.py",
         'if sha256_file(folder / name) != expected[name]["sha256"]:', "if False:",
         (f"{CHECKPOINT}a_damaged_checkpoint_is_named_and_the_one_before_it_is_used",),

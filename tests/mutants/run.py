@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import BREAKAGES
+from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("configs", "runtime", "models", "data", "train", "rlhf", "report", "proof")
@@ -157,9 +157,9 @@ def main():
     parser.add_argument("--only", metavar="KEY", help="the breakages of one statement")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="runs at a time")
     options = parser.parse_args()
-    chosen = [b for b in BREAKAGES if options.only in (None, b.statement)]
+    chosen = [b for b in MUTANTS if options.only in (None, b.statement)]
     if not chosen:
-        parser.error(f"no breakage belongs to {options.only!r}: {', '.join(sorted({b.statement for b in BREAKAGES}))}")
+        parser.error(f"no breakage belongs to {options.only!r}: {', '.join(sorted({b.statement for b in MUTANTS}))}")
     if not (ROOT / MODEL / "config.json").is_file():
         parser.error(f"{MODEL} is not there. This makes it: python models/fetch.py")
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -84,7 +84,7 @@ def masked_after(x, mask, dim=None):
 
 
 def temperature_is_forgotten(model, packed, temperature=1.0, **options):
-    return true_answer_logprobs(model, packed, **options)
+    return true_packed_logprobs(model, packed, **options)
 
 
 def adapter_starts_anywhere(*given, **options):
@@ -106,7 +106,7 @@ def saved_in_half(model, tokenizer, folder):
 
 true_pack, true_lm_loss, true_generate = claims.pack, claims.lm_loss, claims.generate
 true_pieces, true_token_logprobs, true_pad_rows = head.pieces, claims.token_logprobs, claims.pad_rows
-true_answer_logprobs, true_add_lora, true_load_model = claims.answer_logprobs, claims.add_lora, claims.load_model
+true_packed_logprobs, true_add_lora, true_load_model = claims.packed_logprobs, claims.add_lora, claims.load_model
 true_save_policy, true_backward_gated = claims.save_policy, layers._backward_gated
 BROKEN = {  # what is wrong: (the claim, its model, the module, the function, what stands for it, where it shows)
     "answers see each other": ("packed rows", ROTARY, claims, "pack", answers_see_each_other, "PPO"),
@@ -117,7 +117,7 @@ BROKEN = {  # what is wrong: (the claim, its model, the module, the function, wh
     "padding is a prompt": ("in generation", LEARNED, claims, "generate", prompts_are_padded_by_hand, "greedy"),
     "masked by the token": ("padding by any token", ROTARY, claims, "pad_rows", masked_by_token, "token_logprobs"),
     "masked after": ("inf or NaN", ROTARY, claims, "masked_mean", masked_after, "masked_mean, nan"),
-    "no temperature": ("sampler's", ROTARY, claims, "answer_logprobs", temperature_is_forgotten, "temperature 0.7"),
+    "no temperature": ("sampler's", ROTARY, claims, "packed_logprobs", temperature_is_forgotten, "temperature 0.7"),
     "B is not 0": ("LoRA at its start", LEARNED, claims, "add_lora", adapter_starts_anywhere, "LM"),
     "the adapter stays on": ("adapter off", LEARNED, claims, "as_reference", contextlib.nullcontext, "DPO"),
     "merged in bf16": ("merged adapter", ROTARY, claims, "load_model", merging_is_lossy, "loading"),

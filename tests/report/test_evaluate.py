@@ -9,7 +9,7 @@ import torch
 
 from configs.config import ROOT, UserError
 from models.loader import load_model, load_tokenizer
-from report.evaluate import Config, answer_kls, evaluate, heldout_prompts, measurement_path
+from report.evaluate import Config, completion_kls, evaluate, heldout_prompts, measurement_path
 from report.intervals import best_of_measured, pair_accuracy
 from rlhf.packing import completion_logprobs
 
@@ -78,7 +78,7 @@ def test_kl_of_answers_against_a_sum_in_float64(adapter):
     questions, completions = [[5, 6, 7], [8, 9]], [[10, 11, 12, 13], [14, 2]]
     model = load_model(str(adapter), merge_adapter=True)
     sampled = completion_logprobs(model, questions, completions, 2, temperature=0.7)
-    found = answer_kls(sampled, "tiny-llama", torch.float32, questions, completions, 2, temperature=0.7)
+    found = completion_kls(sampled, "tiny-llama", torch.float32, questions, completions, 2, temperature=0.7)
     exact = [load_model(name, dtype=torch.float64, merge_adapter=True) for name in (str(adapter), "tiny-llama")]
     for question, completion, kl in zip(questions, completions, found):
         ids = torch.tensor([question + completion])

@@ -52,14 +52,14 @@ def groups(tmp_path_factory):
     """Groups as the generator writes them, sampled by tiny-llama itself."""
     from models.generation import generate
     from models.loader import load_model, load_tokenizer
-    from models.tokens import answer_text, prompt_ids
+    from models.tokens import completion_text, prompt_ids
 
     model, tokenizer = load_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama")
     rows = []
     for i in range(4):
         prompt = [{"role": "user", "content": f"group {i}"}]
         g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=3, stop_ids=[2], seed=i)
-        texts = [[{"role": "assistant", "content": answer_text(tokenizer, c)}] for c in g.completions]
+        texts = [[{"role": "assistant", "content": completion_text(tokenizer, c)}] for c in g.completions]
         rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0, 0.5],
                      "completion_ids": g.completions, "logprobs": g.logprobs, "temperature": 1.0})  # fmt: skip
     path = tmp_path_factory.mktemp("data") / "groups.jsonl"

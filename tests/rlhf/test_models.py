@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, StableLmConfig
 
-from models.fast.attention import use_products
+from models.fast.attention import use_matmul_attention
 from models.fast.head import unwrapped
-from models.fast.layers import make_lean
+from models.fast.layers import use_memory_efficient_layers
 from models.generation import generate
-from rlhf.dpo_train import answer_logps, dpo_loss
-from rlhf.packing import answer_logprobs, completion_logprobs, pack
+from rlhf.dpo_train import dpo_loss, pair_logps
+from rlhf.packing import completion_logprobs, pack, packed_logprobs
 from rlhf.policy import as_reference, disable_dropout
 from rlhf.reward_model import RewardModel, score_at_end
 from rlhf.utils import completion_batch, pad_rows, token_logprobs
@@ -62,12 +62,12 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone_in_forward(tiny, na
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.statement("packed-apart")
 def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, begin, here, temperature):
-    model = use_products(tiny(name)) if here else tiny(name)
+    model = use_matmul_attention(tiny(name)) if here else tiny(name)
     prompts, n = [begin + p for p in PROMPTS], len(begin)
     packed = pack(prompts, ANSWERS, 2, "cpu")
     assert packed.rows.shape == (2, n + 12)  # of 3 + 3 + 1 and 5 + 2 + 5 tokens
     assert packed.input_ids.shape == packed.position_ids.shape == (1, n + 19) and packed.tokens == 2 * n + 19
-    found, entropy = answer_logprobs(model, packed, temperature, entropy=True)
+    found, entropy = packed_logprobs(model, packed, temperature, entropy=True)
     for i, (p, a) in enumerate(zip(prompts, ANSWERS)):
         close(found[i, : len(a)], plain_logprobs(model, p, a, temperature), atol=1e-12, rtol=0)
         assert (found[i, len(a) :] == 0).all()
@@ -82,8 +82,8 @@ def test_an_architecture_with_an_attention_of_its_own_reads_packed_rows_too(lean
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = StableLmConfig(**shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    model = use_products(make_lean(model)) if lean else model
-    found = answer_logprobs(model, pack(PROMPTS, ANSWERS, 2, "cpu"))
+    model = use_matmul_attention(use_memory_efficient_layers(model)) if lean else model
+    found = packed_logprobs(model, pack(PROMPTS, ANSWERS, 2, "cpu"))
     for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS)):
         close(found[i, : len(a)], plain_logprobs(model, p, a), atol=1e-12, rtol=0)
 
@@ -96,7 +96,7 @@ def test_packed_answers_do_not_see_each_other(tiny, name):
     seen = []
     hook = embeddings.register_forward_hook(lambda m, i, out: seen.append(out) or out.retain_grad())
     packed = pack(PROMPTS[:2], ANSWERS[:2], 2, "cpu")
-    answer_logprobs(model, packed)[1].sum().backward()  # the second answer of the row [5 6 7 | 1 2 3 | 4]
+    packed_logprobs(model, packed)[1].sum().backward()  # the second answer of the row [5 6 7 | 1 2 3 | 4]
     hook.remove()
     gradient = seen[0].grad[0].abs().sum(-1)
     assert (gradient[:3] > 0).all() and (gradient[3:6] == 0).all()
@@ -107,10 +107,10 @@ def test_packed_answers_do_not_see_each_other(tiny, name):
 @HERE
 @pytest.mark.statement("packed-apart")
 def test_packed_gradients_equal_separate_ones(tiny, name, begin, here):
-    model = use_products(tiny(name)) if here else tiny(name)
+    model = use_matmul_attention(tiny(name)) if here else tiny(name)
     prompts = [begin + p for p in PROMPTS]
     packed = pack(prompts, ANSWERS, 2, "cpu")
-    answer_logprobs(model, packed).double().square().sum().backward()
+    packed_logprobs(model, packed).double().square().sum().backward()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     sum(plain_logprobs(model, p, a).square().sum() for p, a in zip(prompts, ANSWERS)).backward()
@@ -156,10 +156,10 @@ def test_dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config(tiny):
     disable_dropout(model)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0))
     model.train()
-    policy = answer_logps(model, pairs(), Tok, "cpu", per_token=False)
+    policy = pair_logps(model, pairs(), Tok, "cpu", per_token=False)
     with as_reference(model) as reference:
         assert not reference.training
-        ref = answer_logps(reference, pairs(), Tok, "cpu", per_token=False)
+        ref = pair_logps(reference, pairs(), Tok, "cpu", per_token=False)
     assert model.training and not any(r.requires_grad for r in ref)
     losses, chosen, rejected = dpo_loss(*policy, *ref)
     assert losses.tolist() == [torch.tensor(math.log(2)).item()] * 2
@@ -173,7 +173,7 @@ def test_the_reference_as_adapter_off_is_bitwise_the_base_model_after_training_t
     model = adapted(base)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
-        answer_logprobs(model, pack(PROMPTS, ANSWERS, 2, "cpu")).sum().backward()
+        packed_logprobs(model, pack(PROMPTS, ANSWERS, 2, "cpu")).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert completion_logprobs(model, PROMPTS, ANSWERS, 2) != before
@@ -184,8 +184,8 @@ def test_the_reference_as_adapter_off_is_bitwise_the_base_model_after_training_t
 @pytest.mark.statement("dpo-sums")
 def test_dpo_sums_over_tokens_and_ipo_means(tiny):
     model = tiny(dtype=torch.float32)
-    chosen, rejected = answer_logps(model, pairs(), Tok, "cpu", per_token=False)
-    mean_chosen, mean_rejected = answer_logps(model, pairs(), Tok, "cpu", per_token=True)
+    chosen, rejected = pair_logps(model, pairs(), Tok, "cpu", per_token=False)
+    mean_chosen, mean_rejected = pair_logps(model, pairs(), Tok, "cpu", per_token=True)
     close(chosen / torch.tensor([3.0, 2.0]), mean_chosen)
     close(rejected / torch.tensor([1.0, 5.0]), mean_rejected)
     close(chosen[0], plain_logprobs(model, PROMPTS[0], ANSWERS[0]).sum())
@@ -220,10 +220,10 @@ def test_the_score_is_read_at_the_last_real_token(name):
 @BEGIN
 @pytest.mark.statement("score-at-end")
 def test_packed_scores_equal_separate_ones(begin):
-    from rlhf.packing import score_answers
+    from rlhf.packing import score_completions
 
     reward_model, prompts = classifier(), [begin + p for p in PROMPTS]
-    found = score_answers(reward_model, prompts, ANSWERS, 2)
+    found = score_completions(reward_model, prompts, ANSWERS, 2)
     for p, a, score in zip(prompts, ANSWERS, found):
         row = torch.tensor([p + a])
         assert reward_model.score(row, torch.ones_like(row)).item() == pytest.approx(score, abs=1e-6)
@@ -232,7 +232,7 @@ def test_packed_scores_equal_separate_ones(begin):
 @pytest.mark.statement("values-fixed")
 def test_the_value_of_a_token_does_not_depend_on_that_token(tiny):
     model, head = tiny(dtype=torch.float32), torch.nn.Linear(32, 1)
-    values = [answer_logprobs(model, pack([[5, 6]], [[1, x, 3]], 2, "cpu"), value_head=head)[1][0] for x in (8, 9)]
+    values = [packed_logprobs(model, pack([[5, 6]], [[1, x, 3]], 2, "cpu"), value_head=head)[1][0] for x in (8, 9)]
     assert torch.equal(values[0][:2], values[1][:2])  # states before token 0 and before token 1
     assert values[0][2] != values[1][2]
 

@@ -14,9 +14,9 @@ from data.pairs import load_pairs
 from models.loader import load_tokenizer
 from models.tiny import build_tiny
 from rlhf import dpo_train
-from rlhf.dpo_train import answer_logps, dpo_loss
+from rlhf.dpo_train import dpo_loss, pair_logps
 from rlhf.grpo_train import grpo_loss
-from rlhf.packing import answer_logprobs, answer_scores, pack
+from rlhf.packing import pack, packed_logprobs, packed_scores
 from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.rollouts import Sampler
@@ -98,7 +98,7 @@ def test_token_logprobs_and_entropies_are_trls(grpo_trainer):
         grpo_trainer.model, ids, mask, width, compute_entropy=True
     )
     packed = pack(PROMPTS, ANSWERS, 0, "cpu")
-    mine, entropies = answer_logprobs(grpo_trainer.model, packed, temperature=0.7, entropy=True)
+    mine, entropies = packed_logprobs(grpo_trainer.model, packed, temperature=0.7, entropy=True)
     padded = token_logprobs(grpo_trainer.model, ids, mask, temperature=0.7)[:, -width:]
     for found, expected in ((mine, theirs), (padded, theirs), (entropies, their_entropies)):
         close(found[at], expected[at], atol=1e-5, rtol=1e-5)
@@ -129,14 +129,14 @@ def test_grpo_losses_and_gradients_are_trls(grpo_trainer, loss_type, aggregate, 
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
     packed = pack(PROMPTS, ANSWERS, 0, "cpu")
     with torch.no_grad():
-        old = answer_logprobs(policy(noise_seed=1), packed, 0.7)
-        ref = answer_logprobs(policy(noise_seed=2), packed, 0.7)
-    assert ((answer_logprobs(model, packed, 0.7) - old).abs() > 0.15).any()  # some tokens are clipped
+        old = packed_logprobs(policy(noise_seed=1), packed, 0.7)
+        ref = packed_logprobs(policy(noise_seed=2), packed, 0.7)
+    assert ((packed_logprobs(model, packed, 0.7) - old).abs() > 0.15).any()  # some tokens are clipped
     stored = {"old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": packed.mask.sum()}
     theirs = trainer._compute_loss(model, {**trl_batch(), **stored})
     expected = gradients(theirs, model)
     mine = grpo_loss(
-        answer_logprobs(model, packed, 0.7), old, ref, ADVANTAGES, packed.mask, clip_low=0.1, clip_high=0.15,
+        packed_logprobs(model, packed, 0.7), old, ref, ADVANTAGES, packed.mask, clip_low=0.1, clip_high=0.15,
         kl_coef=0.04, kl_kind=kl_kind, aggregate=aggregate, max_tokens=10,
     )  # fmt: skip
     close(mine, theirs, atol=1e-6, rtol=1e-5)
@@ -204,8 +204,8 @@ def test_dpo_losses_and_gradients_are_trls(dpo_trainer, theirs, mine, smoothing)
         expected = trainer._compute_loss(model, trainer.data_collator(rows), False)
         expected_gradient = gradients(expected, model)
         with torch.no_grad():
-            ref = answer_logps(trainer.ref_model, pairs, tokenizer, "cpu", per_token=mine == "ipo")
-        logps = answer_logps(model, pairs, tokenizer, "cpu", per_token=mine == "ipo")
+            ref = pair_logps(trainer.ref_model, pairs, tokenizer, "cpu", per_token=mine == "ipo")
+        logps = pair_logps(model, pairs, tokenizer, "cpu", per_token=mine == "ipo")
         found = dpo_loss(*logps, *ref, beta=0.3, loss_type=mine, label_smoothing=smoothing)[0].mean()
         close(found, expected, atol=1e-5, rtol=1e-5)
         assert expected_gradient.abs().max() > 0.01
@@ -274,7 +274,7 @@ def test_reward_loss_and_gradients_are_trls(tmp_path, margin, center):
     reward_model = RewardModel(model)
     prompts = [pair["prompt"] for pair in PAIRS for _ in range(2)]
     packed = pack(prompts, [pair[k] for pair in PAIRS for k in ("chosen", "rejected")], 0, "cpu")
-    scores = answer_scores(reward_model.model, packed, reward_model.head)
+    scores = packed_scores(reward_model.model, packed, reward_model.head)
     mine = reward_loss(scores[0::2], scores[1::2], torch.tensor(margins) if margin else None, center)
     close(mine, theirs, atol=1e-6, rtol=1e-5)
     close(gradients(mine, model), expected, atol=1e-5, rtol=1e-4)

@@ -20,7 +20,7 @@ from models.fast.layers import GatedMLP
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer, tiny_config
 from rlhf import rollouts
-from rlhf.dpo_train import answer_logps
+from rlhf.dpo_train import pair_logps
 from rlhf.rollouts import PromptStream
 from train.updates import lr_at
 
@@ -306,7 +306,7 @@ def test_dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs(train, pairs):
     for loss_type in ("sigmoid", "hinge", "ipo"):
         _, [line] = train("dpo", out=loss_type, loss_type=loss_type, heldout_fraction=0, batch_size=6, max_steps=1)
         batch = [rows[i] for i in step_indices(len(rows), 6, 1, 0)]
-        chosen, rejected = answer_logps(model, batch, tokenizer, "cpu", per_token=loss_type == "ipo")
+        chosen, rejected = pair_logps(model, batch, tokenizer, "cpu", per_token=loss_type == "ipo")
         assert line["chosen_logps"] == pytest.approx(chosen.mean().item(), abs=1e-5)
         assert line["rejected_logps"] == pytest.approx(rejected.mean().item(), abs=1e-5)
 
@@ -364,7 +364,7 @@ def test_only_what_the_length_cut_goes_on_at_its_last_value(train, module, monke
 
     monkeypatch.setattr(script.Sampler, "sample", sample)
     watch(monkeypatch, script, "gae", estimates)
-    watch(monkeypatch, script, "answer_logprobs", read)
+    watch(monkeypatch, script, "packed_logprobs", read)
     train("ppo", steps=2, bootstrap_cut=bootstrap, lr=1e-2, micro_batch_size=64, missing_end_penalty=0.5)
     (_, _, _, _, _, last_values), _ = estimates[1]  # after one step the value head is no longer 0
     if bootstrap == "false":
@@ -398,7 +398,7 @@ def test_rollouts_train_on_the_sampled_ids(train, module, monkeypatch):
     """Random bytes are no UTF-8: what they decode to has other ids."""
     drawn, packed = [], []
     watch(monkeypatch, rollouts, "generate", drawn)
-    watch(monkeypatch, module("grpo"), "answer_logprobs", packed)
+    watch(monkeypatch, module("grpo"), "packed_logprobs", packed)
     train("grpo", steps=1, micro_batch_size=64)
     (given, _) = packed[-1]
     trained = [row[mask.bool()].tolist() for row, mask in zip(given[1].targets, given[1].mask)]
@@ -439,7 +439,7 @@ def test_rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperat
         return drawn[-1][1]
 
     monkeypatch.setattr(rollouts, "generate", generate)
-    watch(monkeypatch, module(name), "answer_logprobs", read)
+    watch(monkeypatch, module(name), "packed_logprobs", read)
     train(name, steps=1, temperature=0.7, micro_batch_size=64)
     options, generation = drawn[0]
     assert options["temperature"] == 0.7 and options.keys().isdisjoint({"top_k", "top_p"})

@@ -66,7 +66,7 @@ def end(config):
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in logged]
     state = [model.state_dict(), optimizer.state_dict(), {k: v for k, v in kept.items() if k != "list"}]
     tensors = {}
-    return checkpoint.take_apart(state, tensors), {k: v.tolist() for k, v in tensors.items()}, lines
+    return checkpoint.flatten(state, tensors), {k: v.tolist() for k, v in tensors.items()}, lines
 
 
 @pytest.fixture

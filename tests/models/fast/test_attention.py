@@ -9,10 +9,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.fast import attention as module
-from models.fast.attention import ALIGNED, NAME, Rows, added_mask, attends_here, attention, blocks_of, use_products
+from models.fast.attention import (
+    ALIGNED,
+    NAME,
+    Ragged,
+    added_mask,
+    attention,
+    blocks_of,
+    takes_ragged,
+    use_matmul_attention,
+)
 from models.fast.head import hidden_states
 from models.loader import load_model
-from rlhf.packing import answer_logprobs, pack
+from rlhf.packing import pack, packed_logprobs
 
 B, T, KV, GROUP, D = 3, 7, 2, 2, 8
 
@@ -76,7 +85,7 @@ def test_the_equation_and_its_gradients_in_float64(monkeypatch, block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_layers_read_one_mask(monkeypatch, tiny, dtype):
-    model, masks, attends = use_products(tiny(dtype=torch.float32)), [], module._Attention.apply
+    model, masks, attends = use_matmul_attention(tiny(dtype=torch.float32)), [], module._Attention.apply
     monkeypatch.setattr(module._Attention, "apply", lambda *x: masks.append(x[3]) or attends(*x))
     ids = torch.arange(6)[None] + 5
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -176,7 +185,7 @@ def test_what_the_products_do_not_do_goes_to_pytorch(monkeypatch):
 
 def test_rows_go_there_and_back():
     lengths = [2, 4, 1]
-    rows = Rows.of(lengths, "cpu")
+    rows = Ragged.of(lengths, "cpu")
     x = torch.randn(1, 3, 7, 5, dtype=torch.float64, requires_grad=True)
     padded = rows.pad(x)
     assert padded.shape == (3, 3, 4, 5) and rows.shape == (3, 4)
@@ -185,12 +194,12 @@ def test_rows_go_there_and_back():
     assert torch.equal(rows.unpad(padded.transpose(1, 2)), x.transpose(1, 2))
     torch.autograd.gradcheck(lambda x: rows.unpad(rows.pad(x).transpose(1, 2)), x)
     full = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(Rows.of([3, 3], "cpu").unpad, full)
+    torch.autograd.gradcheck(Ragged.of([3, 3], "cpu").unpad, full)
 
 
 @pytest.mark.statement("packed-apart")
 def test_rows_go_there_and_back_with_what_they_begin_with_once():
-    rows = Rows.of([3, 5, 4], "cpu", shared=2)  # 0 1 2, 0 1 3 4 5, 0 1 6 7
+    rows = Ragged.of([3, 5, 4], "cpu", shared=2)  # 0 1 2, 0 1 3 4 5, 0 1 6 7
     x = torch.randn(1, 3, 8, 5, dtype=torch.float64, requires_grad=True)
     padded = rows.pad(x)
     for r, tokens in enumerate([[0, 1, 2], [0, 1, 3, 4, 5], [0, 1, 6, 7]]):
@@ -211,7 +220,7 @@ def test_rows_go_there_and_back_with_what_they_begin_with_once():
 def test_a_model_reads_rows_end_to_end_as_it_reads_them_padded(tiny, name, checkpointing):
     lengths = [5, 2, 4]
     ids = [torch.arange(5, 5 + n) for n in lengths]
-    model = use_products(tiny(name).double())
+    model = use_matmul_attention(tiny(name).double())
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -220,7 +229,7 @@ def test_a_model_reads_rows_end_to_end_as_it_reads_them_padded(tiny, name, check
         seen[r, 0, :n, :n] = True
     seen = (seen | torch.eye(5, dtype=torch.bool)).tril()
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    states = hidden_states(model, torch.cat(ids)[None], seen, positions, rows=Rows.of(lengths, "cpu"))[0]
+    states = hidden_states(model, torch.cat(ids)[None], seen, positions, rows=Ragged.of(lengths, "cpu"))[0]
     states.square().sum().backward()
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     alone = copy.deepcopy(model)
@@ -236,7 +245,7 @@ def test_a_model_reads_rows_end_to_end_as_it_reads_them_padded(tiny, name, check
 
 def test_a_loaded_model_attends_here_and_a_saved_one_is_anybodys(tmp_path):
     model = load_model("tiny-llama", dtype=torch.float32)
-    assert attends_here(model) and model.config._attn_implementation == NAME
+    assert takes_ragged(model) and model.config._attn_implementation == NAME
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -246,14 +255,14 @@ def test_a_loaded_model_attends_here_and_a_saved_one_is_anybodys(tmp_path):
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 @pytest.mark.statement("packed-apart")
 def test_rows_padded_to_a_multiple_give_the_same_log_probs_and_gradients(tiny, monkeypatch, name):
-    model, found = use_products(tiny(name)), []
+    model, found = use_matmul_attention(tiny(name)), []
     prompts, completions = [[5, 6, 7], [5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14], [15]]
     for aligned in (1, 16):
         monkeypatch.setitem(ALIGNED, "cpu", aligned)
         packed = pack(prompts, completions, 2, "cpu")
         assert packed.attention_mask.shape == (2, 1, *[8 if aligned == 1 else 16] * 2)
         model.zero_grad()
-        logprobs = answer_logprobs(model, packed)
+        logprobs = packed_logprobs(model, packed)
         logprobs.square().sum().backward()
         found.append([logprobs, *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*found):

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 
 from models import generation
 from models.fast import decoder
-from models.fast.attention import ALIGNED, use_products
+from models.fast.attention import ALIGNED, use_matmul_attention
 from models.fast.decoder import decoder_for
-from models.fast.layers import make_lean
+from models.fast.layers import use_memory_efficient_layers
 from models.generation import generate
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
@@ -27,7 +27,7 @@ def both_ways(model, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"rope_parameters": {"rope_theta": 500.0}}])
 @pytest.mark.statement("sampler-logprobs", "left-padding")
 def test_it_computes_what_transformers_does(tiny, monkeypatch, changes):
-    mine, theirs = both_ways(make_lean(tiny(**changes)), monkeypatch)
+    mine, theirs = both_ways(use_memory_efficient_layers(tiny(**changes)), monkeypatch)
     assert mine.completions == theirs.completions and mine.finish_reasons == theirs.finish_reasons
     assert {"stop", "length"} == set(mine.finish_reasons)
     for a, b in zip(mine.logprobs, theirs.logprobs):
@@ -41,16 +41,16 @@ def test_in_bf16_it_does_so_bit_by_bit(tiny, monkeypatch, packed):
         monkeypatch.setattr(decoder, "packs", lambda: False)
     elif not decoder.packs():
         pytest.skip("torch lays no weights out for oneDNN here")
-    mine, theirs = both_ways(use_products(make_lean(tiny(dtype=torch.bfloat16))), monkeypatch)
+    mine, theirs = both_ways(use_matmul_attention(use_memory_efficient_layers(tiny(dtype=torch.bfloat16))), monkeypatch)
     assert mine == theirs
 
 
 def test_what_it_does_not_know_goes_to_transformers(tiny):
-    model = make_lean(tiny())
+    model = use_memory_efficient_layers(tiny())
     assert decoder_for(model)
     assert not decoder_for(tiny())  # norms of transformers
-    assert not decoder_for(make_lean(tiny("tiny-gpt2")))
-    assert not decoder_for(make_lean(tiny(attention_bias=True)))
+    assert not decoder_for(use_memory_efficient_layers(tiny("tiny-gpt2")))
+    assert not decoder_for(use_memory_efficient_layers(tiny(attention_bias=True)))
     hook = model.lm_head.register_forward_hook(lambda *_: None)
     assert not decoder_for(model)
     hook.remove()
@@ -76,7 +76,7 @@ recorded = []  # of each graph, the rows of each replay
 @pytest.mark.parametrize("aligned", [1, 16])
 @pytest.mark.statement("sampler-logprobs", "left-padding")
 def test_a_recorded_token_gives_what_a_plain_one_does_while_rows_leave(tiny, monkeypatch, aligned):
-    model, options = make_lean(tiny()), {"samples_per_prompt": 4, "stop_ids": range(4), "seed": 1}
+    model, options = use_memory_efficient_layers(tiny()), {"samples_per_prompt": 4, "stop_ids": range(4), "seed": 1}
     streams = [], []
 
     def sampled(stream):
@@ -103,17 +103,20 @@ def test_angles_that_depend_on_the_length_are_not_recorded(tiny, monkeypatch):
     monkeypatch.setattr(generation, "RECORDED", ("cpu",))
     monkeypatch.setattr(decoder, "record", replayed)
     recorded.clear()
-    generate(make_lean(tiny()), PROMPTS, 4, seed=0)
+    generate(use_memory_efficient_layers(tiny()), PROMPTS, 4, seed=0)
     assert recorded
     recorded.clear()
-    generate(make_lean(tiny(rope_parameters=rope)), PROMPTS, 4, seed=0)
+    generate(use_memory_efficient_layers(tiny(rope_parameters=rope)), PROMPTS, 4, seed=0)
     assert not recorded
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 before pytest shows it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_a_graph_gives_what_its_operations_do_one_by_one(tiny, monkeypatch, dtype):
-    model, options = make_lean(tiny(dtype=dtype)).cuda(), {"samples_per_prompt": 4, "stop_ids": range(4), "seed": 1}
+    model, options = (
+        use_memory_efficient_layers(tiny(dtype=dtype)).cuda(),
+        {"samples_per_prompt": 4, "stop_ids": range(4), "seed": 1},
+    )
     mine = generate(model, PROMPTS, 24, **options)
     monkeypatch.setattr(decoder, "record", replayed)
     assert generate(model, PROMPTS, 24, **options) == mine

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from configs.config import UserError
 from models.device import checkpoint_activations, compile_layers
 from models.fast import head
-from models.fast.attention import use_products
+from models.fast.attention import use_matmul_attention
 from models.fast.head import check_head, head_logprobs, head_nll, hidden_states, nll_of_logits
-from models.fast.layers import make_lean
+from models.fast.layers import use_memory_efficient_layers
 from train.common import lm_loss
 
 close = torch.testing.assert_close
@@ -187,7 +187,7 @@ def test_compiled_layers_and_loss_compute_what_plain_ones_do(tiny, monkeypatch, 
     traced = functools.partial(torch.compile, backend="aot_eager")  # as Inductor gets it, without a C++ compiler
     monkeypatch.setattr(torch, "compile", traced)
     monkeypatch.setattr(head, "compiled_nll", lambda: traced(nll_of_logits))
-    model = use_products(make_lean(tiny(name))).train()
+    model = use_matmul_attention(use_memory_efficient_layers(tiny(name))).train()
     ids = torch.randint(64, (4, 24))
     at = torch.arange(24)
     batches = [  # of one text, and of two in each row

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig, Qwe
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.fast.head import hidden_states
-from models.fast.layers import MLPS, NORMS, GatedMLP, RMSNorm, make_lean
+from models.fast.layers import MLPS, NORMS, GatedMLP, RMSNorm, use_memory_efficient_layers
 from models.tiny import tiny_config
 
 close = torch.testing.assert_close
@@ -40,7 +40,7 @@ def both(name, change=lambda model: model):
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(3).add_(0.1 * torch.rand_like(parameter))
-    lean = make_lean(copy.deepcopy(plain))
+    lean = use_memory_efficient_layers(copy.deepcopy(plain))
     return change(plain), change(lean)
 
 
@@ -133,7 +133,10 @@ def test_every_layer_that_it_names_is_compared_and_replaced():
 def test_what_it_does_not_know_stays():
     torch.manual_seed(0)
     config = tiny_config("tiny-llama", 64, 2, hidden_act="gelu")
-    kinds = {type(layer).__name__ for layer in make_lean(AutoModelForCausalLM.from_config(config)).modules()}
+    kinds = {
+        type(layer).__name__
+        for layer in use_memory_efficient_layers(AutoModelForCausalLM.from_config(config)).modules()
+    }
     assert "LlamaMLP" in kinds and "GatedMLP" not in kinds and "RMSNorm" in kinds
 
 

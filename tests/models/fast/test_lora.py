@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear
 from transformers import AutoModelForCausalLM
 
 from models.fast.head import hidden_states
-from models.fast.lora import LeanLinear, _Lora, lean_adapters
+from models.fast.lora import MemoryEfficientLinear, _Lora, use_memory_efficient_adapters
 from models.tiny import tiny_config
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 5, 6], [9, 8, 7, 6, 5, 4, 3]])
@@ -21,7 +21,7 @@ def both(dtype=torch.float64, **options):
     model = AutoModelForCausalLM.from_config(tiny_config("tiny-llama", 64, 2), dtype=dtype).requires_grad_(False)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | options
     model = get_peft_model(model, LoraConfig(**options)).train()
-    return model, lean_adapters(copy.deepcopy(model))
+    return model, use_memory_efficient_adapters(copy.deepcopy(model))
 
 
 def passes(model, autocast=False):
@@ -98,7 +98,7 @@ def test_pefts_methods_work_on_it(monkeypatch):
         torch.manual_seed(3)
         model.add_adapter("other", other)
         model.set_adapter("other")
-    assert all(type(m) is LeanLinear for m in lean.modules() if isinstance(m, Linear))
+    assert all(type(m) is MemoryEfficientLinear for m in lean.modules() if isinstance(m, Linear))
     calls = lean_calls(monkeypatch)
     assert (hidden_states(plain, IDS) - hidden_states(lean, IDS)).abs().max() < 1e-12
     assert len(calls) == 2 * 7
@@ -122,7 +122,7 @@ def test_dropout_and_variants_are_left_to_peft(monkeypatch, options):
 
 def test_a_bias_beside_b_is_left_to_peft(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4))
-    model = lean_adapters(get_peft_model(model, LoraConfig(r=2, target_modules=["0"], lora_bias=True)))
+    model = use_memory_efficient_adapters(get_peft_model(model, LoraConfig(r=2, target_modules=["0"], lora_bias=True)))
     calls = lean_calls(monkeypatch)
     assert model(torch.randn(2, 3)).shape == (2, 4)
     assert not calls

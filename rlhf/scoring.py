@@ -1,0 +1,36 @@
+"""What completions are worth: by the checks of their prompts, by a reward model, or by a reward function of the user."""
+
+from __future__ import annotations
+
+from data.checks import score
+from data.rewards import call_reward, load_reward
+from models.loader import same_tokens
+from rlhf.packing import score_completions
+from rlhf.reward_model import RewardModel, find_reward_model
+
+
+def gold_scores(rollout):
+    """The share of checks that each completion passes; None where the prompts have no checks."""
+    if rollout.checks is None:
+        return None
+    return [score(text, checks) for text, checks in zip(rollout.texts, rollout.checks)]
+
+
+class Scorer:
+    """The rewards of a rollout: by a reward function, by a reward model's folder, or else by the checks."""
+
+    def __init__(self, reward, reward_model, tokenizer, device):
+        self.reward = load_reward(reward) if reward else None
+        self.reward_model = None
+        if reward_model:
+            self.reward_model = RewardModel.load(find_reward_model(reward_model), device=device)
+            same_tokens(tokenizer, reward_model)
+        self.pad_id = tokenizer.pad_token_id
+
+    def __call__(self, rollout):
+        """A float for each row."""
+        if self.reward:
+            return [call_reward(self.reward, q, text) for q, text in zip(rollout.questions, rollout.texts)]
+        if self.reward_model:
+            return score_completions(self.reward_model, rollout.prompts, rollout.completions, self.pad_id)
+        return rollout.gold

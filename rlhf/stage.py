@@ -1,0 +1,76 @@
+"""What every script of rlhf/ sets up before its loop: options, device, precision, processes, seed, the run's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from configs.config import option
+from models.device import autocast, pick_device, pick_precision
+from runtime.checkpoint import Checkpoints, Saving
+from runtime.console import quiet_libraries
+from runtime.processes import join_processes
+from runtime.run import Run
+
+
+@dataclass
+class TrainingConfig(Saving):
+    """The options that the scripts of rlhf/ share; each adds those of its algorithm."""
+
+    model_name: str = option("smollm2-135m", "the model that training starts from", reads=True)
+    lr: float = option(1e-4, "peak learning rate", above=0)
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up", at_least=0)
+    min_lr_ratio: float = option(0.1, "the cosine ends at lr times this", at_least=0, at_most=1)
+    weight_decay: float = option(0.0, "AdamW's, on matrices", at_least=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    lora_r: int = option(16, "rank of the adapter; 0 trains all weights", at_least=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the forward and backward passes")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    seed: int = option(0, "of the weights that are new, of the order, and of the samples", at_least=0)
+    log_every: int = option(1, "steps between log lines", at_least=1, identity=False)
+    out: str = option("", "the run's folder", identity=False)
+    overwrite: bool = option(False, "replace the run that the folder holds", identity=False)
+
+
+class Stage:
+    """One process of one run of such a script.
+
+    device, precision ("fp32", "bf16" or "fp16"), processes (`Processes`) and run (`Run`) are those of this process.
+    """
+
+    def __init__(self, config, total_steps=None):
+        quiet_libraries()
+        self.config = config
+        self.device = pick_device()
+        self.processes = join_processes(self.device)
+        self.precision = pick_precision(config.precision, self.device)
+        torch.manual_seed(config.seed)
+        self.run = Run(config, config.out, total_steps=total_steps)
+
+    def autocast(self):
+        """The context of forward passes: matrix products in the run's precision."""
+        return autocast(self.device, self.precision)
+
+    def checkpoints(self, **parts):
+        """The run's `Checkpoints`; the parts are as they were where the run was interrupted, if it was."""
+        found = Checkpoints(self.run, **parts)
+        found.load()
+        return found
+
+    def log_due(self, step):
+        """Whether `step` is one of those that are logged: the first, the last, and every log_every-th."""
+        return step % self.config.log_every == 0 or step in (1, self.run.total_steps)
+
+    def log(self, step, means, updates, **more):
+        """Log a dict of means with the learning rate and the gradient's norm of the last update."""
+        self.run.log(step, **means, **more, lr=updates.lr, grad_norm=updates.grad_norm)
+
+    def finish(self, result, inputs, next_command):
+        """Write the manifest: what was reached, and the hashes of what was read, by name."""
+        self.run.finish({"steps": self.run.total_steps, **result}, inputs, next_command)
+
+    def reached(self, *keys):
+        """Those of these numbers that the last logged line has."""
+        return {key: self.run.last[key] for key in keys if key in self.run.last}

@@ -1,0 +1,74 @@
+"""What real sizes need besides several processes: precision, LoRA, gradient checkpointing, compiled layers.
+
+Options of train_lm_ddp.py, each of which is the subject of another script: see train_lm_amp_ckpt.py, train_lm_lora.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from configs.config import UserError, option
+from models.device import PRECISIONS, checkpoint_activations, compile_layers, pick_precision
+from train.common import LMConfig, lm_loss
+from train.train_lm_lora import add_lora, refuse_base
+
+
+@dataclass
+class RealSizeConfig(LMConfig):
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "of the matrix products")
+    gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them")
+    compile: bool = option(False, "fused kernels, on a GPU: the first step takes longer, the others less")
+    lora_r: int = option(0, "rank of a LoRA adapter; 0 trains all weights", at_least=0)
+
+    def check(self):
+        super().check()
+        if self.lora_r:
+            refuse_base(self.model_name)
+
+    def change_model(self, model):
+        """The loaded model as these options want it to be trained."""
+        if self.lora_r:  # frozen weights in the precision that the matrix products run in
+            dtype = PRECISIONS[pick_precision(self.precision, model.device)]
+            model = add_lora(model, self.model_name, self.lora_r, dtype=dtype)
+        if self.gradient_checkpointing:
+            checkpoint_activations(model)
+        compile_if_asked(model, self)  # after what it is to compile is in place
+        return model
+
+
+def compile_if_asked(model, config):
+    """Compile the layers where `config.compile` says so. Raises UserError on a CPU."""
+    if config.compile and model.device.type == "cpu":
+        raise UserError("compile = True is for GPUs: on a CPU compiling takes longer than it saves")
+    if config.compile:
+        compile_layers(model)
+
+
+class SummedLoss(torch.nn.Module):
+    """`lm_loss` as the forward pass of a module, in the precision of `updates`.
+
+    DistributedDataParallel hangs its all-reduce on the forward pass of the module that it wraps: a loss that calls the
+    model inside would skip it.
+    """
+
+    def __init__(self, model, updates, compiled=False):
+        super().__init__()
+        self.model, self.updates, self.compiled = model, updates, compiled
+
+    def forward(self, batch):
+        with self.updates.forward():
+            return lm_loss(self.model, batch, self.compiled)
+
+
+def check_shares(config, processes):
+    """Raise UserError if a step has fewer micro-batches than there are processes: some would have nothing to do."""
+    passes = math.ceil(config.batch_size / config.micro_batch_size)
+    if passes < processes.world_size:
+        raise UserError(
+            f"batch_size = {config.batch_size}, micro_batch_size = {config.micro_batch_size}: the {passes} "
+            f"micro-batches of a step are dealt to {processes.world_size} processes; give each at least one"
+        )
