@@ -18,7 +18,7 @@ import torch
 
 from configs.config import UserError, option, refuse_unused
 from rlhf.policy import Policy
-from rlhf.rollouts import Minibatch, RolloutConfig, SampledRollouts, StoredRollouts
+from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
 from rlhf.steps import Meter, measure_kl, measure_sampler
@@ -46,6 +46,7 @@ class Config(RolloutConfig):
     out: str = "models/grpo"
 
     def check(self):
+        super().check()
         if self.mode == "offline" and (self.reward or self.reward_model):
             raise UserError("mode = offline takes the stored scores: reward and reward_model have no effect")
         online_only = ("prompts", "samples_per_prompt", "sampling_batch_size")
@@ -55,8 +56,6 @@ class Config(RolloutConfig):
             refuse_unused(self, ["kl_kind"], "kl_coef = 0")
         if self.reward and self.reward_model:
             raise UserError("reward and reward_model both score the completions: give one of them")
-        if self.minibatches > self.prompts_per_step:
-            raise UserError(f"minibatches = {self.minibatches}: at most prompts_per_step = {self.prompts_per_step}")
 
 
 def group_advantages(rewards, scale_std=True):
@@ -148,11 +147,12 @@ def main(config):
         # 2. advantages: how much better than the mean of its group each completion is
         advantages = rollout.map_groups(lambda groups: advantages_of_step(groups, config), stage.processes)
 
-        # 3. what each update trains on: whole groups, dealt out to the minibatches
-        minibatches = deal(rollout, advantages.to(stage.device), config, stage, policy)
+        # 3. what each update trains on: whole groups. Where the advantage is 0 only the KL has a gradient
+        minibatches = policy.minibatches(rollout, learn=[bool(config.kl_coef or a) for a in advantages.tolist()])
 
-        # 4. log-probs that stay fixed while the policy moves
-        for batch in (batch for minibatch in minibatches for batch in minibatch.batches):
+        # 4. what stays fixed while the policy moves
+        for batch in all_batches(minibatches):
+            batch.advantages = advantages[batch.rows].to(stage.device)  # (N,)
             batch.old_logprobs = old_logprobs(batch, config, policy)
             batch.ref_logprobs = policy.ref_logprobs(batch) if config.kl_coef else None
 
@@ -187,22 +187,6 @@ def online(config, stage, policy):
     need_checks = config.reward is None
     scorer = Scorer(config.reward, config.reward_model, policy.tokenizer, stage.device)
     return SampledRollouts(config, stage, policy, config.samples_per_prompt, scorer, need_checks)
-
-
-def deal(rollout, advantages, config, stage, policy):
-    """The `Minibatch`es of a rollout: its groups in turn, each with the advantages of its completions.
-
-    A completion whose advantage is 0 has no gradient unless the KL pulls at it, and is not computed; it counts in the
-    mean all the same.
-    """
-    minibatches = []
-    for rows in rollout.split_groups(config.minibatches):
-        learn = [i for i in rows if config.kl_coef or advantages[i] != 0]
-        batches = policy.batches(rollout, learn)
-        for batch in batches:
-            batch.advantages = advantages[batch.rows]
-        minibatches.append(Minibatch(batches, *rollout.count(rows, stage.processes, stage.device)))
-    return minibatches
 
 
 def old_logprobs(batch, config, policy):

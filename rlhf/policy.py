@@ -14,6 +14,7 @@ from models.fast.lora import use_memory_efficient_adapters
 from models.loader import load_model, load_tokenizer, portable_name, resolve_model
 from models.save import save_model
 from rlhf.packing import packed_logprobs
+from rlhf.rollouts import Minibatch
 from runtime.console import say
 from runtime.files import in_root
 from runtime.processes import on_main
@@ -37,13 +38,18 @@ class Policy:
         with self.stage.autocast(), as_reference(self.model, self.reference) as reference:
             return packed_logprobs(reference, batch.packed, self.config.temperature)
 
-    def batches(self, rollout, rows):
-        """These rows of a rollout as `Batch`es of micro_batch_size completions, on the model's device."""
-        size, pad_id = self.config.micro_batch_size, self.tokenizer.pad_token_id
-        batches = rollout.batches(rows, size, pad_id, self.stage.device)
-        for batch in batches:
-            self.stage.run.count_tokens(batch.packed.tokens)
-        return batches
+    def minibatches(self, rollout, learn=None):
+        """What the updates of an epoch train on: whole groups, dealt out to config.minibatches `Minibatch`es.
+
+        learn: whether each row is computed (default: all are); one that is not still counts in the means.
+        """
+        config, stage, found = self.config, self.stage, []
+        for rows in rollout.split_groups(config.minibatches):
+            computed = rows if learn is None else [i for i in rows if learn[i]]
+            batches = rollout.batches(computed, config.micro_batch_size, self.tokenizer.pad_token_id, stage.device)
+            stage.run.count_tokens(sum(batch.packed.tokens for batch in batches))
+            found.append(Minibatch(batches, *rollout.count(rows, stage.processes, stage.device)))
+        return found
 
     def save(self, folder):
         """Write the weights (an adapter that names its base, or the full model) and the tokenizer."""

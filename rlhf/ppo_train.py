@@ -11,7 +11,6 @@ adaptive coefficient), Ouyang et al. 2022 (the whole). Left out: a separate valu
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,7 +21,7 @@ from configs.config import UserError, option, refuse_unused
 from models.loader import same_tokens
 from rlhf.policy import Policy
 from rlhf.reward_model import find_reward_model, last_token, place_reward_model
-from rlhf.rollouts import Minibatch, RolloutConfig, SampledRollouts
+from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches
 from rlhf.stage import Stage
 from rlhf.steps import Meter, measure_kl, measure_sampler
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
@@ -54,18 +53,13 @@ class Config(RolloutConfig):
     out: str = "models/ppo"
 
     def check(self):
+        super().check()
         if self.kl_controller == "adaptive" and self.kl_target is None:
             raise UserError("kl_controller = adaptive needs kl_target, in nats per sequence (6, say)")
         if self.kl_controller == "fixed" and self.kl_target is not None:
             raise UserError("kl_target has no effect with kl_controller = fixed")
         if self.kl_controller == "fixed":
             refuse_unused(self, ["kl_horizon"], "kl_controller = fixed")
-        pieces = math.ceil(self.prompts_per_step / max(1, self.micro_batch_size // self.samples_per_prompt))
-        if self.minibatches > pieces:
-            raise UserError(
-                f"minibatches = {self.minibatches}: a rollout makes {pieces} micro-batches of micro_batch_size = "
-                f"{self.micro_batch_size} completions, those of a prompt together; lower one of them"
-            )
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_values=None):
@@ -163,8 +157,8 @@ def main(config):
         rollout = rollouts.at(step)
 
         # 2. what the four models say of them, in the very batches that will be trained on
-        batches = policy.batches(rollout, range(len(rollout.prompts)))
-        for batch in batches:
+        minibatches = policy.minibatches(rollout)
+        for batch in all_batches(minibatches):
             with torch.no_grad():
                 with stage.autocast():
                     batch.scores = reward_scores(batch.packed)
@@ -179,11 +173,11 @@ def main(config):
             batch.advantages, batch.returns = gae(
                 rewards, batch.values, batch.mask, config.gamma, config.lam, last_values
             )
-        whiten_advantages(batches, stage.processes)
+        whiten_advantages(all_batches(minibatches), stage.processes)
 
         # 4. clipped updates of policy and values; the losses of a minibatch add up
         meter = Meter()
-        for minibatch in deal(batches, step, config, stage):
+        for minibatch in minibatches * config.inner_epochs:
             for batch in minibatch.batches:
                 logprobs, entropy, values, _ = policy.logprobs(batch, entropy=True, value_head=value_head)  # (N, L)
                 pg_loss = policy_loss(
@@ -196,7 +190,7 @@ def main(config):
             updates.step(step, rollout.where)
 
         # 5. what happened, and the KL coefficient of the next rollout
-        measure_rollout(meter, rollout, batches)
+        measure_rollout(meter, rollout, all_batches(minibatches))
         means = meter.collect(stage.processes)
         if stage.log_due(step):
             stage.log(step, means, updates, kl_coef=kl.coef)
@@ -217,19 +211,6 @@ def new_value_head(model, device):
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     return head
-
-
-def deal(batches, step, config, stage):
-    """The `Minibatch`es of all inner epochs, in order: in each epoch every batch is in one, in another order."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    for _ in range(config.inner_epochs):
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        for number in range(config.minibatches):
-            share = [batches[i] for i in order[number :: config.minibatches]]
-            counts = torch.tensor(
-                [float(sum(batch.mask.sum() for batch in share)), float(sum(len(b.rows) for b in share))]
-            )
-            yield Minibatch(share, *stage.processes.sum(counts.to(stage.device)).tolist())
 
 
 def whiten_advantages(batches, processes):

@@ -38,6 +38,13 @@ class RolloutConfig(TrainingConfig):
     micro_batch_size: int = option(16, "completions in one forward and backward pass", at_least=1)
     sampling_batch_size: int = option(64, "completions sampled at once", at_least=1)
 
+    def check(self):
+        if self.minibatches > self.prompts_per_step:
+            raise UserError(
+                f"minibatches = {self.minibatches}: at most prompts_per_step = {self.prompts_per_step}, or one would "
+                "train on nothing"
+            )
+
 
 @dataclass
 class Batch:
@@ -75,6 +82,11 @@ class Minibatch:
     sequences: float
 
 
+def all_batches(minibatches):
+    """The batches of all minibatches, in order."""
+    return [batch for minibatch in minibatches for batch in minibatch.batches]
+
+
 @dataclass
 class Rollout:
     """Completions of one step: entry i of each list is one row; those of one prompt, a group, are consecutive rows."""
@@ -86,6 +98,7 @@ class Rollout:
     texts: list[str]
     questions: list[str]
     group_sizes: list[int]  # rows of each prompt
+    places: list[int]  # of each group among those of the step, over all processes
     checks: list[list[dict]] | None = None
     rewards: list[float] | None = None  # what is maximised
     gold: list[float] | None = None  # the score by the program that defines the task; None where prompts have none
@@ -104,9 +117,14 @@ class Rollout:
         return found
 
     def split_groups(self, parts):
-        """Rows of all groups, dealt out to `parts` lists group by group."""
-        groups = self.grouped(range(len(self.prompts)))
-        return [[i for group in groups[part::parts] for i in group] for part in range(parts)]
+        """Rows of all groups, dealt out to `parts` lists by the place of each group in the step.
+
+        So every number of processes makes the same parts together, each process its share of every part.
+        """
+        found = [[] for _ in range(parts)]
+        for place, group in zip(self.places, self.grouped(range(len(self.prompts)))):
+            found[place % parts] += group
+        return found
 
     def map_groups(self, function, processes):
         """What `function` makes of all groups of the step, over all processes; of that, this process's, as one tensor.
@@ -133,17 +151,17 @@ class Rollout:
         return found
 
     def micro_batches(self, rows, size):
-        """The rows of each of these batches."""
+        """The rows of each of these batches. A group larger than `size` is cut: its prompt is computed once a piece."""
         chosen = set(rows)
         groups = [[i for i in group if i in chosen] for group in self.grouped(range(len(self.prompts)))]
         groups = [group for group in groups if group]
         groups.sort(key=lambda g: len(self.prompts[g[0]]) + sum(len(self.completions[i]) for i in g))
         pieces = []
-        for group in groups:
-            if pieces and len(pieces[-1]) + len(group) <= size:
-                pieces[-1] += group
+        for part in (group[i : i + size] for group in groups for i in range(0, len(group), size)):
+            if pieces and len(pieces[-1]) + len(part) <= size:
+                pieces[-1] += part
             else:
-                pieces.append(list(group))
+                pieces.append(part)
         return pieces
 
     def pack(self, rows, pad_id, device):
@@ -172,10 +190,10 @@ class Rollout:
 class PromptStream:
     """Prompts of the training split in an order that is a pure function of (seed, step), each once an epoch.
 
-    A step's prompts are dealt out to the processes: see `Processes.share`.
+    A step's prompts are dealt out to the processes: see `my_places`.
     """
 
-    def __init__(self, path, tokenizer, prompts_per_step, seed, processes, need_checks=True):
+    def __init__(self, path, tokenizer, prompts_per_step, seed, processes, need_checks=True, minibatches=1):
         self.rows = load_prompts(path, split="train", need_checks=need_checks)
         if len(self.rows) < prompts_per_step:
             raise UserError(f"prompts_per_step = {prompts_per_step}: {path} has only {len(self.rows)} training prompts")
@@ -184,12 +202,22 @@ class PromptStream:
             raise UserError(f"prompts_per_step = {prompts_per_step}: must be at least {n}, one for each process")
         self.ids = [prompt_ids(tokenizer, row["prompt"]) for row in self.rows]
         self.sha256 = sha256_file(in_root(path))
-        self.count, self.seed, self.processes = prompts_per_step, seed, processes
+        self.count, self.seed, self.processes, self.minibatches = prompts_per_step, seed, processes, minibatches
 
     def at(self, step):
-        """This process's (position in the step, row, ids) for step `step`, counted from 1."""
+        """This process's (place in the step, row, ids) for step `step`, counted from 1."""
         chosen = step_indices(len(self.rows), self.count, step, self.seed)
-        return self.processes.share([(k, self.rows[i], self.ids[i]) for k, i in enumerate(chosen)])
+        mine = my_places(self.count, self.minibatches, self.processes)
+        return [(place, self.rows[chosen[place]], self.ids[chosen[place]]) for place in mine]
+
+
+def my_places(count, minibatches, processes):
+    """Which of a step's `count` places (prompts) are this process's: an equal share of each minibatch, in order.
+
+    Minibatch m has the places m, m + minibatches, ...: see `Rollout.split_groups`.
+    """
+    by_minibatch = [place for m in range(minibatches) for place in range(m, count, minibatches)]
+    return sorted(processes.share(by_minibatch))
 
 
 def check_room(stream, model, max_new_tokens):
@@ -213,8 +241,9 @@ class SampledRollouts:
         self.config, self.stage, self.samples, self.score = config, stage, samples, score
         self.tokenizer = policy.tokenizer
         self.stream = PromptStream(
-            config.prompts, policy.tokenizer, config.prompts_per_step, config.seed, stage.processes, need_checks
-        )
+            config.prompts, policy.tokenizer, config.prompts_per_step, config.seed, stage.processes, need_checks,
+            config.minibatches,
+        )  # fmt: skip
         check_room(self.stream, policy.model, config.max_new_tokens)
         self.sampler = Sampler(policy.model, config, stage.precision)
         self.inputs = {config.prompts: self.stream.sha256}
@@ -233,6 +262,7 @@ class SampledRollouts:
                 texts=[completion_text(self.tokenizer, ids) for ids in generation.completions],
                 questions=[row["prompt"] for row in rows],
                 group_sizes=[self.samples] * len(share),
+                places=[place for place, _, _ in share],
                 checks=[row["checks"] for row in rows] if all(row.get("checks") for row in rows) else None,
             )
             rollout.gold = gold_scores(rollout)
@@ -271,8 +301,10 @@ class StoredRollouts:
 
     def at(self, step):
         """This process's part of the groups of `step`, with the stored scores as rewards."""
-        chosen = step_indices(len(self.groups), self.config.prompts_per_step, step, self.config.seed)
-        mine = [self.groups[i] for i in self.stage.processes.share(chosen)]
+        config = self.config
+        chosen = step_indices(len(self.groups), config.prompts_per_step, step, config.seed)
+        places = my_places(config.prompts_per_step, config.minibatches, self.stage.processes)
+        mine = [self.groups[chosen[place]] for place in places]
         return Rollout(
             prompts=[g["prompt"] for g in mine for _ in g["completions"]],
             completions=[c for g in mine for c in g["completions"]],
@@ -281,5 +313,6 @@ class StoredRollouts:
             texts=[t for g in mine for t in g["text"]["completions"]],
             questions=[g["text"]["prompt"] for g in mine for _ in g["completions"]],
             group_sizes=[len(g["completions"]) for g in mine],
+            places=places,
             rewards=[s for g in mine for s in g["scores"]],
         )
