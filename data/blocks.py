@@ -82,8 +82,8 @@ def make_blocks(documents, kind, tokenizer, max_length, name):
         for i, document in enumerate(documents):
             for prompt, completion in _turns(document):
                 where = f"{name}, document {i + 1}"
-                ended = document.get("ended", True)
-                sample, was_cut = completion_sample(tokenizer, prompt, completion, max_length, where, ended)
+                reason = document.get("finish_reason", "stop")
+                sample, was_cut = completion_sample(tokenizer, prompt, completion, max_length, where, reason)
                 cut += was_cut
                 dropped += sample is None
                 samples += [sample] if sample else []
@@ -112,10 +112,11 @@ def text_sample(tokenizer, text):
     return Sample(np.array(ids), np.ones(len(ids), dtype=bool), sizes)
 
 
-def completion_sample(tokenizer, prompt, completion, max_length, where, ended=True):
+def completion_sample(tokenizer, prompt, completion, max_length, where, finish_reason="stop"):
     """(sample, prompt was cut) of a prompt and its completion; (None, False) if the completion alone is too long.
 
-    ended: False for an answer that a length limit cut: it has no stop token, which would teach to break off there.
+    finish_reason: "length" for a completion that a length limit cut: it gets no stop token, which would teach to
+    break off there.
     """
     try:
         p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
@@ -123,7 +124,7 @@ def completion_sample(tokenizer, prompt, completion, max_length, where, ended=Tr
         raise UserError(f"{where}: {error}") from None
     if not p or len(c) < 2:
         raise UserError(f"{where}: the {'completion' if p else 'prompt'} is empty: nothing of it would be learnt")
-    c = c if ended else c[:-1]
+    c = c if finish_reason == "stop" else c[:-1]
     if len(c) >= max_length:
         return None, False
     kept = p[-(max_length - len(c)) :]

@@ -10,7 +10,7 @@ A document is a dict of one of three kinds, the same for all documents of a corp
     prompt     {"prompt": ..., "completion": ...}         the completion is learnt
 
 Prompt and completion are both strings or both lists of messages. Rows with `prompt`, `chosen` and `rejected`, as in
-preferences.jsonl, become prompt documents with the chosen answer; `"ended": False` is added to one that was cut.
+preferences.jsonl, become prompt documents with the chosen answer; `"finish_reason": "length"` is added to one that was cut.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.config import UserError
+from data.jsonl import parse_jsonl
 from models.fetch import EMBEDDED_TEXTS, fetch_source
-from runtime.files import json_error
 
 # Whole plays and books, so that evaluation is on works of which training saw no line.
 HELDOUT_PLAYS = ("macbeth", "richard-ii", "twelfth-night")
@@ -162,18 +162,7 @@ def _read_text(path):
 
 def _read_jsonl(path):
     documents = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 (byte {error.start} of the line)") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {json_error(error)}; one object a line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is a JSON {type(row).__name__}, not an object with {ALLOWED_KEYS}")
+    for where, row in parse_jsonl(path.read_bytes(), str(path)):
         document = as_document(row, where)
         if documents and _form(document) != _form(documents[0]):
             raise UserError(
@@ -195,31 +184,33 @@ def as_document(row: dict, where: str) -> dict:
         return {"messages": messages}
     for answer in ("completion", "chosen"):
         if "prompt" in row and answer in row:
-            ended = {} if answer_ended(row, answer, where) else {"ended": False}
+            reason = finish_reason_of(row, answer, where)
+            finish = {} if reason == "stop" else {"finish_reason": reason}
             kinds = {type(row["prompt"]), type(row[answer])}
             if kinds == {str}:
                 prompt, completion = row["prompt"], _string(row[answer], answer, where)
                 return {
                     "prompt": _string(prompt, "prompt", where, may_be_empty=True),
                     "completion": completion,
-                    **ended,
+                    **finish,
                 }
             if kinds == {list}:
                 prompt, completion = (_messages(row[key], key, where) for key in ("prompt", answer))
-                return {"prompt": prompt, "completion": completion, **ended}
+                return {"prompt": prompt, "completion": completion, **finish}
             raise UserError(f"{where}: `prompt` and `{answer}` must both be strings or both be lists of messages")
     if "text" in row:
         return {"text": _string(row["text"], "text", where)}
     raise UserError(f"{where} has the keys {', '.join(row) or '(none)'}; it takes {ALLOWED_KEYS}")
 
 
-def answer_ended(row: dict, answer: str, where: str) -> bool:
-    """Whether the answer under this key ended by itself, by `chosen_finish` and the like: "stop", or "length" for one
-    that was cut at the longest length. Without such a key it did."""
-    finish = row.get(f"{answer}_finish", "stop")
-    if finish not in ("stop", "length"):
-        raise UserError(f"{where}: `{answer}_finish` is {finish!r}, it takes stop or length")
-    return finish == "stop"
+def finish_reason_of(row: dict, key: str, where: str) -> str:
+    """How the completion under this key ended, by `chosen_finish_reason` and the like: "stop", by itself, as without
+    such a key; or "length", where the longest length cut it. (`chosen_finish` is the older name of the key.)"""
+    name = f"{key}_finish_reason"
+    reason = row.get(name, row.get(f"{key}_finish", "stop"))
+    if reason not in ("stop", "length"):
+        raise UserError(f"{where}: `{name}` is {reason!r}, it takes stop or length")
+    return reason
 
 
 def _string(value, key, where, may_be_empty=False):

@@ -5,7 +5,7 @@
 
 Writes data/preferences.jsonl, one pair a line, which rlhf/train_reward_model.py, rlhf/dpo_train.py and TRL read:
 `prompt`, `chosen` and `rejected` as messages, `chosen_score`, `rejected_score`, and how each answer ended:
-`chosen_finish`, `rejected_finish` ("stop": by itself; "length": cut at max_new_tokens).
+`chosen_finish_reason`, `rejected_finish_reason` ("stop": by itself; "length": cut at max_new_tokens).
 
 This is "best-of-n against worst-of-n" on-policy data (Pang et al. 2024, "Iterative Reasoning Preference Optimization",
 section 2). A prompt whose answers all score the same says nothing about what is better: it is dropped and counted.
@@ -47,8 +47,8 @@ def make_pairs(answers, pairs_per_prompt=1):
     that the order of sampling decides. Answers without text, and second copies of a text, are left out.
     """
     distinct = list({a.text: a for a in reversed(answers) if a.text}.values())[::-1]
-    best = sorted(distinct, key=lambda a: (-a.score, a.finish != "stop"))
-    worst = sorted(distinct, key=lambda a: (a.score, a.finish != "stop"))
+    best = sorted(distinct, key=lambda a: (-a.score, a.finish_reason != "stop"))
+    worst = sorted(distinct, key=lambda a: (a.score, a.finish_reason != "stop"))
     return [(c, r) for c, r in zip(best, worst) if c.score > r.score][:pairs_per_prompt]
 
 
@@ -74,8 +74,8 @@ def main(config):
                     "rejected": messages("assistant", rejected.text),
                     "chosen_score": chosen.score,
                     "rejected_score": rejected.score,
-                    "chosen_finish": chosen.finish,
-                    "rejected_finish": rejected.finish,
+                    "chosen_finish_reason": chosen.finish_reason,
+                    "rejected_finish_reason": rejected.finish_reason,
                 }
             )
     if not rows:

@@ -45,7 +45,7 @@ class Config(SamplingConfig):
 
 def order_group(answers):
     """The answers from best to worst; among equal scores those that ended by themselves first, then as sampled."""
-    return sorted(answers, key=lambda a: (-a.score, a.finish != "stop"))
+    return sorted(answers, key=lambda a: (-a.score, a.finish_reason != "stop"))
 
 
 def main(config):
@@ -71,7 +71,7 @@ def main(config):
                 "scores": [a.score for a in group],
                 "completion_ids": [a.ids for a in group],
                 "logprobs": [[round(x, 6) for x in a.logprobs] for a in group],
-                "finish_reasons": [a.finish for a in group],
+                "finish_reasons": [a.finish_reason for a in group],
                 "temperature": config.temperature,
                 "policy": sampled.policy,
             }

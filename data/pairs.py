@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 from configs.config import UserError, shown
-from data.corpus import answer_ended
+from data.corpus import finish_reason_of
+from data.jsonl import parse_jsonl
+from data.prompts import text_of
 from models.tokens import completion_ids, prompt_ids
 from runtime.console import say
-from runtime.files import in_root, json_error, sha256_file
+from runtime.files import in_root, sha256_file
 
 
 def read_rows(source, made_by="python data/generate_preferences.py"):
@@ -25,21 +26,7 @@ def read_rows(source, made_by="python data/generate_preferences.py"):
         raise UserError(f"{shown(path)} is a folder: give a .jsonl file")
     if not path.is_file():
         raise UserError(f"{shown(path)} is not there. This makes it: {made_by}")
-    rows = []
-    # lines end at "\n" alone: texts may hold other separators, such as U+2028
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        where = f"{shown(path)} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({json_error(error)})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: must be an object with keys, not {line[:60].decode(errors='replace')!r}")
-        rows.append({**row, "where": where})
+    rows = [{**row, "where": where} for where, row in parse_jsonl(path.read_bytes(), shown(path))]
     if not rows:
         raise UserError(f"{shown(path)} is empty. This makes it: {made_by}")
     return rows, sha256_file(path)
@@ -57,11 +44,6 @@ def _hub_rows(name):
             "Give a .jsonl file whose rows have prompt, chosen and rejected"
         ) from None
     return [{**row, "where": f"{name} row {i}"} for i, row in enumerate(data)], data._fingerprint
-
-
-def text_of(value):
-    """The plain text of a prompt or an answer in either form, for printing and for reward functions."""
-    return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
 
 
 def split_prompt(row):
@@ -87,10 +69,10 @@ def _keys(row):
     return ", ".join(k for k in row if k != "where")
 
 
-def encode(tokenizer, prompt, completion, max_length, where, truncation="left", ended=True):
+def encode(tokenizer, prompt, completion, max_length, where, truncation="left", finish_reason="stop"):
     """(prompt ids, completion ids) within max_length tokens, or None if the row is to be dropped.
 
-    ended: False for an answer that a length limit cut while it was sampled: it has no stop token.
+    finish_reason: "length" for a completion that a length limit cut while it was sampled: it has no stop token.
     A completion is never cut to nothing: where both do not fit, the prompt is cut from the left ("left") or the row is
     dropped ("drop"); a completion that alone is longer than max_length - 1 drops the row in both cases.
     """
@@ -102,7 +84,7 @@ def encode(tokenizer, prompt, completion, max_length, where, truncation="left", 
         raise UserError(f"{where}: the prompt is empty")
     if len(c) < 2:
         raise UserError(f"{where}: a completion is empty: nothing of this row would be learned")
-    c = c if ended else c[:-1]
+    c = c if finish_reason == "stop" else c[:-1]
     if len(p) + len(c) > max_length:
         if truncation == "drop" or len(c) >= max_length:
             return None
@@ -112,15 +94,15 @@ def encode(tokenizer, prompt, completion, max_length, where, truncation="left", 
 
 def load_pairs(source, tokenizer, max_length, truncation="left"):
     """Pairwise preferences as dicts {prompt, chosen, rejected: token ids, margin, text, where}, how many rows were
-    dropped or cut, and the data's hash. The prompt's ids are the same for both answers. An answer whose finish
-    (`chosen_finish`, `rejected_finish`) is "length" has no stop token, as when it was sampled."""
+    dropped or cut, and the data's hash. The prompt's ids are the same for both completions. One whose
+    `chosen_finish_reason` or `rejected_finish_reason` is "length" has no stop token, as when it was sampled."""
     rows, digest = read_rows(source)
     pairs, counts = [], {"dropped": 0, "cut": 0}
     for row in rows:
         prompt, chosen, rejected = split_prompt(row)
         where = row["where"]
         a, b = (
-            encode(tokenizer, prompt, row_answer, max_length, where, truncation, answer_ended(row, key, where))
+            encode(tokenizer, prompt, row_answer, max_length, where, truncation, finish_reason_of(row, key, where))
             for key, row_answer in (("chosen", chosen), ("rejected", rejected))
         )
         if a is None or b is None:

@@ -223,13 +223,13 @@ def summarise(config, sampled, matches):
     summary = {
         "answers": len(answers),
         "mean_score": mean(scores),
-        "ended_by_themselves": mean(a.finish == "stop" for a in answers),
+        "ended_by_themselves": mean(a.finish_reason == "stop" for a in answers),
         "degenerate": mean(is_degenerate(a.text) for a in answers),
         "mean_tokens": mean(len(a.ids) for a in answers),
         "chosen_mean_tokens": mean(len(c.ids) for c, _ in matches),
         "rejected_mean_tokens": mean(len(r.ids) for _, r in matches),
-        "chosen_ended": mean(c.finish == "stop" for c, _ in matches),
-        "rejected_ended": mean(r.finish == "stop" for _, r in matches),
+        "chosen_ended": mean(c.finish_reason == "stop" for c, _ in matches),
+        "rejected_ended": mean(r.finish_reason == "stop" for _, r in matches),
         "longer_wins": longer_right,
         "duplicate_answers": sum(len(group) - len({a.text for a in group}) for group in sampled.answers),
         "duplicate_prompts": len(sampled.answers) - len({_plain(row["prompt"]) for row, _ in sampled}),
@@ -290,7 +290,7 @@ def show_match(prompt, chosen, rejected):
     """Print one prompt with its chosen and its rejected answer."""
     say(f"\na sample\n  prompt:   {text_of(prompt['prompt'])!r}")
     for name, answer in (("chosen:", chosen), ("rejected:", rejected)):
-        say(f"  {name:<9} {answer.text!r} (score {answer.score:g}, {len(answer.ids)} tokens, {answer.finish})")
+        say(f"  {name:<9} {answer.text!r} (score {answer.score:g}, {len(answer.ids)} tokens, {answer.finish_reason})")
 
 
 def save(config, rows, sampled, summary, started, next_command):

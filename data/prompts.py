@@ -10,7 +10,8 @@ from pathlib import Path
 
 from configs.config import UserError
 from data.checks import CHECKS, words
-from runtime.files import in_root, json_error
+from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
+from runtime.files import in_root
 
 
 def read_prompts(source, split="heldout", need_checks=False):
@@ -22,34 +23,29 @@ def read_prompts(source, split="heldout", need_checks=False):
     """
     if source != "-" and str(source).endswith(".json"):
         return load_prompts(in_root(source), split, need_checks=need_checks)
-    where, content = ("standard input", _stdin()) if source == "-" else (str(source), _file(source))
+    where, content = ("standard input", sys.stdin.buffer.read()) if source == "-" else (str(source), _file(source))
     return parse_prompts(content, where, need_checks, jsonl=str(source).endswith(".jsonl"))
 
 
 def parse_prompts(content, where, need_checks=False, jsonl=False):
-    """The prompts in the text `content`: JSONL if told so or if it begins with a brace, else one a line."""
-    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    if not lines:
+    """The prompts in `content`, bytes: JSONL if told so or if it begins with a brace, else one a line."""
+    if not content.strip():
         raise UserError(f"{where}: there is no prompt in it")
-    if not (jsonl or lines[0][1].startswith("{")):
+    if not (jsonl or content.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")):
         if need_checks:
             raise UserError(f"{where}: lines of text have no checks to be scored by; give a --reward module:function")
-        return [{"prompt": line} for _, line in lines]
+        return [{"prompt": line.strip()} for line in _decoded(content, where).split("\n") if line.strip()]
     rows = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} line {number}: not valid JSON ({json_error(error)})") from None
-        if not isinstance(row, dict) or not _is_prompt(row.get("prompt")):
+    for place, row in parse_jsonl(content, where):
+        if not _is_prompt(row.get("prompt")):
             raise UserError(
-                f'{where} line {number}: must be an object whose "prompt" is a text or a list of messages, '
-                f"each with role and content, not {line[:60]!r}"
+                f'{place}: must be an object whose "prompt" is a text or a list of messages, '
+                f"each with role and content, not {str(row)[:60]!r}"
             )
         if need_checks and not row.get("checks"):
-            raise UserError(f"{where} line {number}: has no checks to be scored by; give a --reward module:function")
+            raise UserError(f"{place}: has no checks to be scored by; give a --reward module:function")
         if row.get("checks"):
-            validate_checks(row["checks"], f"{where} line {number}")
+            validate_checks(row["checks"], place)
         rows.append(row)
     return rows
 
@@ -64,11 +60,7 @@ def _file(source):
     path = in_root(source)
     if not path.is_file():
         raise UserError(f"prompts = {str(source)!r}: no such file")
-    return _decoded(path.read_bytes(), str(source))
-
-
-def _stdin():
-    return _decoded(sys.stdin.buffer.read(), "standard input")
+    return path.read_bytes()
 
 
 def _decoded(content, where):
@@ -78,9 +70,9 @@ def _decoded(content, where):
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def text_of(prompt):
-    """The plain text of a prompt (a text, or a list of messages), for reward functions and for the terminal."""
-    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+def text_of(value):
+    """The plain text of a prompt or a completion (a text, or a list of messages): for rewards and for the terminal."""
+    return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
 
 
 PROMPTS = "data/prompts.json"

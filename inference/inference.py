@@ -99,7 +99,9 @@ def batch(config, model, tokenizer, rows):
         say(f"\n{number}. {text_of(row['prompt'])}")
         for line in answer.text.splitlines() or [""]:
             say(f"   {line}")
-        say(f"   ({len(answer.ids)} tokens, {'ended by itself' if answer.finish == 'stop' else 'cut at its length'})")
+        say(
+            f"   ({len(answer.ids)} tokens, {'ended by itself' if answer.finish_reason == 'stop' else 'cut at its length'})"
+        )
     say(f"\n{len(rows)} answers, {rate(groups, seconds)}")
     write_rows(
         config.out,
@@ -107,7 +109,7 @@ def batch(config, model, tokenizer, rows):
             {
                 "prompt": row["prompt"],
                 "completion": answer.text,
-                "finish_reason": answer.finish,
+                "finish_reason": answer.finish_reason,
                 "tokens": len(answer.ids),
                 "model": config.model_name,
             }
@@ -187,26 +189,23 @@ def asked(config):
         return [{"prompt": config.prompt}]
     if config.prompts is not None:
         return read_prompts(config.prompts, split=None)
-    piped = piped_text()
+    piped = piped_bytes()
     return parse_prompts(piped, "standard input") if piped.strip() else [{"prompt": text} for text in EXAMPLES]
 
 
-def piped_text(wait=1.0):
-    """What was piped or redirected into this process; empty if nothing came within `wait` seconds.
+def piped_bytes(wait=1.0):
+    """The bytes that were piped or redirected into this process; none if nothing came within `wait` seconds.
 
     Schedulers and notebooks leave a silent pipe open as standard input; `--prompts -` waits as long as it takes.
     """
     if sys.stdin is None or sys.stdin.closed:
-        return ""
+        return b""
     mode = os.fstat(sys.stdin.fileno()).st_mode
     if stat.S_ISFIFO(mode) and not select.select([sys.stdin], [], [], wait)[0]:
-        return ""
+        return b""
     if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-        return ""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return b""
+    return sys.stdin.buffer.read()
 
 
 def is_adapter(name):

@@ -23,7 +23,7 @@ class Completion:
     text: str
     ids: list[int]  # as sampled, the stop id included when it was sampled
     logprobs: list[float]  # of each id, in nats, under the distribution it was drawn from
-    finish: str  # "stop": it ended by itself; "length": it was cut at max_new_tokens
+    finish_reason: str  # "stop": it ended by itself; "length": it was cut at max_new_tokens
     score: float = 0.0
 
 
@@ -105,7 +105,7 @@ def sampling(config):
 
 def show_completion(name, answer, note):
     """Print one answer: whose it is, a note with its numbers, how long it is, and its text, indented."""
-    say(f"  {name} | {note} | {len(answer.ids)} tokens{', cut' if answer.finish == 'length' else ''}")
+    say(f"  {name} | {note} | {len(answer.ids)} tokens{', cut' if answer.finish_reason == 'length' else ''}")
     for line in answer.text.splitlines() or [""]:
         say(f"      {line}")
 
@@ -145,7 +145,7 @@ def mean(values):
 def lengths(groups):
     """(mean length in tokens, share that ended by themselves) of lists of answers."""
     answers = [answer for group in groups for answer in group]
-    return mean(len(a.ids) for a in answers), mean(a.finish == "stop" for a in answers)
+    return mean(len(a.ids) for a in answers), mean(a.finish_reason == "stop" for a in answers)
 
 
 def rate(groups, seconds):

@@ -25,20 +25,19 @@ from data.corpus import load_corpus
 from report.evaluate import Config as EvaluateConfig
 from report.evaluate import Measure, evaluate
 from report.intervals import best_of_measured, distinct, summarise
+from report.methods import METHODS, REWARD_MODEL, method_of
 from report.page import table, text_table, write_report
 from report.sentences import headline
 from runtime.cli import cli
 from runtime.console import duration, say
-from runtime.files import in_root, read_manifest, sha256_file
-
-REWARD = "python rlhf/train_reward_model.py"
+from runtime.files import in_root, read_lines, read_manifest, sha256_file
 
 
 @dataclass
 class Config(Measure):
     CONFIG: ClassVar[str] = "configs/compare.yaml"
     models: str = option("models", "the folder of the runs: sft, dpo, ppo, grpo_offline, grpo")
-    best_of: int = option(4, "best-of-n: answers of the base of which the reward model keeps one", at_least=2)
+    best_of: int = option(4, "best-of-n: completions of the base of which the reward model keeps one", at_least=2)
     seeds: str | None = option(None, "training seeds, such as 0,1,2: seed 0 in models/dpo, seed 1 in models/dpo-seed1")
     allow_missing: bool = option(False, "compare the runs that are there")
     runs: str = option("report/runs", "the folder of the measurements")
@@ -52,29 +51,6 @@ class Config(Measure):
         if not all(word.isdigit() for word in words) or len(set(words)) < len(words):
             raise UserError(f"seeds = {self.seeds!r}: must be different whole numbers, such as 0,1,2")
         return [int(word) for word in words]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a method is called, where its run lies, and what makes it."""
-
-    key: str
-    label: str
-    folder: str | None = None  # below `models`; None: the base itself
-    command: str | None = None
-
-
-METHODS = (
-    Method("base", "base"),
-    Method("sft", "SFT on chosen", "sft", "python train/train_lm_lora.py --config configs/sft.yaml"),
-    Method("best_of", "best of {n}", None, REWARD),
-    Method("dpo", "DPO", "dpo", "python rlhf/dpo_train.py"),
-    Method("ppo", "PPO", "ppo", "python rlhf/ppo_train.py"),
-    Method(
-        "grpo_offline", "GRPO offline", "grpo_offline", "python rlhf/grpo_train.py --config configs/grpo_offline.yaml"
-    ),
-    Method("grpo", "GRPO online", "grpo", "python rlhf/grpo_train.py"),
-)
 
 
 @dataclass
@@ -103,7 +79,7 @@ class Row:
 
 
 def run_folder(config, method, seed):
-    name = method.folder + (f"-seed{seed}" if seed else "")
+    name = method.key + (f"-seed{seed}" if seed else "")
     return f"{config.models.rstrip('/')}/{name}"
 
 
@@ -114,8 +90,8 @@ def find_runs(config):
     for method in METHODS:
         lacks = {}
         if method.key == "best_of" and not reward:
-            lacks[config.reward_model] = REWARD
-        for seed in config.seed_list() if method.folder else ():
+            lacks[config.reward_model] = REWARD_MODEL
+        for seed in config.seed_list() if method.script else ():
             folder = run_folder(config, method, seed)
             if read_manifest(folder) is None:
                 edits = f" --seed {seed} --out {folder}" if seed else ""
@@ -142,7 +118,7 @@ def measure_all(config, methods):
     jobs = []
     for method in (method for method in methods if method.key != "best_of"):
         for seed in config.seed_list():
-            name = run_folder(config, method, seed) if method.folder else config.base
+            name = run_folder(config, method, seed) if method.script else config.base
             suffix = f"-seed{seed}" if seed else ""
             out = f"{config.runs}/{method.key}{suffix}.json"
             edits = {"seed": config.seed + seed, "model_name": name, "out": out}
@@ -177,7 +153,7 @@ def make_rows(config, methods, results):
             best_of = config.best_of if method.key == "best_of" else 1
             measured = summarise([a for run in runs for a in run["answers"]], runs[0]["unseen_types"], best_of)
         row = Row(method.key, method.label.format(n=config.best_of), runs, measured)
-        if method.folder:
+        if method.script:
             folder = run_folder(config, method, config.seed_list()[0])
             manifests = [read_manifest(run_folder(config, method, seed)) for seed in config.seed_list()]
             row.seconds = statistics.fmean(m["seconds"] for m in manifests)
@@ -223,16 +199,12 @@ def seconds_before(inputs, seen=None):
     return total
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 def stale_inputs(rows, config):
     """Sentences on runs that learned from data that is not the data that lies there now."""
     found = []
     for row in rows:
-        method = next(method for method in METHODS if method.key == row.key)
-        if not method.folder:
+        method = method_of(row.key)
+        if not method.script:
             continue
         folder = run_folder(config, method, config.seed_list()[0])
         for name, before in read_manifest(folder)["inputs"].items():
@@ -240,7 +212,9 @@ def stale_inputs(rows, config):
             path = path / "model.safetensors" if path.is_dir() else path
             if len(before) < 64 or not path.is_file():
                 continue
-            if row.key == "sft":  # the language-model scripts record the hash of the documents, not of the file
+            if (
+                method.learns_from == "text"
+            ):  # the language-model scripts record the hash of the documents, not of the file
                 now = load_corpus(path, row.settings["heldout_fraction"]).sha256
             else:
                 now = sha256_file(path)

@@ -18,25 +18,15 @@ import time
 from dataclasses import dataclass
 
 from configs.config import ROOT, UserError, option
+from report.methods import METHODS
 from runtime.cli import cli
 from runtime.console import duration, say
 from runtime.files import in_root
 from runtime.memory import AT_START
 
 # Seconds that each stage took on two cores of an AMD EPYC with avx512_bf16. The pace of this machine rescales them.
-MEASURED = {
-    "fetch": 26,
-    "preferences": 108,
-    "groups": 32,
-    "lm": 41,
-    "sft": 62,
-    "reward": 118,
-    "dpo": 143,
-    "ppo": 158,
-    "grpo_offline": 66,
-    "grpo": 124,
-    "compare": 220,
-}
+MEASURED = {"fetch": 26, "preferences": 108, "groups": 32, "lm": 41, "reward": 118, "compare": 220}
+MEASURED |= {method.key: method.seconds for method in METHODS if method.script}
 THERE = 444e9  # FLOP/s of those cores in a bf16 matrix product
 # The stages are not all matrix products: one core with 86e9 FLOP/s in fp32 took 1 / 0.43 of the time of 390e9 in bf16
 GROWTH = math.log(0.43) / math.log(86 / 390)
@@ -70,6 +60,10 @@ def stages(smoke=False):
         given = ("--config", f"{where}/{config}.yaml") if smoke or always else ()
         return Stage(name, title, (script, *given, *edits), made)
 
+    def train(method):
+        made = f"{models}/{method.key}/manifest.json"
+        return stage(method.key, method.label, method.script, method.key, made, always=not method.own_config)
+
     short = () if smoke else ("--max_steps", "4", "--eval_blocks", "8")
     lm = (*short, "--out", "models/smoke/lm" if smoke else "models/lm_demo")
     fetch = Stage("fetch", "the pretrained model and the text", ("models/fetch.py",), "models/smollm2-135m/config.json")
@@ -81,14 +75,9 @@ def stages(smoke=False):
               f"{data}/groups.manifest.json"),
         stage("lm", "language-model training, a few steps", "train/train_lm.py", "train_base",
               f"{lm[-1]}/manifest.json", *lm),
-        stage("sft", "supervised fine-tuning on the chosen answers", "train/train_lm_lora.py", "sft",
-              f"{models}/sft/manifest.json", always=True),
+        *[train(method) for method in METHODS if method.learns_from == "text"],
         stage("reward", "reward model", "rlhf/train_reward_model.py", "reward", f"{models}/reward/manifest.json"),
-        stage("dpo", "DPO", "rlhf/dpo_train.py", "dpo", f"{models}/dpo/manifest.json"),
-        stage("ppo", "PPO", "rlhf/ppo_train.py", "ppo", f"{models}/ppo/manifest.json"),
-        stage("grpo_offline", "GRPO on the stored groups", "rlhf/grpo_train.py", "grpo_offline",
-              f"{models}/grpo_offline/manifest.json", always=True),
-        stage("grpo", "GRPO online", "rlhf/grpo_train.py", "grpo", f"{models}/grpo/manifest.json"),
+        *[train(method) for method in METHODS if method.script and method.learns_from != "text"],
         stage("compare", "measure and compare", "report/compare.py", "compare", ""),
     ]  # fmt: skip
 

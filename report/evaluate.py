@@ -28,7 +28,7 @@ from configs.config import ROOT, UserError, config_to_dict, names_with, option, 
 from data.blocks import make_blocks
 from data.checks import is_degenerate, passed, score
 from data.corpus import load_corpus
-from data.order import data_order
+from data.order import epoch_order
 from data.prompts import PROMPTS, load_prompts
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
@@ -242,7 +242,7 @@ def evaluate(config):
                 "proxy": scores[i],
                 "kl": kls[i],
                 "tokens": len(ids),
-                "stopped": generation.finish_reasons[i] == "stop",
+                "finish_reason": generation.finish_reasons[i],
                 "checks": [[check["name"], x] for check, x in zip(row["checks"], good)],
             }
         )
@@ -298,7 +298,7 @@ def heldout_blocks(text, tokens, length, tokenizer_name):
         raise UserError(f"text = {text!r}: no document of it is held out")
     tokenizer = load_tokenizer(tokenizer_name)
     blocks = make_blocks(corpus.heldout, corpus.kind, tokenizer, length, f"{corpus.name}, held out")
-    return blocks.pick(sorted(data_order(len(blocks), 0, 0)[: max(1, tokens // length)]))
+    return blocks.pick(sorted(epoch_order(len(blocks), 0, 0)[: max(1, tokens // length)]))
 
 
 def show(config, result):
@@ -312,7 +312,9 @@ def show(config, result):
     se = f"  (standard error {m['kl']['se']:.3f})" if m["kl"]["se"] is not None else ""
     per_token = f", {m['kl_per_token']:.4f} a token" if m["kl_per_token"] is not None else ""
     say(f"  KL to the base       {plus_minus(m['kl'])} nats an answer{per_token}{se}{bound}")
-    say(f"  ended by itself      {m['ended']:.0%} of answers; {m['tokens']:.1f} tokens long; {m['looping']:.1%} loop")
+    say(
+        f"  ended by itself      {m['finish_stop']:.0%} of answers; {m['tokens']:.1f} tokens long; {m['looping']:.1%} loop"
+    )
     say(f"  distinct-1, -2       {m['distinct_1']:.3f}, {m['distinct_2']:.3f}")
     text = result["text"]
     perplexity = math.exp(text["nats_per_token"])

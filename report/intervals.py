@@ -80,7 +80,7 @@ def summarise(answers, unseen, best_of=1):
 
     best_of: the answers are each the best of so many, whose KL has a bound alone.
 
-    An answer is {"id", "text", "gold", "proxy" or None, "kl" or None (nats), "tokens", "stopped", "checks"}, the last a
+    An answer is {"id", "text", "gold", "proxy" or None, "kl" or None (nats), "tokens", "finish_reason", "checks"}, the last a
     list of [name, passed]. Gold, proxy and KL are per answer, with intervals; kl_per_token is in nats.
     """
     by_check = {}
@@ -102,7 +102,7 @@ def summarise(answers, unseen, best_of=1):
         "proxy": clustered(answers, lambda a: a["proxy"]) if have_proxy else None,
         "kl": kl,
         "kl_per_token": sum(a["kl"] for a in answers) / sum(a["tokens"] for a in answers) if have_kl else None,
-        "ended": statistics.fmean(a["stopped"] for a in answers),
+        "finish_stop": statistics.fmean(a["finish_reason"] == "stop" for a in answers),
         "tokens": statistics.fmean(a["tokens"] for a in answers),
         "looping": statistics.fmean(is_degenerate(text) for text in texts),
         "distinct_1": distinct(texts, 1),

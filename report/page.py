@@ -48,7 +48,7 @@ def table(rows):
                 plus_minus(m["proxy"], 2),
                 kl,
                 "-" if m["kl_per_token"] is None else f"{m['kl_per_token']:.3f}",
-                f"{m['ended']:.0%}",
+                f"{m['finish_stop']:.0%}",
                 f"{m['tokens']:.1f}",
                 f"{m['distinct_2']:.3f}",
                 f"{row.text():.3f}",
@@ -92,7 +92,7 @@ def samples_section(rows, count=5):
         lines = [["method", "gold", "answer"]]
         for row in rows:
             answer = first[row.key][chosen]
-            cut = "" if answer["stopped"] else " (cut)"
+            cut = "" if answer["finish_reason"] == "stop" else " (cut)"
             lines.append([row.label, f"{answer['gold']:.2f}", plain(answer["text"]) + cut])
         parts.append(f"**{plain(first['base'][chosen]['prompt'])}**\n\n" + markdown_table(lines).replace("---:", "---"))
     return "\n\n".join(parts)

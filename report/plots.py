@@ -8,15 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-STYLES = {  # Okabe & Ito's colours (2008), and a marker of its own for each method
-    "base": ("#000000", "s"),
-    "sft": ("#999999", "D"),
-    "best_of": ("#CC79A7", "P"),
-    "dpo": ("#0072B2", "o"),
-    "ppo": ("#E69F00", "^"),
-    "grpo_offline": ("#56B4E9", "v"),
-    "grpo": ("#009E73", "*"),
-}
+from report.methods import method_of
+
 SIZE = {"*": 13, "P": 9}
 
 
@@ -33,7 +26,7 @@ def new_figure(width, height, columns):
 
 def point(ax, row, x, y):
     """One method with both its intervals; x and y are dicts of report/evaluate.py's `interval`."""
-    color, marker = STYLES[row.key]
+    color, marker = method_of(row.key).color, method_of(row.key).marker
     ax.errorbar(
         x["mean"], y["mean"], xerr=x["half"] or 0, yerr=y["half"] or 0, fmt=marker, color=color,
         ms=SIZE.get(marker, 8), mec="white", mew=0.6, elinewidth=1.2, capsize=2.5, label=row.label,
@@ -49,7 +42,7 @@ def scores_figure(rows, path):
             point(axes[0], row, row.measured["kl"], row.gold)
         if proxied:
             point(axes[1], row, row.measured["proxy"], row.gold)
-    axes[0].set_xlabel("KL to the base, nats an answer (best-of-n: upper bound)")
+    axes[0].set_xlabel("KL to the base, nats per sequence (best-of-n: upper bound)")
     axes[0].set_title("Gold score against KL")
     if proxied:
         axes[1].set_xlabel("reward model's score (proxy)")
@@ -76,40 +69,35 @@ def curve(ax, row, key, per_step, **style):
     if not points:
         return False
     x, y = zip(*points)
-    color = style.pop("color", STYLES[row.key][0])
+    color = style.pop("color", method_of(row.key).color)
     ax.plot(x, y, color=color, lw=0.8, alpha=0.35)
     ax.plot(x, running_mean(y, max(1, len(y) // 8)), color=color, lw=2, **style)
     return True
 
 
-def answers_a_prompt(settings):
-    """Answers sampled for each prompt: GRPO's group_size, PPO's samples_per_prompt."""
-    return settings["group_size"] if "group_size" in settings else settings.get("samples_per_prompt", 1)
+def rows_that_learn_from(what, rows):
+    return [row for row in rows if method_of(row.key).learns_from == what]
 
 
 def curves_figure(rows, path):
     """Gold score of what PPO and GRPO sampled, PPO's reward and KL, DPO's accuracy and loss, against what they saw."""
-    by_key = {row.key: row for row in rows}
     figure, axes = new_figure(11.5, 4.0, 3)
     drawn = [False] * 3
-    for key in ("ppo", "grpo"):
-        if key in by_key:
-            row = by_key[key]
-            per_step = row.settings["prompts_per_step"] * answers_a_prompt(row.settings)
-            drawn[0] |= curve(axes[0], row, "gold", per_step, label=row.label)
-            if key == "ppo":
-                drawn[1] |= curve(axes[1], row, "reward", per_step, label="reward model's score")
-                curve(axes[1], row, "kl", per_step, color="#0072B2", ls="--", label="KL to the base, nats an answer")
-    if "dpo" in by_key:
-        row = by_key["dpo"]
+    for row in rows_that_learn_from("rollouts", rows):
+        per_step = row.settings["prompts_per_step"] * row.settings["samples_per_prompt"]
+        drawn[0] |= curve(axes[0], row, "gold", per_step, label=row.label)
+        if row.key == "ppo":
+            drawn[1] |= curve(axes[1], row, "reward", per_step, label="reward model's score")
+            curve(axes[1], row, "kl", per_step, color="#0072B2", ls="--", label="KL to the base, nats per sequence")
+    for row in rows_that_learn_from("pairs", rows):
         pairs = row.settings["batch_size"]
         drawn[2] |= curve(axes[2], row, "accuracy", pairs, label="accuracy: chosen above rejected")
         curve(axes[2], row, "loss", pairs, color="#D55E00", ls="--", label="loss, nats a pair")
         axes[2].axhline(math.log(2), color="0.6", lw=0.8, ls=":")
         axes[2].annotate("ln 2", (1, math.log(2)), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     titles = ("Gold score while learning", "PPO: what it is paid for, and the price", "DPO on its pairs")
-    labels = ("gold score of the sampled answers", "score; nats", "accuracy; loss")
-    for ax, title, label, what, seen in zip(axes, titles, labels, ("answers", "answers", "pairs"), drawn):
+    labels = ("gold score of the sampled completions", "score; nats", "accuracy; loss")
+    for ax, title, label, what, seen in zip(axes, titles, labels, ("completions", "completions", "pairs"), drawn):
         ax.set_title(title, fontsize=11)
         ax.set_xlabel(f"training {what} seen")
         ax.set_ylabel(label)
@@ -123,7 +111,7 @@ def curves_figure(rows, path):
 
 
 def checks_figure(rows, path):
-    """A map of the share of answers that pass each check type; the types that occur only held-out stand apart."""
+    """A map of the share of completions that pass each check type; the types that occur only held-out stand apart."""
     base = next(row for row in rows if row.key == "base")
     unseen = base.runs[0]["unseen_types"]
     checks = base.measured["checks"]
@@ -146,6 +134,6 @@ def checks_figure(rows, path):
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
     bar = figure.colorbar(image, ax=list(axes), fraction=0.03, pad=0.01)
-    bar.set_label("share of answers that pass")
+    bar.set_label("share of completions that pass")
     figure.supxlabel("check type (held-out prompts that ask for it)", fontsize=9)
     figure.savefig(path)

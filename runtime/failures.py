@@ -62,26 +62,20 @@ def out_of_memory(error, config):
 def savers(config, sampling=False):
     """Options that need less memory than the configuration's, as a person would type them; what saves most first.
 
-    sampling: the memory ran out while answers were sampled, where no gradients are.
+    sampling: the memory ran out while completions were sampled, where no gradients are.
     """
     key = vars(config)
     found = []
     if sampling:
-        batch = "rollout_batch_size" if "rollout_batch_size" in key else "batch_size"
-        found += [f"--{batch} {key[batch] // 2}" if key[batch] > 1 else None]
-        found += [f"--max_new_tokens {key['max_new_tokens'] // 2}"]
-        return [option for option in found if option]
+        if key["sampling_batch_size"] > 1:
+            found.append(f"--sampling_batch_size {key['sampling_batch_size'] // 2}")
+        return [*found, f"--max_new_tokens {key['max_new_tokens'] // 2}"]
     if key.get("lora_r") == 0:
         found.append("--lora_r 16: an adapter in place of all weights needs no optimizer state for them")
     if key.get("gradient_checkpointing") is False:
         found.append("--gradient_checkpointing true: the same steps, activations computed twice")
     if key.get("micro_batch_size", 1) > 1:
         found.append(f"--micro_batch_size {key['micro_batch_size'] // 2}: the same steps")
-    if "accumulation_steps" in key and key["batch_size"] > 1:
-        half = key["batch_size"] // 2
-        more = key["batch_size"] * key["accumulation_steps"] / half
-        same = f" --accumulation_steps {more:.0f}: the same steps" if more == int(more) else ""
-        found.append(f"--batch_size {half}{same}")
     if key.get("precision") == "fp32":
         found.append("--precision bf16")
     for name in ("max_length", "max_new_tokens"):

@@ -12,7 +12,7 @@ import torch
 from configs.config import UserError, option, shown
 from data.blocks import make_blocks
 from data.corpus import load_corpus
-from data.order import data_order
+from data.order import epoch_order
 from models.fast.head import check_head, head_nll, hidden_states, unwrapped
 from models.generation import generate
 from models.loader import check_length, load_model, load_tokenizer, weights_hash
@@ -111,7 +111,7 @@ def load_blocks(config, corpus, tokenizer):
     blocks = make_blocks(corpus.train, corpus.kind, tokenizer, size, f"{name}, training")
     heldout = make_blocks(corpus.heldout, corpus.kind, tokenizer, size, f"{name}, held out")
     if config.eval_blocks:
-        heldout = heldout.pick(sorted(data_order(len(heldout), 0, 0)[: config.eval_blocks]))
+        heldout = heldout.pick(sorted(epoch_order(len(heldout), 0, 0)[: config.eval_blocks]))
     return blocks, heldout
 
 
@@ -149,7 +149,7 @@ def step_rows(step, rows, config):
     """
     epoch, place = divmod(step - 1, steps_in_epoch(rows, config))
     size, piece = config.batch_size, config.micro_batch_size
-    mine = data_order(rows, config.seed, epoch)[place * size : (place + 1) * size]
+    mine = epoch_order(rows, config.seed, epoch)[place * size : (place + 1) * size]
     return [mine[i : i + piece] for i in range(0, len(mine), piece)]
 
 

@@ -1,0 +1,33 @@
+"""Rows of a JSONL file, one JSON object a line: the one reader of data that users bring."""
+
+from __future__ import annotations
+
+import json
+
+from configs.config import UserError
+from runtime.files import json_error
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
+
+
+def parse_jsonl(content, name):
+    """(place, row) of each line of `content`, bytes; blank lines are left out. A place is 'NAME line 12'.
+
+    Lines end at "\\n" alone: texts may hold other separators, such as U+2028.
+    Raises UserError, which names the place, for a line that is not UTF-8, not JSON, or no object.
+    """
+    rows = []
+    for number, line in enumerate(content.removeprefix(BYTE_ORDER_MARK).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name} line {number}"
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({json_error(error)}); it takes one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be an object with keys, not {line[:60].decode(errors='replace')!r}")
+        rows.append((where, row))
+    return rows

@@ -1,0 +1,63 @@
+"""The methods that are compared: one table for the demo, the comparison, its figures, and the certificate.
+
+A new method is its script, its YAMLs (configs/KEY.yaml and configs/smoke/KEY.yaml) and a line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is called, what trains it, and how it is drawn.
+
+    key: the name of its YAML, and of its run's folder below models/.
+    script: what trains it; None for the base itself, and for what only chooses among the base's completions.
+    learns_from: "text", "pairs", "rollouts" or "groups": which figures it has, and what its runs need.
+    own_config: whether the script reads configs/KEY.yaml by itself; else its command says --config.
+    seconds: of its stage in the demo, on two cores of an AMD EPYC with avx512_bf16.
+    tiny: options of the runs of a second by which the certificate tests the script.
+    """
+
+    key: str
+    label: str
+    color: str
+    marker: str
+    script: str | None = None
+    learns_from: str | None = None
+    own_config: bool = True
+    seconds: float = 0.0
+    tiny: dict = field(default_factory=dict)
+
+    @property
+    def command(self):
+        """The command that trains it, as a person would type it."""
+        return f"python {self.script}" + ("" if self.own_config else f" --config configs/{self.key}.yaml")
+
+
+# Okabe & Ito's colours (2008), which the colour-blind tell apart, and a marker of its own for each method
+METHODS = (
+    Method("base", "base", "#000000", "s"),
+    Method("sft", "SFT on chosen", "#999999", "D", "train/train_lm_lora.py", "text", own_config=False, seconds=62),
+    Method("best_of", "best of {n}", "#CC79A7", "P"),
+    Method("dpo", "DPO", "#0072B2", "o", "rlhf/dpo_train.py", "pairs", seconds=143),
+    Method(
+        "ppo", "PPO", "#E69F00", "^", "rlhf/ppo_train.py", "rollouts", seconds=158,
+        tiny={"samples_per_prompt": 2, "inner_epochs": 1, "minibatches": 1},
+    ),
+    Method(
+        "grpo_offline", "GRPO offline", "#56B4E9", "v", "rlhf/grpo_train.py", "groups", own_config=False, seconds=66,
+        tiny={"inner_epochs": 2},
+    ),
+    Method(
+        "grpo", "GRPO online", "#009E73", "*", "rlhf/grpo_train.py", "rollouts", seconds=124,
+        tiny={"samples_per_prompt": 4, "inner_epochs": 2},
+    ),
+)  # fmt: skip
+REWARD_MODEL = "python rlhf/train_reward_model.py"  # makes what best-of-n chooses by
+
+
+def method_of(key):
+    """The method with this key."""
+    return next(method for method in METHODS if method.key == key)
