@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo verify bench test mutants chaos lint clean
+.PHONY: demo verify bench test test-fast mutants chaos lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
 
-test: $(VENV)/installed-dev
+test: lint
 	$(BIN)/python models/fetch.py
-	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
 
 verify: $(VENV)/installed
 	$(BIN)/python proof/verify.py
@@ -30,6 +32,12 @@ chaos: $(VENV)/installed
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev
+	$(BIN)/mkdocs serve
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
@@ -44,4 +52,4 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache site
