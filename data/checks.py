@@ -1,10 +1,10 @@
 """What an instruction demands, decided by a program.
 
-A check is a pure function of an answer's text and its arguments: no tokenizer, no network, no model. In a
+A check is a pure function of a completion's text and its arguments: no tokenizer, no network, no model. In a
 prompt file a check is `{"name": "max_words", "n": 12}`; CHECKS maps each name to its function. `score` is the
-gold score of an answer. `--reward module:function` puts a function of the user in its place.
+gold score of a completion. `--reward module:function` puts a function of the user in its place.
 
-Before a check looks at an answer, white space at both ends is dropped and curly quotes become straight ones.
+Before a check looks at a completion, white space at both ends is dropped and curly quotes become straight ones.
 """
 
 import re
@@ -15,7 +15,7 @@ QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "«": '"
 ALNUM = r"[^\W_]"
 WORD = re.compile(rf"\d+(?:[.,]\d+)+|{ALNUM}+(?:['-]{ALNUM}+)*")
 MARKER = re.compile(r"[-*+•‣◦▪–—](?![-*])|\(?\d+[.)](?!\d)")  # what makes a line look like a list item
-CLOSERS = "\"')]}*_ \n\t"  # may stand between the last mark of an answer and its end
+CLOSERS = "\"')]}*_ \n\t"  # may stand between the last mark of a completion and its end
 # A run of end marks ends a sentence where white space, the end, or a capital letter follows ("end.Start").
 SENTENCE_END = re.compile(r"(?:[.!?…]+[\"')\]*_]*)(?=\s|$|(?<=[a-z][.!?])[A-Z])")
 NEVER_LAST = {"mr", "mrs", "ms", "dr", "prof", "st", "e.g", "i.e", "vs", "cf", "approx"}
@@ -104,7 +104,7 @@ def sentences(text: str, n: int) -> bool:
 
 
 def one_sentence(text: str) -> bool:
-    """Exactly one sentence, and it is ended: an answer cut by a length limit fails."""
+    """Exactly one sentence, and it is ended: a completion cut by a length limit fails."""
     return sentences(text, 1)
 
 
@@ -135,17 +135,17 @@ def ends_with(text: str, phrase: str) -> bool:
 
 
 def includes(text: str, word: str) -> bool:
-    """The word stands in the answer as a whole word, whatever its case."""
+    """The word stands in the completion as a whole word, whatever its case."""
     return count_word(text, word) > 0
 
 
 def excludes(text: str, word: str) -> bool:
-    """The word does not stand in the answer as a whole word, whatever its case. Its other forms may."""
+    """The word does not stand in the completion as a whole word, whatever its case. Its other forms may."""
     return count_word(text, word) == 0
 
 
 def repeats(text: str, word: str, n: int) -> bool:
-    """The word stands in the answer at least n times as a whole word, whatever its case."""
+    """The word stands in the completion at least n times as a whole word, whatever its case."""
     return count_word(text, word) >= n
 
 
@@ -162,12 +162,12 @@ def numbered(text: str, n: int) -> bool:
 
 
 def question(text: str) -> bool:
-    """The answer ends with a question mark; closing quotes and brackets may follow it."""
+    """The completion ends with a question mark; closing quotes and brackets may follow it."""
     return clean(text).rstrip(CLOSERS).endswith(("?", "？"))
 
 
 def exclamation(text: str) -> bool:
-    """The answer ends with an exclamation mark; closing quotes and brackets may follow it."""
+    """The completion ends with an exclamation mark; closing quotes and brackets may follow it."""
     return clean(text).rstrip(CLOSERS).endswith(("!", "！"))
 
 
@@ -201,7 +201,7 @@ CHECKS = {
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether an answer loops. True in four cases, each about most of the answer:
+    """Whether a completion loops. True in four cases, each about most of the completion:
 
     - some block of words stands three times or more back to back, and these repeats are at least 6 words and at
       least half of all words (`the bee is the bee is the bee is`);
@@ -227,18 +227,18 @@ def is_degenerate(text: str) -> bool:
 
 
 def call_check(text: str, check: dict) -> bool:
-    """One check on one answer. An answer without a word passes nothing."""
+    """One check on one completion. A completion without a word passes nothing."""
     arguments = {key: value for key, value in check.items() if key != "name"}
     return bool(words(text)) and CHECKS[check["name"]](text, **arguments)
 
 
 def passed(text: str, checks: list[dict]) -> list[bool]:
-    """For each check whether the answer passes it, degenerate or not."""
+    """For each check whether the completion passes it, degenerate or not."""
     return [call_check(text, check) for check in checks]
 
 
 def score(text: str, checks: list[dict]) -> float:
-    """The share of checks passed, in [0, 1]; 0.0 for an answer without a word and for a degenerate one."""
+    """The share of checks passed, in [0, 1]; 0.0 for a completion without a word and for a degenerate one."""
     if not checks:
         raise ValueError("score needs at least one check, got none")
     return 0.0 if is_degenerate(text) else sum(passed(text, checks)) / len(checks)

@@ -10,7 +10,7 @@ A document is a dict of one of three kinds, the same for all documents of a corp
     prompt     {"prompt": ..., "completion": ...}         the completion is learnt
 
 Prompt and completion are both strings or both lists of messages. Rows with `prompt`, `chosen` and `rejected`, as in
-preferences.jsonl, become prompt documents with the chosen answer; `"finish_reason": "length"` is added to one that was cut.
+preferences.jsonl, become prompt documents with the chosen completion; `"finish_reason": "length"` is added to one that was cut.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def load_corpus(source: str | Path, heldout_fraction: float = 0.05) -> Corpus:
 def split_heldout(documents: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
     """Split into (train, heldout), each in the order given, the same whatever that order is.
 
-    Documents that begin alike (equal texts, or several answers to one prompt) stay on one side. At least one document
+    Documents that begin alike (equal texts, or several completions to one prompt) stay on one side. At least one document
     is held out unless `fraction` is 0 or there is but one; a single text is cut, at a line's end where one is near.
     """
     if fraction == 0:
@@ -110,7 +110,7 @@ def split_heldout(documents: list[dict], fraction: float) -> tuple[list[dict], l
 
 
 def _beginning(document):
-    """What a document has before the first answer in it: the prompt; of a text, all of it."""
+    """What a document has before the first completion in it: the prompt; of a text, all of it."""
     if "text" in document:
         return document["text"]
     if "prompt" in document:

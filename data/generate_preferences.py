@@ -1,14 +1,14 @@
-"""Preference pairs from a model's own answers: sample several for each prompt, pair the best with the worst.
+"""Preference pairs from a model's own completions: sample several for each prompt, pair the best with the worst.
 
     python data/generate_preferences.py
     python data/generate_preferences.py --model_name models/dpo --reward my_reward:reward --out data/mine.jsonl
 
 Writes data/preferences.jsonl, one pair a line, which rlhf/train_reward_model.py, rlhf/dpo_train.py and TRL read:
-`prompt`, `chosen` and `rejected` as messages, `chosen_score`, `rejected_score`, and how each answer ended:
+`prompt`, `chosen` and `rejected` as messages, `chosen_score`, `rejected_score`, and how each completion ended:
 `chosen_finish_reason`, `rejected_finish_reason` ("stop": by itself; "length": cut at max_new_tokens).
 
 This is "best-of-n against worst-of-n" on-policy data (Pang et al. 2024, "Iterative Reasoning Preference Optimization",
-section 2). A prompt whose answers all score the same says nothing about what is better: it is dropped and counted.
+section 2). A prompt whose completions all score the same says nothing about what is better: it is dropped and counted.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from runtime.console import say
 @dataclass
 class Config(SamplingConfig):
     CONFIG: ClassVar[str] = "configs/preferences.yaml"
-    pairs_per_prompt: int = option(1, "pairs made of each prompt's answers, no answer in two of them", at_least=1)
+    pairs_per_prompt: int = option(1, "pairs made of each prompt's completions, no completion in two of them", at_least=1)
 
 
 def make_pairs(answers, pairs_per_prompt=1):
-    """(chosen, rejected) answers: the k-th best with the k-th worst, as long as the scores differ.
+    """(chosen, rejected) completions: the k-th best with the k-th worst, as long as the scores differ.
 
-    Among equal scores an answer that ended by itself goes before one that was cut, as chosen and as rejected: every
+    Among equal scores a completion that ended by itself goes before one that was cut, as chosen and as rejected: every
     trainer ends a text with the stop token, and after half a sentence it would teach the model to break off. After
-    that the order of sampling decides. Answers without text, and second copies of a text, are left out.
+    that the order of sampling decides. Completions without text, and second copies of a text, are left out.
     """
     distinct = list({a.text: a for a in reversed(answers) if a.text}.values())[::-1]
     best = sorted(distinct, key=lambda a: (-a.score, a.finish_reason != "stop"))
@@ -56,7 +56,7 @@ def main(config):
     started = time.time()
     claim(config)
 
-    # 1. several answers for each prompt, each with its score
+    # 1. several completions for each prompt, each with its score
     sampled = sample_and_score(config, load_task(config))
 
     # 2. the best against the worst
@@ -79,10 +79,10 @@ def main(config):
                 }
             )
     if not rows:
-        raise UserError(f"no pair came out: for each of the {len(sampled.answers)} prompts all answers score the same")
+        raise UserError(f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same")
 
     # 3. what a person needs to trust them
-    say(f"\n{len(rows)} pairs of {len(sampled.answers)} prompts; dropped {ties} whose answers all score the same")
+    say(f"\n{len(rows)} pairs of {len(sampled.answers)} prompts; dropped {ties} whose completions all score the same")
     summary = {"pairs": len(rows), "prompts": len(sampled.answers), "ties_dropped": ties}
     summary |= summarise(config, sampled, [(c, r) for _, c, r in matches])
     show_match(*matches[len(matches) // 2])

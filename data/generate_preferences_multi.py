@@ -1,9 +1,9 @@
-"""Groups with several rejections: all answers to a prompt, their scores, and what the sampler knew of each token.
+"""Groups with several rejections: all completions to a prompt, their scores, and what the sampler knew of each token.
 
     python data/generate_preferences_multi.py
     python rlhf/grpo_train.py --config configs/grpo_offline.yaml     # learns from them, without a reward model
 
-It adds to generate_preferences.py that no answer is thrown away. Writes data/groups.jsonl, one group a line: `prompt`,
+It adds to generate_preferences.py that no completion is thrown away. Writes data/groups.jsonl, one group a line: `prompt`,
 `chosen` (the best), `rejected` (a list, the others from best to worst), `scores` (chosen first), and in the same order
 `completion_ids` (as sampled, the stop token included), `logprobs` (nats, of each id), `finish_reasons`; `temperature`;
 `policy` (the hash of the weights that answered, in float32).
@@ -38,13 +38,13 @@ from runtime.console import say
 @dataclass
 class Config(SamplingConfig):
     CONFIG: ClassVar[str] = "configs/preferences_multi.yaml"
-    samples_per_prompt: int = option(8, "answers sampled for each prompt: the size of a group", at_least=2)
-    limit: int | None = option(240, "answer only the first so many training prompts", at_least=1)
+    samples_per_prompt: int = option(8, "completions sampled for each prompt: the size of a group", at_least=2)
+    limit: int | None = option(240, "take only the first so many training prompts", at_least=1)
     out: str = option("data/groups.jsonl", "the file to write, one JSON object a line")
 
 
 def order_group(answers):
-    """The answers from best to worst; among equal scores those that ended by themselves first, then as sampled."""
+    """The completions from best to worst; among equal scores those that ended by themselves first, then as sampled."""
     return sorted(answers, key=lambda a: (-a.score, a.finish_reason != "stop"))
 
 
@@ -52,7 +52,7 @@ def main(config):
     started = time.time()
     claim(config)
 
-    # 1. a group of answers for each prompt, each with its score
+    # 1. a group of completions for each prompt, each with its score
     sampled = sample_and_score(config, load_task(config))
 
     # 2. keep the groups in which the scores differ, whole
@@ -77,12 +77,12 @@ def main(config):
             }
         )
     if not rows:
-        raise UserError(f"no group came out: for each of the {len(sampled.answers)} prompts all answers score the same")
+        raise UserError(f"no group came out: for each of the {len(sampled.answers)} prompts all completions score the same")
 
     # 3. what a person needs to trust them
     ties = len(sampled.answers) - len(rows)
-    say(f"\n{len(rows)} groups of {len(sampled.answers)} prompts; dropped {ties} whose answers all score the same")
-    say(f"the groups hold {len(matches):,} pairs of the chosen answer with one that scores less")
+    say(f"\n{len(rows)} groups of {len(sampled.answers)} prompts; dropped {ties} whose completions all score the same")
+    say(f"the groups hold {len(matches):,} pairs of the chosen completion with one that scores less")
     summary = {"groups": len(rows), "prompts": len(sampled.answers), "ties_dropped": ties, "pairs": len(matches)}
     summary |= summarise(config, sampled, [(c, r) for _, c, r in matches])
     show_match(*matches[len(matches) // 2])

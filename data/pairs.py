@@ -157,7 +157,7 @@ def split_by_prompt(rows, fraction, seed=0):
 
 
 def load_groups(source, tokenizer, max_length):
-    """Groups of answers as dicts {prompt: ids, completions: list of ids, logprobs: list of lists or None, scores,
+    """Groups of completions as dicts {prompt: ids, completions: list of ids, logprobs: list of lists or None, scores,
     temperature, policy, text, where}, and the data's hash. Chosen first, then the rejections.
 
     A row with `completion_ids` and `logprobs` trains on what was sampled, never on a decode and re-encode; a row
@@ -169,13 +169,13 @@ def load_groups(source, tokenizer, max_length):
         where = row["where"]
         prompt, chosen, rejected = split_prompt(row)
         if not isinstance(rejected, list) or not rejected or any(isinstance(a, dict) for a in rejected):
-            raise UserError(f"{where}: 'rejected' must be a list of answers, as in groups.jsonl; pairs are for DPO")
+            raise UserError(f"{where}: 'rejected' must be a list of completions, as in groups.jsonl; pairs are for DPO")
         answers = [chosen, *rejected]
         scores = row.get("scores", [1.0] + [0.0] * len(rejected))
         if not isinstance(scores, list) or not all(map(_is_number, scores)):
             raise UserError(f"{where}: scores must be a list of finite numbers, not {scores}")
         if len(scores) != len(answers):
-            raise UserError(f"{where}: {len(scores)} scores for {len(answers)} answers (chosen first, then rejected)")
+            raise UserError(f"{where}: {len(scores)} scores for {len(answers)} completions (chosen first, then rejected)")
         temperature = row.get("temperature", 1.0)
         if not _is_number(temperature) or temperature <= 0:
             raise UserError(f"{where}: temperature must be a number above 0, not {temperature!r}")
@@ -191,9 +191,9 @@ def load_groups(source, tokenizer, max_length):
         if logprobs is not None and not _lists_of(logprobs, _is_number):
             raise UserError(f"{where}: logprobs must be lists of finite numbers, one for each of completion_ids")
         if len(ids) != len(answers) or (logprobs is not None and [len(x) for x in logprobs] != [len(x) for x in ids]):
-            raise UserError(f"{where}: completion_ids and logprobs must have one list an answer, of equal lengths")
+            raise UserError(f"{where}: completion_ids and logprobs must have one list a completion, of equal lengths")
         if any(not c for c in ids):
-            raise UserError(f"{where}: an answer has no tokens")
+            raise UserError(f"{where}: a completion has no tokens")
         if max(max(c) for c in ids) >= len(tokenizer):
             raise UserError(
                 f"{where}: completion_ids hold {max(max(c) for c in ids)}, and the tokenizer has {len(tokenizer)} ids: "
@@ -230,10 +230,10 @@ def describe_pairs(train, heldout, counts):
     say(
         f"{len(train)} pairs to train on, {len(heldout)} held out by prompt; {counts['dropped']} dropped as too long, "
         f"{counts['cut']} prompts cut; median {lengths[len(lengths) // 2]}, longest {lengths[-1]} tokens; "
-        f"the chosen answer is the longer one in {longer:.0%}"
+        f"the chosen completion is the longer one in {longer:.0%}"
     )
 
 
 def pair_length(pair):
-    """Tokens computed for a pair: its prompt once, and both answers."""
+    """Tokens computed for a pair: its prompt once, and both completions."""
     return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])

@@ -1,4 +1,4 @@
-"""What the two generators of preference data share: the prompts, answers with their scores, the summary, the file.
+"""What the two generators of preference data share: the prompts, completions with their scores, the summary, the file.
 
 The main function of each is:
 
@@ -41,10 +41,10 @@ class SamplingConfig:
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     ALIASES: ClassVar[dict] = {"judge": "reward"}
     model_name: str = option(
-        "smollm2-135m", "the model that answers: an embedded name, a folder, or a hub id", reads=True
+        "smollm2-135m", "the model that samples: an embedded name, a folder, or a hub id", reads=True
     )
     prompts: str = option(PROMPTS, "file of prompts (.json, .jsonl, .txt); of a .json those of training", reads=True)
-    limit: int | None = option(None, "answer only the first so many training prompts", at_least=1)
+    limit: int | None = option(None, "take only the first so many training prompts", at_least=1)
     reward: str | None = option(None, "module:function, a reward function in place of the checks")
     samples_per_prompt: int = option(4, "completions sampled for each prompt", at_least=2)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
@@ -82,7 +82,7 @@ class Sampled:
     seconds_before: float = 0.0  # of sampling, before an interruption
 
     def __iter__(self):
-        """(prompt, its answers), in file order."""
+        """(prompt, its completions), in file order."""
         return iter(zip(self.task.prompts, self.answers))
 
 
@@ -140,7 +140,7 @@ def prompt_file(config):
 
 
 def load_task(config):
-    """The training prompts to answer, and the reward function.
+    """The training prompts, and the reward function.
 
     Raises UserError, naming the prompt, if one of them is also held out: a model trained on it could not be measured.
     """
@@ -166,7 +166,7 @@ def _plain(prompt):
 
 
 def sample_and_score(config, task):
-    """Answer every prompt config.samples_per_prompt times and score each answer; progress is printed."""
+    """Complete every prompt config.samples_per_prompt times and score each completion; progress is printed."""
     quiet_libraries()
     prompts, reward = task.prompts, task.reward
     device = pick_device()
@@ -177,7 +177,7 @@ def sample_and_score(config, task):
     model = cast_weights(model, frozen_dtype(precision))
     many = len(prompts) * config.samples_per_prompt
     say(
-        f"{config.model_name} ({precision}, {device}): {config.samples_per_prompt} answers to each of {len(prompts)} "
+        f"{config.model_name} ({precision}, {device}): {config.samples_per_prompt} completions to each of {len(prompts)} "
         f"prompts, {many:,} in all, of at most {config.max_new_tokens} tokens, temperature {config.temperature:g}"
     )
     started = time.time()
@@ -213,7 +213,7 @@ def messages(role, content):
 def summarise(config, sampled, matches):
     """Print what a person needs to trust the data, and return the same numbers for the manifest.
 
-    matches: (chosen, rejected) answers, of which the first has the higher score.
+    matches: (chosen, rejected) completions, of which the first has the higher score.
     """
     answers = [a for group in sampled.answers for a in group]
     scores = [a.score for a in answers]
@@ -236,10 +236,10 @@ def summarise(config, sampled, matches):
         "heldout_overlap": 0,  # load_task has refused any
         "pass_rate": pass_rates(sampled),
     }
-    say(f"\nscores of all {len(answers):,} answers (mean {summary['mean_score']:.3f}):")
+    say(f"\nscores of all {len(answers):,} completions (mean {summary['mean_score']:.3f}):")
     say(histogram(scores))
     if summary["pass_rate"]:
-        say("share of answers that pass each check:")
+        say("share of completions that pass each check:")
         rates = [f"{name} {rate:.2f}" for name, rate in summary["pass_rate"].items()]
         for i in range(0, len(rates), 4):
             say("  " + "".join(rate.ljust(24) for rate in rates[i : i + 4]).rstrip())
@@ -250,19 +250,19 @@ def summarise(config, sampled, matches):
         f"({difference:+.1f}). The rule '{rule} wins' alone is right on {right:.0%} of pairs (a coin: 50%)"
     )
     say(
-        f"ended by themselves within {config.max_new_tokens} tokens: {summary['ended_by_themselves']:.0%} of answers, "
+        f"ended by themselves within {config.max_new_tokens} tokens: {summary['ended_by_themselves']:.0%} of completions, "
         f"{summary['chosen_ended']:.0%} of chosen, {summary['rejected_ended']:.0%} of rejected; "
         f"looping: {summary['degenerate']:.1%}"
     )
     say(
-        f"duplicates: {summary['duplicate_answers']} answers repeat another to the same prompt, "
+        f"duplicates: {summary['duplicate_answers']} completions repeat another to the same prompt, "
         f"{summary['duplicate_prompts']} prompts repeat another; no prompt is a held-out one"
     )
     return summary
 
 
 def pass_rates(sampled):
-    """Share of answers that pass each check, by the check's name; empty when the prompts have no checks."""
+    """Share of completions that pass each check, by the check's name; empty when the prompts have no checks."""
     tried, right = Counter(), Counter()
     for row, group in sampled:
         checks = row.get("checks") or []
@@ -287,7 +287,7 @@ def histogram(values, bins=8, width=40):
 
 
 def show_match(prompt, chosen, rejected):
-    """Print one prompt with its chosen and its rejected answer."""
+    """Print one prompt with its chosen and its rejected completion."""
     say(f"\na sample\n  prompt:   {text_of(prompt['prompt'])!r}")
     for name, answer in (("chosen:", chosen), ("rejected:", rejected)):
         say(f"  {name:<9} {answer.text!r} (score {answer.score:g}, {len(answer.ids)} tokens, {answer.finish_reason})")

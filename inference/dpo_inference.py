@@ -1,12 +1,12 @@
-"""A DPO model beside its base: an answer of each, and the implicit reward of both answers.
+"""A DPO model beside its base: a completion of each, and the implicit reward of both completions.
 
     python inference/dpo_inference.py                                       # models/dpo on held-out prompts
     python inference/dpo_inference.py --prompt "Why is the sky blue?"
 
-A DPO model is its own reward model (Rafailov et al. 2023, eq. 5, up to a constant of the prompt): answer y to prompt x
-is worth beta * (log pi(y|x) - log pi_ref(y|x)), summed over the answer's tokens (for IPO: their mean). It says towards
-which answers training moved the model, and how far. The mean over a model's own answers is beta * KL(pi || pi_ref),
-never negative; over the base's answers it is never positive.
+A DPO model is its own reward model (Rafailov et al. 2023, eq. 5, up to a constant of the prompt): completion y to prompt x
+is worth beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens (for IPO: their mean). It says towards
+which completions training moved the model, and how far. The mean over a model's own completions is beta * KL(pi || pi_ref),
+never negative; over the base's completions it is never positive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Config(CompareConfig):
 
 
 def implicit_reward(logprobs, ref_logprobs, beta, per_token=False):
-    """beta * log(pi / pi_ref) of one answer. logprobs, ref_logprobs: lists in nats, one entry a token."""
+    """beta * log(pi / pi_ref) of one completion. logprobs, ref_logprobs: lists in nats, one entry a token."""
     total = sum(logprobs) - sum(ref_logprobs)
     return beta * (total / len(logprobs) if per_token else total)
 
@@ -38,7 +38,7 @@ def main(config):
     beta = config.beta or run_value(both.folder, "beta")
     per_token = run_value(both.folder, "loss_type", "sigmoid") == "ipo"
 
-    # 1. an answer of each model to each prompt
+    # 1. a completion of each model to each prompt
     own, base = both.answers()
 
     # 2. the implicit reward of each
@@ -60,9 +60,9 @@ def main(config):
                 "base_implicit_reward": base_reward,
             }
         )
-    say(f"\nmeans over {len(rows)} answers each; beta {beta:g}{', per token (IPO)' if per_token else ''}")
+    say(f"\nmeans over {len(rows)} completions each; beta {beta:g}{', per token (IPO)' if per_token else ''}")
     show_table(
-        ["answers of", "implicit reward", "tokens", "ended"],
+        ["completions of", "implicit reward", "tokens", "ended"],
         [[both.name, mean(rewards[0]), *lengths(own)], [both.base, mean(rewards[1]), *lengths(base)]],
     )
     write_rows(config.out, rows)

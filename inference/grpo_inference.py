@@ -1,10 +1,10 @@
-"""A GRPO model beside its base: a group of answers to each prompt, the reward of each, mean@k and best@k.
+"""A GRPO model beside its base: a group of completions to each prompt, the reward of each, mean@k and best@k.
 
-    python inference/grpo_inference.py                                      # models/grpo, 8 answers a prompt
+    python inference/grpo_inference.py                                      # models/grpo, 8 completions a prompt
     python inference/grpo_inference.py --prompt "Tell me a joke." --reward my_reward:reward
 
-mean@k is what GRPO maximises: the mean reward of k sampled answers. best@k is the reward of the best of them: what
-sampling k answers and keeping one would reach. Where mean@k rises and best@k does not, training made likely what the
+mean@k is what GRPO maximises: the mean reward of k sampled completions. best@k is the reward of the best of them: what
+sampling k completions and keeping one would reach. Where mean@k rises and best@k does not, training made likely what the
 base already could (Shao et al. 2024, "DeepSeekMath", section 5.2.2).
 """
 
@@ -46,10 +46,10 @@ def main(config):
     both = SideBySide(config, made_by="python rlhf/grpo_train.py", need_checks=reward is None)
     k = config.samples_per_prompt
 
-    # 1. a group of answers to each prompt from each model
+    # 1. a group of completions to each prompt from each model
     own, base = both.answers(k)
 
-    # 2. the reward of each answer
+    # 2. the reward of each completion
     for row, group, base_group in zip(both.rows, own, base):
         for a in (*group, *base_group):
             a.score = call_reward(reward, text_of(row["prompt"]), a.text) if reward else score(a.text, row["checks"])
@@ -75,7 +75,7 @@ def main(config):
     # 3. mean@k and best@k over the prompts
     say(f"\nmeans over {len(rows)} prompts")
     show_table(
-        ["answers of", f"mean@{k}", f"best@{k}", "tokens", "ended"],
+        ["completions of", f"mean@{k}", f"best@{k}", "tokens", "ended"],
         [
             [name, mean(map(mean_at_k, groups)), mean(map(best_at_k, groups)), *lengths(groups)]
             for name, groups in ((both.name, own), (both.base, base))

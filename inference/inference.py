@@ -2,7 +2,7 @@
 
     python inference/inference.py                                            # a few prompts, answered in one batch
     python inference/inference.py --model_name models/dpo --prompt "Why is the sky blue?"
-    python inference/inference.py --prompts questions.txt --out answers.jsonl
+    python inference/inference.py --prompts questions.txt --out completions.jsonl
     echo "Name three fruits." | python inference/inference.py
     python inference/inference.py --chat true
 
@@ -44,18 +44,18 @@ class Config:
     CONFIG: ClassVar[str] = "configs/inference.yaml"
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     model_name: str = option("smollm2-135m", "an embedded name, a folder (full model or adapter), or a hub id")
-    merge: bool = option(False, "fold the adapter into its base: the same answers, faster")
+    merge: bool = option(False, "fold the adapter into its base: the same completions, faster")
     prompt: str | None = option(None, "one prompt")
     prompts: str | None = option(None, "a file of prompts: .txt one a line, .jsonl, .json; - is standard input")
-    chat: bool = option(False, "talk with the model, its answers streamed")
-    max_new_tokens: int = option(96, "longest answer, in tokens", at_least=1)
+    chat: bool = option(False, "talk with the model, its completions streamed")
+    max_new_tokens: int = option(96, "longest completion, in tokens", at_least=1)
     temperature: float = option(0.7, "of the sampling; 0 takes the most probable token each time", at_least=0)
     top_k: int = option(0, "sample among the k most probable tokens; 0: all", at_least=0)
     top_p: float = option(0.95, "sample among the tokens that hold this share of the probability", above=0, at_most=1)
-    sampling_batch_size: int = option(64, "answers sampled at once", at_least=1)
+    sampling_batch_size: int = option(64, "completions sampled at once", at_least=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights")
     seed: int = option(0, "of the sampling", at_least=0)
-    out: str | None = option(None, "JSONL file to write prompts and answers to")
+    out: str | None = option(None, "JSONL file to write prompts and completions to")
 
     def check(self):
         if (self.prompt is not None) + (self.prompts is not None) + self.chat > 1:
@@ -102,7 +102,7 @@ def batch(config, model, tokenizer, rows):
         say(
             f"   ({len(answer.ids)} tokens, {'ended by itself' if answer.finish_reason == 'stop' else 'cut at its length'})"
         )
-    say(f"\n{len(rows)} answers, {rate(groups, seconds)}")
+    say(f"\n{len(rows)} completions, {rate(groups, seconds)}")
     write_rows(
         config.out,
         [
@@ -119,7 +119,7 @@ def batch(config, model, tokenizer, rows):
 
 
 def chat(config, model, tokenizer):
-    """Read lines and stream answers until /quit or the end of the input; the whole conversation is the prompt."""
+    """Read lines and stream completions until /quit or the end of the input; the whole conversation is the prompt."""
     say("/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     sys.stdin.reconfigure(errors="replace")
     history, turn = [], 0
@@ -153,7 +153,7 @@ def chat(config, model, tokenizer):
 
 
 def fit(model, tokenizer, history, max_new_tokens):
-    """(history, prompt ids) without the oldest turns that leave no room for an answer; ([], []) if none is left."""
+    """(history, prompt ids) without the oldest turns that leave no room for a completion; ([], []) if none is left."""
     room = getattr(model.config, "max_position_embeddings", None) or float("inf")
     while history:
         ids = prompt_ids(tokenizer, history)
@@ -166,7 +166,7 @@ def fit(model, tokenizer, history, max_new_tokens):
 
 
 def stream(config, model, tokenizer, ids, seed):
-    """Sample one answer and print it as it comes; Ctrl-C ends it early. Returns its text."""
+    """Sample one completion and print it as it comes; Ctrl-C ends it early. Returns its text."""
     pieces, printed = TextStream(tokenizer), []
 
     def show(_, token):

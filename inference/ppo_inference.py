@@ -1,11 +1,11 @@
-"""A PPO model beside its base: an answer of each with the reward model's score, and how far from the base it went.
+"""A PPO model beside its base: a completion of each with the reward model's score, and how far from the base it went.
 
     python inference/ppo_inference.py                                       # models/ppo and its reward model
     python inference/ppo_inference.py --reward_model models/reward --limit 20
 
-PPO maximises the score minus kl_coef * KL (Stiennon et al. 2020, section 3.4). The KL of an answer is estimated from
+PPO maximises the score minus kl_coef * KL (Stiennon et al. 2020, section 3.4). The KL of a completion is estimated from
 its own tokens as in the training log: the sum of k3 = exp(-d) - 1 + d, d = log pi - log pi_ref, in nats.
-Where a prompt has checks, the share that an answer passes (the gold score) stands beside the score (the proxy): a score
+Where a prompt has checks, the share that a completion passes (the gold score) stands beside the score (the proxy): a score
 that rises alone belongs to a reward model that is being fooled.
 """
 
@@ -42,7 +42,7 @@ def main(config):
     reward_model = RewardModel.load(reward_folder, dtype=both.dtype, device=both.device)
     same_tokens(both.tokenizer, reward_folder)
 
-    # 1. an answer of each model to each prompt
+    # 1. a completion of each model to each prompt
     own, base = both.answers()
 
     # 2. what the reward model says of each
@@ -50,7 +50,7 @@ def main(config):
         score_completions(reward_model, *both.ids(g), both.tokenizer.pad_token_id) for g in (own, base)
     )
 
-    # 3. how far the model's answers are from the base
+    # 3. how far the model's completions are from the base
     logprobs, ref_logprobs = both.logprobs(own)
     kl = [kl_estimate(torch.tensor(a), torch.tensor(b), "k3").sum().item() for a, b in zip(logprobs, ref_logprobs)]
 
@@ -69,9 +69,9 @@ def main(config):
                 "base_score": base_scores[i],
             }
         )
-    say(f"\nmeans over {len(rows)} answers each; kl to the base in nats an answer")
+    say(f"\nmeans over {len(rows)} completions each; kl to the base in nats per sequence")
     show_table(
-        ["answers of", "score", "kl", "tokens", "ended"],
+        ["completions of", "score", "kl", "tokens", "ended"],
         [[both.name, mean(scores), mean(kl), *lengths(own)], [both.base, mean(base_scores), 0.0, *lengths(base)]],
     )
     write_rows(config.out, rows)

@@ -1,4 +1,4 @@
-"""Answers from a model: how they are sampled in batches, how they stream, how they are shown and written.
+"""Completions from a model: how they are sampled in batches, how they stream, how they are shown and written.
 
 What the preference generators and the inference scripts share.
 """
@@ -28,7 +28,7 @@ class Completion:
 
 
 def sample_completions(model, tokenizer, prompts, max_new_tokens, samples_per_prompt=1, **sampling):
-    """Answer each prompt (a text, or a list of messages) `samples_per_prompt` times: a list of Completions for each prompt.
+    """Complete each prompt (a text, or a list of messages) `samples_per_prompt` times: a list of Completions for each prompt.
 
     sampling: what `generate` takes (temperature, top_k, top_p, seed, batch_size). How far it is and how long it will
     take is printed every few seconds. Raises UserError for a prompt that is empty or too long.
@@ -53,9 +53,9 @@ def as_completions(tokenizer, generation, samples_per_prompt):
 
 
 def progress_line(every=5.0):
-    """A `progress` for `generate`: prints answers done, seconds passed and left, at most every `every` seconds.
+    """A `progress` for `generate`: prints completions done, seconds passed and left, at most every `every` seconds.
 
-    kept: how many of the answers done were there before, and took none of the time.
+    kept: how many of the completions done were there before, and took none of the time.
     """
     started = last = time.time()
 
@@ -65,13 +65,13 @@ def progress_line(every=5.0):
         if now - last >= every:
             last = now
             left = (now - started) / (done - kept) * (of - done)
-            say(f"answers {done:>6,}/{of:,} | {duration(now - started)} | eta {duration(left)}")
+            say(f"completions {done:>6,}/{of:,} | {duration(now - started)} | eta {duration(left)}")
 
     return show
 
 
 class TextStream:
-    """Token ids of one answer, as they come, to pieces of text that can be shown at once.
+    """Token ids of one completion, as they come, to pieces of text that can be shown at once.
 
     A character may span several tokens: what does not yet decode to whole characters waits for the next token.
     """
@@ -104,7 +104,7 @@ def sampling(config):
 
 
 def show_completion(name, answer, note):
-    """Print one answer: whose it is, a note with its numbers, how long it is, and its text, indented."""
+    """Print one completion: whose it is, a note with its numbers, how long it is, and its text, indented."""
     say(f"  {name} | {note} | {len(answer.ids)} tokens{', cut' if answer.finish_reason == 'length' else ''}")
     for line in answer.text.splitlines() or [""]:
         say(f"      {line}")
@@ -143,13 +143,13 @@ def mean(values):
 
 
 def lengths(groups):
-    """(mean length in tokens, share that ended by themselves) of lists of answers."""
+    """(mean length in tokens, share that ended by themselves) of lists of completions."""
     answers = [answer for group in groups for answer in group]
     return mean(len(a.ids) for a in answers), mean(a.finish_reason == "stop" for a in answers)
 
 
 def rate(groups, seconds):
-    """Generated tokens per second of lists of answers, as a text."""
+    """Generated tokens per second of lists of completions, as a text."""
     tokens = sum(len(answer.ids) for group in groups for answer in group)
     return f"{tokens:,} tokens in {seconds:.1f}s, {tokens / max(seconds, 1e-9):,.0f} tok/s"
 

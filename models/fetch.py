@@ -396,7 +396,7 @@ def _read_gguf_model(folder, file):
         read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
 
     # A model read from a GGUF refuses save_pretrained, so its weights go into a fresh one of the same shape.
-    # bfloat16 is the type the model was published in. Next to float32 it costs 6e-5 nats a token (KL), far below what
+    # bfloat16 is the type the model was published in. Next to float32 it costs 6e-5 nats per token (KL), far below what
     # the 4 bits cost, and halves the file. Training casts the weights to float32 when it loads them.
     settings = read.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):

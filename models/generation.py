@@ -6,7 +6,7 @@ This is the loop in which reinforcement learning spends most of its time on a CP
    all of them (prefill);
 2. their keys and values are repeated for the samples;
 3. each step draws one token a row by inverse CDF, from one uniform number that belongs to that row and step alone, so
-   that a row's answer does not depend on which rows share its batch;
+   that a row's completion does not depend on which rows share its batch;
 4. rows that stopped leave the batch: at once, or half of it together where a token is recorded (on a GPU, for models
    that models/fast/decoder.py takes), as a smaller batch is hardly faster there and has to be recorded anew.
 """
@@ -54,11 +54,11 @@ def generate(
     on_token=None,
     progress=None,
 ):
-    """Sample `samples_per_prompt` answers for each prompt; see `Generation` for what comes back.
+    """Sample `samples_per_prompt` completions for each prompt; see `Generation` for what comes back.
 
     prompts: token ids, one list a prompt. temperature: 0 is greedy (the log-probs are then those at temperature 1).
     top_k, top_p: 0 and 1.0 leave the distribution whole, as training on the samples needs it.
-    stop_ids: ids that end an answer. seed: None draws from torch's global generator.
+    stop_ids: ids that end a completion. seed: None draws from torch's global generator.
     uniforms: (rows, max_new_tokens) numbers in [0, 1) that decide each draw, in place of those the seed gives.
     batch_size: rows that run at once. on_token(row, id): called for each token as it comes.
     progress(rows_done, rows): called after each batch.
@@ -103,7 +103,7 @@ def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_toke
     device = batch.logits.device
     stops = torch.tensor(sorted(stop_ids), device=device)
     uniforms = uniforms[index].to(device)
-    rows = torch.tensor(index)  # which answer each row of the batch is
+    rows = torch.tensor(index)  # which completion each row of the batch is
     ended = set()  # rows of the batch that have stopped and are still in it
     ids = torch.zeros(len(index), limit, dtype=torch.long, device=device)
     values = torch.zeros(len(index), limit, dtype=torch.float32, device=device)
@@ -261,7 +261,7 @@ class _Batch:
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values, written into memory laid out once for the longest answer.
+    """One layer's keys and values, written into memory laid out once for the longest completion.
 
     A single new token attends to all of that memory under a mask: contiguous, and so faster than to its filled part.
     """
@@ -320,7 +320,7 @@ def common_prefix(prompts):
 
 @contextlib.contextmanager
 def _decode_attention(model):
-    """Use models/fast/attention.py while answers are sampled, whoever loaded the model."""
+    """Use models/fast/attention.py while completions are sampled, whoever loaded the model."""
     inner = unwrapped(model)
     before = inner.config._attn_implementation
     use_matmul_attention(inner)

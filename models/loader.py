@@ -82,7 +82,7 @@ def load_tokenizer(name):
         raise UserError(f"{shown(path)} has no tokenizer (tokenizer_config.json and tokenizer.json are missing)")
     tokenizer = _read(AutoTokenizer, path, name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which marks where an answer stops")
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which marks where a completion stops")
     config = model_config(name)
     ids, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().to_dict().get("vocab_size")
     if rows is None:

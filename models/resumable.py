@@ -16,7 +16,7 @@ from runtime.run_folder import hold, release
 
 
 def partial_path(out):
-    """The file that keeps the answers on the way to the file `out`."""
+    """The file that keeps the completions on the way to the file `out`."""
     return out.with_name(out.name + ".partial")
 
 
@@ -24,11 +24,11 @@ def generate_resumable(
     path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show
 ):
     """(what `generate` returns, seconds spent on it before an interruption); the arguments are those of `generate`,
-    where `show` is a `progress` that is also told how many of the answers were there already.
+    where `show` is a `progress` that is also told how many of the completions were there already.
 
-    path: keeps the answers, a line a batch, until `discard(path)`. identity: what else decides the answers, the weights
-    above all, as JSON can hold it; answers of another identity are thrown away.
-    The answers are those of one call of `generate`, bit by bit: the batches and their random numbers are the same.
+    path: keeps the completions, a line a batch, until `discard(path)`. identity: what else decides the completions, the weights
+    above all, as JSON can hold it; completions of another identity are thrown away.
+    The completions are those of one call of `generate`, bit by bit: the batches and their random numbers are the same.
     """
     check_sampling(model, prompts, max_new_tokens, temperature, 0, 1.0, samples_per_prompt)
     settings = {"samples_per_prompt": samples_per_prompt, "stop_ids": stop_ids, "temperature": temperature}
@@ -91,6 +91,6 @@ def _read(path, header):
 
 
 def discard(path):
-    """The answers are in their place: they need not be kept any longer."""
+    """The completions are in their place: they need not be kept any longer."""
     path.unlink(missing_ok=True)
     release(path)

@@ -43,7 +43,7 @@ def prompt_ids(tokenizer, prompt):
 
 
 def completion_ids(tokenizer, completion):
-    """Token ids of an answer, ended by the stop token. Tokenised apart from the prompt, so no boundary can merge.
+    """Token ids of a completion, ended by the stop token. Tokenised apart from the prompt, so no boundary can merge.
 
     completion: a text, or a list of one assistant message.
     """

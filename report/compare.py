@@ -112,7 +112,7 @@ def find_runs(config):
 def measure_all(config, methods):
     """{method key: its measurements, one a seed}; says how far it is and how long the rest will take.
 
-    Best-of-n is chosen from the base's own answers, of which there are therefore a multiple of n.
+    Best-of-n is chosen from the base's own completions, of which there are therefore a multiple of n.
     """
     shared = {f.name: getattr(config, f.name) for f in fields(Measure)}
     jobs = []
@@ -149,7 +149,7 @@ def make_rows(config, methods, results):
     for method in methods:
         runs = results[method.key]
         measured = runs[0]["measured"]
-        if len(runs) > 1:  # the same prompts again: answers of all seeds are clustered by prompt
+        if len(runs) > 1:  # the same prompts again: completions of all seeds are clustered by prompt
             best_of = config.best_of if method.key == "best_of" else 1
             measured = summarise([a for run in runs for a in run["answers"]], runs[0]["unseen_types"], best_of)
         row = Row(method.key, method.label.format(n=config.best_of), runs, measured)
@@ -172,7 +172,7 @@ def make_rows(config, methods, results):
 
 
 def equal_variety(rows):
-    """Take each method's distinct-2 from as many answers, the first n to each prompt: it falls as texts get more."""
+    """Take each method's distinct-2 from as many completions, the first n to each prompt: it falls as texts get more."""
     n = min(len(row.answers()) // row.gold["n"] for row in rows)
     for row in rows:
         texts = {}

@@ -154,7 +154,7 @@ def main(config):
     again = "python report/demo.py --smoke true" if config.smoke else "make demo (or python report/demo.py)"
     run_all(stages(config.smoke), again, SMOKE_PACE if config.smoke else first_pace())
     report = "report/runs/smoke/REPORT.md" if config.smoke else "report/REPORT.md"
-    say(f"the comparison above, with figures and sample answers: {report}")
+    say(f"the comparison above, with figures and sample completions: {report}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Measure one checkpoint on the held-out prompts: what it gained, what that cost, and how sure both are.
 
     python report/evaluate.py --model_name models/dpo
-    python report/evaluate.py --model_name smollm2-135m --best_of 4     # the best of 4 answers by the reward model
+    python report/evaluate.py --model_name smollm2-135m --best_of 4     # the best of 4 completions by the reward model
 
-It samples answers, scores them with the checks (gold) and the reward model (proxy), takes the KL to the base from the
+It samples completions, scores them with the checks (gold) and the reward model (proxy), takes the KL to the base from the
 sampler's log-probs and one forward pass of the base over the same tokens, and reads held-out text. Writes
-report/runs/NAME.json, answers included, and measures nothing that an equal measurement there already says.
+report/runs/NAME.json, completions included, and measures nothing that an equal measurement there already says.
 
-Intervals hold 95 %. They are Student's, over the prompts' mean scores: the answers to one prompt are not independent,
+Intervals hold 95 %. They are Student's, over the prompts' mean scores: the completions to one prompt are not independent,
 the prompts are. Left out: the spread over training seeds, which report/compare.py adds where there are several runs.
 """
 
@@ -60,7 +60,7 @@ class Measure:
         "models/reward", "folder of the reward model, the proxy; left out if not there", reads=True
     )
     prompts: str = option(PROMPTS, "prompt file; its held-out prompts are answered", reads=True)
-    limit: int | None = option(None, "answer only the first so many held-out prompts", at_least=2)
+    limit: int | None = option(None, "take only the first so many held-out prompts", at_least=2)
     samples_per_prompt: int = option(2, "completions measured for each prompt", at_least=1)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of the sampling and of the log-probs", above=0)
@@ -170,12 +170,12 @@ def evaluate(config):
     prompts, unseen = heldout_prompts(config)
     blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
     reward_model = None
-    if who["hashes"]["reward_model"]:  # before the answers are sampled, for what is wrong with it is said at once
+    if who["hashes"]["reward_model"]:  # before the completions are sampled, for what is wrong with it is said at once
         same_tokens(tokenizer, config.reward_model)
         reward_model = RewardModel.load(config.reward_model, dtype=dtype, device=device)
     seconds = {}
 
-    # 1. answers. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
+    # 1. completions. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
     clock = time.time()
     model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
     check_head(model, config.model_name)
@@ -212,7 +212,7 @@ def evaluate(config):
         say(f"reward_model = {config.reward_model!r} is not there: its score is left out")
     seconds["reward_model"] = time.time() - clock
 
-    # 3. held-out text, then the KL: k1 of each answer
+    # 3. held-out text, then the KL: k1 of each completion
     clock = time.time()
     text = evaluate_lm(model, blocks, BLOCKS_AT_ONCE)
     del model
@@ -279,9 +279,9 @@ def heldout_prompts(config):
 
 
 def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
-    """k1 of each answer in nats, log pi(answer) - log base(answer): an estimate of the KL without bias.
+    """k1 of each completion in nats, log pi(completion) - log base(completion): an estimate of the KL without bias.
 
-    logprobs: those of the sampler, a list for each answer.
+    logprobs: those of the sampler, a list for each completion.
     """
     reference = load_model(base, dtype=dtype, device=pick_device(), merge_adapter=True)
     ref_logprobs = completion_logprobs(reference, questions, completions, pad_id, temperature)
@@ -304,16 +304,16 @@ def heldout_blocks(text, tokens, length, tokenizer_name):
 def show(config, result):
     """Print what was measured."""
     m = result["measured"]
-    say(f"\n{config.model_name}: {m['answers']} answers to {m['gold']['n']} held-out prompts; intervals hold 95 %")
+    say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} held-out prompts; intervals hold 95 %")
     say(f"  gold score           {plus_minus(m['gold'])}")
     say(f"  unseen check types   {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
     say(f"  reward model         {plus_minus(m['proxy'])}")
     bound = "  (at most: log n - (n - 1) / n)" if config.best_of > 1 else ""
     se = f"  (standard error {m['kl']['se']:.3f})" if m["kl"]["se"] is not None else ""
     per_token = f", {m['kl_per_token']:.4f} a token" if m["kl_per_token"] is not None else ""
-    say(f"  KL to the base       {plus_minus(m['kl'])} nats an answer{per_token}{se}{bound}")
+    say(f"  KL to the base       {plus_minus(m['kl'])} nats per sequence{per_token}{se}{bound}")
     say(
-        f"  ended by itself      {m['finish_stop']:.0%} of answers; {m['tokens']:.1f} tokens long; {m['looping']:.1%} loop"
+        f"  ended by itself      {m['finish_stop']:.0%} of completions; {m['tokens']:.1f} tokens long; {m['looping']:.1%} loop"
     )
     say(f"  distinct-1, -2       {m['distinct_1']:.3f}, {m['distinct_2']:.3f}")
     text = result["text"]

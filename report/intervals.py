@@ -1,4 +1,4 @@
-"""Means with 95 % intervals, clustered by prompt, and the figures of a list of answers."""
+"""Means with 95 % intervals, clustered by prompt, and the figures of a list of completions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def interval(values):
 
 
 def prompt_means(answers, value):
-    """{prompt id: mean of value(answer) over its answers}."""
+    """{prompt id: mean of value(completion) over its completions}."""
     groups = {}
     for answer in answers:
         groups.setdefault(answer["id"], []).append(value(answer))
@@ -42,7 +42,7 @@ def prompt_means(answers, value):
 
 
 def clustered(answers, value):
-    """`interval` of value(answer), clustered by prompt: over the prompts' means."""
+    """`interval` of value(completion), clustered by prompt: over the prompts' means."""
     return interval(list(prompt_means(answers, value).values()))
 
 
@@ -59,29 +59,29 @@ def distinct(texts, n):
 
 
 def best_of_kl(n):
-    """Nats an answer by which best-of-n can differ from its base at most: log n - (n - 1) / n (Beirami et al. 2024)."""
+    """Nats a completion by which best-of-n can differ from its base at most: log n - (n - 1) / n (Beirami et al. 2024)."""
     return math.log(n) - (n - 1) / n
 
 
 def keep_best(answers, n):
-    """Of each n answers that follow each other, all to one prompt, the one that the reward model scores highest."""
+    """Of each n completions that follow each other, all to one prompt, the one that the reward model scores highest."""
     groups = [answers[i : i + n] for i in range(0, len(answers), n)]
     return [{**max(group, key=lambda answer: answer["proxy"]), "kl": None} for group in groups]
 
 
 def best_of_measured(result, n):
-    """The measurement of best-of-n from that of the model itself, whose answers a prompt are a multiple of n."""
+    """The measurement of best-of-n from that of the model itself, whose completions a prompt are a multiple of n."""
     answers = keep_best(result["answers"], n)
     return result | {"answers": answers, "measured": summarise(answers, result["unseen_types"], n)}
 
 
 def summarise(answers, unseen, best_of=1):
-    """The figures of a list of answers; `unseen`: the check types that occur in no training prompt.
+    """The figures of a list of completions; `unseen`: the check types that occur in no training prompt.
 
-    best_of: the answers are each the best of so many, whose KL has a bound alone.
+    best_of: the completions are each the best of so many, whose KL has a bound alone.
 
-    An answer is {"id", "text", "gold", "proxy" or None, "kl" or None (nats), "tokens", "finish_reason", "checks"}, the last a
-    list of [name, passed]. Gold, proxy and KL are per answer, with intervals; kl_per_token is in nats.
+    A completion is {"id", "text", "gold", "proxy" or None, "kl" or None (nats), "tokens", "finish_reason", "checks"}, the last a
+    list of [name, passed]. Gold, proxy and KL are per completion, with intervals; kl_per_token is in nats.
     """
     by_check = {}
     for answer in answers:
@@ -111,9 +111,9 @@ def summarise(answers, unseen, best_of=1):
 
 
 def pair_accuracy(answers):
-    """How often the proxy prefers the better of two answers to one prompt, over all such pairs that differ in gold.
+    """How often the proxy prefers the better of two completions to one prompt, over all such pairs that differ in gold.
 
-    Returns `clustered`'s interval with the number of `pairs` beside it, or None where no two answers to one prompt
+    Returns `clustered`'s interval with the number of `pairs` beside it, or None where no two completions to one prompt
     differ. Equal proxies count half.
     """
     groups, pairs = {}, []

@@ -1,4 +1,4 @@
-"""REPORT.md: its tables, sample answers and text."""
+"""REPORT.md: its tables, sample completions and text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runtime.files import in_root, write_atomically
 from runtime.provenance import git_commit, machine, versions
 
 COLUMNS = (
-    "method", "gold", "gain on base", "unseen checks", "proxy", "KL, nats/answer", "KL/token", "ended", "tokens",
+    "method", "gold", "gain on base", "unseen checks", "proxy", "KL, nats/sequence", "KL/token", "ended", "tokens",
     "distinct-2", "text, nats/token", "training", "before it", "memory, GB",
 )  # fmt: skip
 
@@ -73,14 +73,14 @@ def text_table(lines):
 
 
 def plain(text, limit=300):
-    """An answer as one line in which Markdown sees nothing to format."""
+    """A completion as one line in which Markdown sees nothing to format."""
     text = " / ".join(line.strip() for line in text.splitlines() if line.strip())
     text = text[:limit] + (" ..." if len(text) > limit else "")
     return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", text) or "(nothing)"
 
 
 def samples_section(rows, count=5):
-    """The first answer of each method to `count` held-out prompts, evenly spaced in the file: not chosen by hand."""
+    """The first completion of each method to `count` held-out prompts, evenly spaced in the file: not chosen by hand."""
     first = {row.key: {} for row in rows}
     for row in rows:
         for answer in row.runs[0]["answers"]:
@@ -107,12 +107,12 @@ def spread_section(rows, config):
         values = [run["measured"]["gold"]["mean"] for run in row.runs]
         each = [f"{value:.3f}" for value in values]
         lines.append([row.label, *each, f"{statistics.fmean(values):.3f}", f"{statistics.stdev(values):.3f}"])
-    note = "Gold score by training seed. Above, the answers of all seeds are pooled and clustered by prompt."
+    note = "Gold score by training seed. Above, the completions of all seeds are pooled and clustered by prompt."
     return note + "\n\n" + markdown_table(lines)
 
 
 def answers_a_prompt(rows):
-    """How many answers to a prompt were measured, in words: '2 (base: 4, best of 4: 1)'."""
+    """How many completions to a prompt were measured, in words: '2 (base: 4, best of 4: 1)'."""
     counts = {row.label: len(row.runs[0]["answers"]) // row.gold["n"] for row in rows}
     usual = statistics.mode(list(counts.values())[::-1])
     others = ", ".join(f"{label}: {count}" for label, count in counts.items() if count != usual)
@@ -144,13 +144,13 @@ def write_report(config, rows, notes=()):
 
 {markdown_table(table(rows))}
 
-Gold: share of a prompt's checks that an answer passes. Proxy: the reward model's score. Intervals (+-) hold 95 %:
+Gold: share of a prompt's checks that a completion passes. Proxy: the reward model's score. Intervals (+-) hold 95 %:
 Student's, over the means of the {base.gold["n"]} held-out prompts. Gain on base: the difference prompt by prompt.
-Unseen checks: types that occur in no training prompt. KL: k1, the mean of log pi(answer) - log base(answer); of
-best-of-n the upper bound log n - (n - 1) / n. Ended: answers that stopped by themselves within
+Unseen checks: types that occur in no training prompt. KL: k1, the mean of log pi(completion) - log base(completion); of
+best-of-n the upper bound log n - (n - 1) / n. Ended: completions that stopped by themselves within
 {setting["max_new_tokens"]} tokens. Text: loss on held-out {setting["text"]}. Training: the run alone; before it: making
 the preferences, groups and reward model that it needs. Memory: the training process at its peak. Distinct-2:
-different word pairs over all, in the first answers to each prompt, as many of each method.
+different word pairs over all, in the first completions to each prompt, as many of each method.
 
 ## Score against KL, and gold against proxy
 
@@ -168,7 +168,7 @@ different word pairs over all, in the first answers to each prompt, as many of e
 
 ## Each check type
 
-![Share of answers that pass, by check type](figures/checks.png)
+![Share of completions that pass, by check type](figures/checks.png)
 
 {checks_sentence(rows)}
 
@@ -180,15 +180,15 @@ different word pairs over all, in the first answers to each prompt, as many of e
 
 On a policy small enough to enumerate, every expectation is a finite sum; [EXACT.md](../proof/EXACT.md) has the tables
 and more figures: [the gradient of each KL estimator](../proof/figures/exact_estimators.png), which is that of the whole
-answers' KL only with k1 in the reward, and [what an aggregation gives each
-answer](../proof/figures/exact_gradients.png): per-sequence means favour answers of one token, and the standard
+completions' KL only with k1 in the reward, and [what an aggregation gives each
+completion](../proof/figures/exact_gradients.png): per-sequence means favour completions of one token, and the standard
 deviation prompts that are almost never or almost always solved.
 
 ![KL to the optimum against steps, and where each method ends](../proof/figures/exact_fixed_points.png)
 
 DPO and PPO fall to the optimum of the KL-regularised objective; IPO, GRPO and offline GRPO come to rest at a distance.
 
-## Sample answers
+## Sample completions
 
 The first sample of each method to prompts evenly spaced in the held-out set. A line break is shown as /.
 
@@ -200,7 +200,7 @@ The first sample of each method to prompts evenly spaced in the held-out set. A 
 - Machine: {where["cpu"]}, {where["cores"]} cores{gpu}; {where["system"]}.
 - Versions: {", ".join(f"{key} {value}" for key, value in used.items() if value)}.
 - Start of every run, and reference of every KL: {start}.
-- {answers_a_prompt(rows)} answers a prompt, at most {setting["max_new_tokens"]} tokens, temperature
+- {answers_a_prompt(rows)} completions a prompt, at most {setting["max_new_tokens"]} tokens, temperature
   {setting["temperature"]:g}, sampling seed {setting["seed"]}, weights in {setting["precision"]}; training seeds
   {", ".join(map(str, config.seed_list()))}.
 - Prompts `{config.prompts}` ({who["hashes"]["prompts"]}), checks ({who["hashes"]["checks"]}), reward model

@@ -70,7 +70,7 @@ def kl_sentence(rows):
     furthest = max(far, key=lambda r: r.measured["kl"]["mean"])
     return (
         f"{best.label} reaches the highest gold score of those that moved, {best.gold['mean']:.3f}, at "
-        f"{best.measured['kl']['mean']:.1f} nats an answer; {thrifty.label} gains most a nat ({rate:+.3f}), and "
+        f"{best.measured['kl']['mean']:.1f} nats per sequence; {thrifty.label} gains most a nat ({rate:+.3f}), and "
         f"{furthest.label} went furthest from the base ({furthest.measured['kl']['mean']:.1f} nats)."
     )
 
@@ -104,10 +104,10 @@ def reward_sentence(rows):
     seen = [a for a in base.answers() if not any(name in unseen for name, _ in a["checks"])]
     everywhere, familiar = pair_accuracy(base.answers()), pair_accuracy(seen)
     if not everywhere:
-        return "No two answers of the base to one held-out prompt differ in gold: the reward model was not tested."
+        return "No two completions of the base to one held-out prompt differ in gold: the reward model was not tested."
     half, count = everywhere["half"] or 0, f"{everywhere['pairs']} pairs of {everywhere['n']} prompts"
     text = (
-        "Of two answers of the base to one held-out prompt that differ in gold, the reward model prefers the better in "
+        "Of two completions of the base to one held-out prompt that differ in gold, the reward model prefers the better in "
         f"{everywhere['mean']:.0%} +- {half:.0%} ({count})"
     )
     if not familiar or familiar["pairs"] == everywhere["pairs"]:
@@ -178,7 +178,7 @@ def cost_sentence(rows):
     share = math.exp(difference) - 1
     narrow = min(moved, key=lambda row: row.measured["distinct_2"])
     return (
-        f"Held-out text costs the base {base.text():.3f} nats a token and {worst.label}, the highest, "
+        f"Held-out text costs the base {base.text():.3f} nats per token and {worst.label}, the highest, "
         f"{worst.text():.3f} ({difference:+.3f}; perplexity {share:+.1%}). The fewest different word pairs are "
         f"{narrow.label}'s: distinct-2 {narrow.measured['distinct_2']:.3f}, the base's "
         f"{base.measured['distinct_2']:.3f}."

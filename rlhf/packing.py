@@ -1,10 +1,10 @@
-"""Answers to the same prompt in one row, so that the prompt is computed once: the layout of every RLHF forward pass.
+"""Completions to the same prompt in one row, so that the prompt is computed once: the layout of every RLHF forward pass.
 
-A row is [prompt, answer 1, answer 2, ...]. Each answer sees the prompt and itself, and its positions go on where the
-prompt ends, so every number is the one that the answer gets in a row of its own; with 8 short answers a prompt there
+A row is [prompt, completion 1, completion 2, ...]. Each completion sees the prompt and itself, and its positions go on where the
+prompt ends, so every number is the one that the completion gets in a row of its own; with 8 short completions a prompt there
 are half as many tokens to compute. What all prompts begin with, a chat template's first tokens or a system message, is
 computed once for all rows. The rows lie end to end, so that only attention pads them to one width. What comes out is
-per answer again: (N, L), N answers, L tokens of the longest one.
+per completion again: (N, L), N completions, L tokens of the longest one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from models.generation import common_prefix
 
 @dataclass
 class Packed:
-    """N answers in R rows, of `tokens` tokens together; T is the width to which attention pads the rows.
+    """N completions in R rows, of `tokens` tokens together; T is the width to which attention pads the rows.
 
     End to end there are fewer: what all rows begin with lies there once.
     """
@@ -29,10 +29,10 @@ class Packed:
     position_ids: torch.Tensor  # (1, end to end)
     rows: Ragged
     attention_mask: torch.Tensor  # (R, 1, T, T), True where a token (third axis) sees another (fourth)
-    targets: torch.Tensor  # (N, L) the answers' ids
-    mask: torch.Tensor  # (N, L) 1 on the answers' tokens
+    targets: torch.Tensor  # (N, L) the completions' ids
+    mask: torch.Tensor  # (N, L) 1 on the completions' tokens
     predictor: torch.Tensor  # (N, L) index among the tokens end to end of the one that predicts each target
-    last: torch.Tensor  # (N,) index of each answer's last token
+    last: torch.Tensor  # (N,) index of each completion's last token
     tokens: int
 
     def to_completions(self, values):
@@ -41,15 +41,15 @@ class Packed:
         return empty.masked_scatter(self.mask.bool(), values)
 
     def align(self, lists):
-        """A list of numbers for each answer as (N, L)."""
+        """A list of numbers for each completion as (N, L)."""
         numbers = [x for row in lists for x in row]
         return self.to_completions(torch.tensor(numbers, dtype=torch.float32, device=self.mask.device))
 
 
 def pack(prompts, completions, pad_id, device):
-    """Pack answers; consecutive ones with the same prompt share a row, and all rows what all prompts begin with.
+    """Pack completions; consecutive ones with the same prompt share a row, and all rows what all prompts begin with.
 
-    prompts, completions: lists of token ids, one each an answer. Answers come back in the order given. Padding is told
+    prompts, completions: lists of token ids, one each a completion. Completions come back in the order given. Padding is told
     by length, never by token id.
     """
     rows, segments, positions, predictor, last = [], [], [], [], []
@@ -105,14 +105,14 @@ def token_states(model, packed):
 
 
 def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
-    """Log-probs (N, L) of the answers' tokens in float32, at the sampling temperature; entries outside the mask are 0.
+    """Log-probs (N, L) of the completions' tokens in float32, at the sampling temperature; entries outside the mask are 0.
 
     entropy=True also returns the entropies (N, L) in nats, without gradient. With a value head, a module
     (..., H) -> (..., 1), also the values (N, L) of the states in which each token is chosen, and (N,) after the last.
     """
     hidden = token_states(model, packed)
     at = packed.mask.bool()
-    states = hidden[packed.predictor[at]]  # (tokens of the answers, H)
+    states = hidden[packed.predictor[at]]  # (tokens of the completions, H)
     head = unwrapped(model).get_output_embeddings()
     measured = head_logprobs(head, states, packed.targets[at], temperature, entropy)
     found = [packed.to_completions(x) for x in (measured if entropy else (measured,))]
@@ -123,14 +123,14 @@ def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=No
 
 
 def packed_scores(model, packed, head):
-    """Scores (N,) of a reward model: its head on the last token of each answer."""
+    """Scores (N,) of a reward model: its head on the last token of each completion."""
     hidden = token_states(model, packed)
     return head(hidden[packed.last]).float().squeeze(-1)
 
 
 @torch.no_grad()
 def score_completions(reward_model, prompts, completions, pad_id, batch_size=64):
-    """Scores by a RewardModel, as floats in the order given; answers to one prompt should stand together."""
+    """Scores by a RewardModel, as floats in the order given; completions to one prompt should stand together."""
     device = next(reward_model.parameters()).device
     scores = []
     for start in range(0, len(prompts), batch_size):
@@ -144,7 +144,7 @@ def score_completions(reward_model, prompts, completions, pad_id, batch_size=64)
 def completion_logprobs(model, prompts, completions, pad_id, temperature=1.0, batch_size=64, progress=None):
     """Log-prob of each completion token given its prompt: a list of lists, in the order given.
 
-    Answers to one prompt should stand together. Runs in the caller's autocast context. progress(done, all).
+    Completions to one prompt should stand together. Runs in the caller's autocast context. progress(done, all).
     """
     device = model.get_input_embeddings().weight.device
     found = []

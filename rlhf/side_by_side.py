@@ -25,12 +25,12 @@ class CompareConfig:
     prompt: str | None = option(None, "one prompt of your own, in place of the file's")
     prompts: str = option("data/prompts.json", "file of prompts (.json, .jsonl, .txt); of a .json the held-out ones")
     limit: int = option(8, "how many of the file's prompts", at_least=1)
-    max_new_tokens: int = option(48, "longest answer, in tokens", at_least=1)
+    max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of sampling and of the log-probs", above=0)
-    sampling_batch_size: int = option(64, "answers sampled at once", at_least=1)
+    sampling_batch_size: int = option(64, "completions sampled at once", at_least=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "of the weights; fp32 gives exact log-probs")
     seed: int = option(0, "of the sampling; both models draw with the same random numbers", at_least=0)
-    out: str | None = option(None, "JSONL file to write the answers to")
+    out: str | None = option(None, "JSONL file to write the completions to")
 
     def check(self):
         check_out(self.out, self.prompts)
@@ -41,7 +41,7 @@ class CompareConfig:
 
 
 class SideBySide:
-    """The model of a run, its base, and the prompts that both answer.
+    """The model of a run, its base, and the prompts that both completion.
 
     The base is the model with its adapter switched off; for a full model it is loaded by the name that the run's
     config.yaml gives as model_name.
@@ -66,9 +66,9 @@ class SideBySide:
             self.reference = load_model(self.base, dtype=self.dtype, device=self.device)
 
     def answers(self, samples=1):
-        """(the model's answers, the base's), each a list with `samples` Answers for each prompt."""
+        """(the model's completions, the base's), each a list with `samples` Completions for each prompt."""
         config = self.config
-        each = f"{samples} answers" if samples > 1 else "an answer"
+        each = f"{samples} completions" if samples > 1 else "a completion"
         say(f"{self.name} and its base {self.base}: {each} to each of {len(self.prompts)} prompts,", end=" ")
         say(f"temperature {config.temperature:g}")
         settings = (self.tokenizer, self.prompts, config.max_new_tokens, samples)
@@ -77,12 +77,12 @@ class SideBySide:
             return own, sample_completions(ref, *settings, **sampling(config))
 
     def ids(self, groups):
-        """(prompt ids, completion ids) of all answers, one entry an answer; those to one prompt stand together."""
+        """(prompt ids, completion ids) of all completions, one entry a completion; those to one prompt stand together."""
         rows = [(prompt_ids(self.tokenizer, p), a.ids) for p, group in zip(self.prompts, groups) for a in group]
         return [p for p, _ in rows], [c for _, c in rows]
 
     def logprobs(self, groups):
-        """(log-probs under the model, under the base), each a list with one list of nats a token for each answer."""
+        """(log-probs under the model, under the base), each a list with one list of nats per token for each completion."""
         settings = (*self.ids(groups), self.tokenizer.pad_token_id, self.config.temperature)
         own = completion_logprobs(self.model, *settings)
         with as_reference(self.model, self.reference) as ref:

@@ -128,7 +128,7 @@ def build(config, device, precision):
 
 
 def accuracy_report(pairs, differences):
-    """Print and return the accuracy on held-out pairs: in all, and where the chosen answer is shorter, like, longer."""
+    """Print and return the accuracy on held-out pairs: in all, and where the chosen completion is shorter, like, longer."""
     right = [d > 0 for d in differences]
     gaps = [len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs]
     parts = {
@@ -149,7 +149,7 @@ def accuracy_report(pairs, differences):
 
 
 def calibration_figure(differences, path, bins=6):
-    """Draw how often the higher-scored answer was the chosen one, against how sure the model was."""
+    """Draw how often the higher-scored completion was the chosen one, against how sure the model was."""
     import matplotlib
 
     matplotlib.use("Agg")

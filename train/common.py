@@ -213,7 +213,7 @@ class Evaluation:
 
 
 def show_sample(model, tokenizer, kind, config, when):
-    """Print and return the model's answer to `sample_prompt`, or None without one. Leaves the random state alone."""
+    """Print and return the model's completion to `sample_prompt`, or None without one. Leaves the random state alone."""
     if not config.sample_prompt:
         return None
     plain = tokenizer(config.sample_prompt).input_ids

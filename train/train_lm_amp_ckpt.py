@@ -17,7 +17,7 @@ from typing import Literal  # AMP: of the option below
 import torch
 
 from configs.config import option  # AMP: CKPT: COMPILE: of the options below
-from models.device import checkpoint_activations, pick_device, pick_precision
+from models.device import checkpoint_activations, pick_device, pick_precision  # CKPT: AMP: what each needs
 from models.save import save_model
 from runtime.checkpoint import Checkpoints
 from runtime.cli import cli
@@ -35,7 +35,7 @@ from train.common import (
     step_rows,
     summary,
 )
-from train.real_size import compile_if_asked  # COMPILE:
+from train.real_size import compile_if_asked  # COMPILE: on a GPU
 from train.updates import Updates
 
 
@@ -65,7 +65,7 @@ def train(config, run=None, change_model=None, save=save_model):
     start = Start(config, device, change_model)
     model, blocks = start.model, start.blocks
     if config.gradient_checkpointing:  # CKPT: only what enters a layer is kept until the backward pass
-        checkpoint_activations(model)  # CKPT:
+        checkpoint_activations(model)  # CKPT: the rest is computed again
     compile_if_asked(model, config)  # COMPILE: after what it is to compile is in place
     run.total_steps = count_steps(len(blocks), config)
     updates = Updates(model.parameters(), config, run, precision=precision)  # AMP: in fp16 it scales the loss
@@ -76,7 +76,7 @@ def train(config, run=None, change_model=None, save=save_model):
     # 2. what the model can do before
     if not carried:
         saved = compare_memory_and_time(config, model, start.tokenizer, precision)  # AMP: CKPT: what each saves, here
-        carried["savings"] = saved  # AMP: CKPT:
+        carried["savings"] = saved  # AMP: CKPT: for the manifest
         carried["samples"] = [evaluation.sample("before")]
         carried["before"] = evaluation.loss()
         run.log(0, **carried["before"])
@@ -112,7 +112,7 @@ def train(config, run=None, change_model=None, save=save_model):
     save(model, start.tokenizer, run.folder)
     save_samples(run.folder, carried["samples"])
     result = summary(carried["before"], after, run.total_steps)
-    result |= {"precision": precision, "skipped_steps": updates.overflows}  # AMP:
+    result |= {"precision": precision, "skipped_steps": updates.overflows}  # AMP: overflows in fp16
     run.finish(result, start.inputs, next_command(run.folder), carried["savings"])  # AMP: CKPT: and what they saved
     return result, carried["samples"]
 

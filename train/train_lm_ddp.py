@@ -10,20 +10,20 @@ checkpointing, compiled layers and LoRA, see train/real_size.py. Each line added
 reason: `diff train/train_lm.py train/train_lm_ddp.py`.
 """
 
-from contextlib import nullcontext  # DDP:
+from contextlib import nullcontext  # DDP: for the last micro-batch
 from dataclasses import dataclass
 
 import torch
-from torch.nn.parallel import DistributedDataParallel  # DDP:
+from torch.nn.parallel import DistributedDataParallel  # DDP: the wrapper
 
-from models.device import pick_device, pick_precision
+from models.device import pick_device, pick_precision  # DDP: for real sizes
 from models.save import save_model
 from runtime.checkpoint import Checkpoints
 from runtime.cli import cli
 from runtime.console import quiet_libraries
-from runtime.processes import all_or_none, join_processes, on_main  # DDP:
+from runtime.processes import all_or_none, join_processes, on_main  # DDP: to act as one
 from runtime.run import Run
-from train.common import Evaluation, Start, count_steps, next_command, save_samples, step_rows, summary
+from train.common import Evaluation, Start, count_steps, next_command, save_samples, step_rows, summary  # DDP: fewer
 from train.real_size import RealSizeConfig, SummedLoss, check_shares  # DDP: several processes are for real sizes
 from train.updates import Updates
 
@@ -76,7 +76,7 @@ def train(config, run=None, change_model=None, save=save_model):
         loss = torch.zeros((), device=device)
         mine = processes.share(micro_batches)  # DDP: each block is read by one process
         for i, rows in enumerate(mine or micro_batches[:1]):  # DDP: without a share it still takes part, times 0
-            last = i == max(len(mine), 1) - 1  # DDP:
+            last = i == max(len(mine), 1) - 1  # DDP: after which gradients are complete
             with nullcontext() if last else summed_loss.no_sync():  # DDP: one all-reduce a step, not a micro-batch
                 nats, _ = summed_loss(blocks.batch(rows, device))  # DDP: through the wrapper, not the model
                 nats = nats / count * bool(mine)  # DDP: of the whole step, over all processes

@@ -1,7 +1,7 @@
 """LoRA: train small low-rank matrices beside the frozen weights of a language model (Hu et al. 2021, arXiv:2106.09685).
 
     python train/train_lm_lora.py                             # adapter on Shakespeare's plays
-    python train/train_lm_lora.py --config configs/sft.yaml   # supervised fine-tuning on the chosen answers
+    python train/train_lm_lora.py --config configs/sft.yaml   # supervised fine-tuning on the chosen completions
     python train/train_lm_lora.py --merge true                # also a plain model, in OUT/merged
 
 A linear layer W x becomes W x + (alpha / r) B A x with A (r, in) random and B (out, r) zero. The technique changes the

@@ -3,7 +3,7 @@
 - One new token a row, as in decoding: two batched products over the key-value heads are several times as fast.
 - bf16 and fp16: for rows of some hundred tokens the kernel's backward pass takes four times as long as the products.
   They go over the queries in blocks, each with the keys that it can see: of a causal row of 512 tokens, five eighths;
-  of a row of a prompt and eight answers, the prompt and the block's own.
+  of a row of a prompt and eight completions, the prompt and the block's own.
 
 Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU; there not to
 cuDNN's kernel where a mask says that shapes will change.

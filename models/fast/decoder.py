@@ -1,6 +1,6 @@
 """One new token a row through a model of the Llama family, in as few operations as that takes.
 
-While answers are sampled, a token of a small model is a thousand small operations: what they cost to start, and to lay
+While completions are sampled, a token of a small model is a thousand small operations: what they cost to start, and to lay
 weights out anew for each product, is as much as the products themselves. So here queries, keys and values are one
 product, as are the two halves of the MLP; in bf16 on a CPU the weights are laid out once, as oneDNN reads them; masks
 and angles are made once for all layers. On a GPU all operations of a token are started as one (`CudaGraphDecoder`). The numbers
