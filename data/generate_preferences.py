@@ -36,7 +36,9 @@ from runtime.console import say
 @dataclass
 class Config(SamplingConfig):
     CONFIG: ClassVar[str] = "configs/preferences.yaml"
-    pairs_per_prompt: int = option(1, "pairs made of each prompt's completions, no completion in two of them", at_least=1)
+    pairs_per_prompt: int = option(
+        1, "pairs made of each prompt's completions, no completion in two of them", at_least=1
+    )
 
 
 def make_pairs(answers, pairs_per_prompt=1):
@@ -79,7 +81,9 @@ def main(config):
                 }
             )
     if not rows:
-        raise UserError(f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same")
+        raise UserError(
+            f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same"
+        )
 
     # 3. what a person needs to trust them
     say(f"\n{len(rows)} pairs of {len(sampled.answers)} prompts; dropped {ties} whose completions all score the same")

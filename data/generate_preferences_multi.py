@@ -77,7 +77,9 @@ def main(config):
             }
         )
     if not rows:
-        raise UserError(f"no group came out: for each of the {len(sampled.answers)} prompts all completions score the same")
+        raise UserError(
+            f"no group came out: for each of the {len(sampled.answers)} prompts all completions score the same"
+        )
 
     # 3. what a person needs to trust them
     ties = len(sampled.answers) - len(rows)

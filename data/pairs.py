@@ -175,7 +175,9 @@ def load_groups(source, tokenizer, max_length):
         if not isinstance(scores, list) or not all(map(_is_number, scores)):
             raise UserError(f"{where}: scores must be a list of finite numbers, not {scores}")
         if len(scores) != len(answers):
-            raise UserError(f"{where}: {len(scores)} scores for {len(answers)} completions (chosen first, then rejected)")
+            raise UserError(
+                f"{where}: {len(scores)} scores for {len(answers)} completions (chosen first, then rejected)"
+            )
         temperature = row.get("temperature", 1.0)
         if not _is_number(temperature) or temperature <= 0:
             raise UserError(f"{where}: temperature must be a number above 0, not {temperature!r}")

@@ -26,8 +26,8 @@ from data.prompts import parse_prompts, read_prompts, text_of
 from models.completions import TextStream, check_out, rate, sample_completions, sampling, synchronize, write_rows
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
-from models.loader import load_model, load_tokenizer, resolve_model
-from models.tokens import prompt_ids
+from models.loader import context_length, load_model, load_tokenizer, resolve_model
+from models.tokens import prompt_ids, stop_ids
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
 
@@ -154,7 +154,7 @@ def chat(config, model, tokenizer):
 
 def fit(model, tokenizer, history, max_new_tokens):
     """(history, prompt ids) without the oldest turns that leave no room for a completion; ([], []) if none is left."""
-    room = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    room = context_length(model) or float("inf")
     while history:
         ids = prompt_ids(tokenizer, history)
         if len(ids) + max_new_tokens <= room:
@@ -175,7 +175,7 @@ def stream(config, model, tokenizer, ids, seed):
 
     settings = {**sampling(config), "seed": seed}
     try:
-        generate(model, [ids], config.max_new_tokens, stop_ids=[tokenizer.eos_token_id], on_token=show, **settings)
+        generate(model, [ids], config.max_new_tokens, stop_ids=stop_ids(tokenizer), on_token=show, **settings)
     except KeyboardInterrupt:
         say(" (stopped)", end="")
     printed.append(pieces.end())

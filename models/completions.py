@@ -1,6 +1,6 @@
-"""Completions from a model: how they are sampled in batches, how they stream, how they are shown and written.
+"""Completions of a model: sample them in batches, stream them, print them and write them to a file.
 
-What the preference generators and the inference scripts share.
+The preference generators and the inference scripts share this file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from configs.config import UserError
 from models.generation import generate
-from models.tokens import completion_text, prompt_ids
+from models.tokens import completion_text, prompt_ids, stop_ids
 from runtime.console import duration, say
 from runtime.files import in_root, write_atomically
 
@@ -23,22 +23,22 @@ class Completion:
     text: str
     ids: list[int]  # as sampled, the stop id included when it was sampled
     logprobs: list[float]  # of each id, in nats, under the distribution it was drawn from
-    finish_reason: str  # "stop": it ended by itself; "length": it was cut at max_new_tokens
+    finish_reason: str  # "stop": the model sampled the stop token; "length": it was cut at max_new_tokens
     score: float = 0.0
 
 
 def sample_completions(model, tokenizer, prompts, max_new_tokens, samples_per_prompt=1, **sampling):
-    """Complete each prompt (a text, or a list of messages) `samples_per_prompt` times: a list of Completions for each prompt.
+    """Sample `samples_per_prompt` completions of each prompt. Returns a list of Completions for each prompt.
 
-    sampling: what `generate` takes (temperature, top_k, top_p, seed, batch_size). How far it is and how long it will
-    take is printed every few seconds. Raises UserError for a prompt that is empty or too long.
+    prompts: texts, or lists of messages. sampling: options of `generate` (temperature, top_k, top_p, seed, batch_size).
+    Prints the progress and the time left every few seconds. Raises UserError for a prompt that is empty or too long.
     """
     generation = generate(
         model,
         [prompt_ids(tokenizer, prompt) for prompt in prompts],
         max_new_tokens,
         samples_per_prompt=samples_per_prompt,
-        stop_ids=[tokenizer.eos_token_id],
+        stop_ids=stop_ids(tokenizer),
         progress=progress_line(),
         **sampling,
     )
@@ -46,16 +46,17 @@ def sample_completions(model, tokenizer, prompts, max_new_tokens, samples_per_pr
 
 
 def as_completions(tokenizer, generation, samples_per_prompt):
-    """What `generate` returns as a list of Completions for each prompt."""
+    """Turn the `Generation` of `generate` into a list of Completions for each prompt."""
     rows = zip(generation.completions, generation.logprobs, generation.finish_reasons)
     answers = [Completion(completion_text(tokenizer, ids), ids, logprobs, finish) for ids, logprobs, finish in rows]
     return [answers[i : i + samples_per_prompt] for i in range(0, len(answers), samples_per_prompt)]
 
 
 def progress_line(every=5.0):
-    """A `progress` for `generate`: prints completions done, seconds passed and left, at most every `every` seconds.
+    """A `progress` function for `generate`. It prints the completions done, the time passed and the time left.
 
-    kept: how many of the completions done were there before, and took none of the time.
+    every: the least number of seconds between two lines. The returned function also takes `kept`: how many of the
+    completions done were read from a file and took no time.
     """
     started = last = time.time()
 
@@ -71,21 +72,21 @@ def progress_line(every=5.0):
 
 
 class TextStream:
-    """Token ids of one completion, as they come, to pieces of text that can be shown at once.
+    """Turns the token ids of one completion, one by one, into pieces of text that can be printed at once.
 
-    A character may span several tokens: what does not yet decode to whole characters waits for the next token.
+    A character may span several tokens. Bytes that are not yet a whole character wait for the next token.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], 0
 
     def add(self, token):
-        """The text that this token completes, often one word, sometimes nothing."""
+        """Add a token and return the new text: often one word, sometimes nothing."""
         self.ids.append(token)
         return self._new(self._text().rstrip("\ufffd"))
 
     def end(self):
-        """What is left when no token will follow; bytes that make no character come out as U+FFFD."""
+        """Return the rest of the text when no token follows. Bytes that are no character become U+FFFD."""
         return self._new(self._text())
 
     def _text(self):
@@ -98,20 +99,20 @@ class TextStream:
 
 
 def sampling(config):
-    """What a configuration says about sampling, by the names that `sample_completions` takes."""
+    """The sampling options of a configuration as keyword arguments of `sample_completions`."""
     found = {k: v for k, v in vars(config).items() if k in ("temperature", "top_k", "top_p", "seed")}
     return found | {"batch_size": config.sampling_batch_size}
 
 
 def show_completion(name, answer, note):
-    """Print one completion: whose it is, a note with its numbers, how long it is, and its text, indented."""
+    """Print one completion: the model's name, a note with numbers, the length in tokens, and the indented text."""
     say(f"  {name} | {note} | {len(answer.ids)} tokens{', cut' if answer.finish_reason == 'length' else ''}")
     for line in answer.text.splitlines() or [""]:
         say(f"      {line}")
 
 
 def show_table(header, rows):
-    """Print rows of cells (texts, or numbers with two decimals) under their headers, the first column to the left."""
+    """Print rows of cells under their headers. Numbers get two decimals; the first column is aligned left."""
     cells = [header, *([c if isinstance(c, str) else f"{c:.2f}" for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for first, *others in cells:
@@ -119,7 +120,7 @@ def show_table(header, rows):
 
 
 def check_out(out, prompts=None):
-    """Raise UserError before the work begins if the file `out` cannot be written, or is the file of the prompts."""
+    """Raise UserError if the file `out` cannot be written, or is the file of the prompts. Call it before the work."""
     if out is None:
         return
     path = in_root(out)
@@ -130,7 +131,7 @@ def check_out(out, prompts=None):
 
 
 def write_rows(out, rows):
-    """Write rows to the JSONL file `out`, all or none, and say so; nothing if `out` is None."""
+    """Write all rows to the JSONL file `out` atomically, and print it. Does nothing if `out` is None."""
     if out is None:
         return
     write_atomically(in_root(out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -143,18 +144,18 @@ def mean(values):
 
 
 def lengths(groups):
-    """(mean length in tokens, share that ended by themselves) of lists of completions."""
+    """(mean length in tokens, share with finish_reason "stop") over lists of completions."""
     answers = [answer for group in groups for answer in group]
     return mean(len(a.ids) for a in answers), mean(a.finish_reason == "stop" for a in answers)
 
 
 def rate(groups, seconds):
-    """Generated tokens per second of lists of completions, as a text."""
+    """A text with the number of generated tokens, the seconds, and the tokens per second."""
     tokens = sum(len(answer.ids) for group in groups for answer in group)
     return f"{tokens:,} tokens in {seconds:.1f}s, {tokens / max(seconds, 1e-9):,.0f} tok/s"
 
 
 def synchronize(device):
-    """Wait for the GPU, so that a clock read next tells the truth."""
+    """Wait until the GPU is idle, so that the next clock reading includes its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

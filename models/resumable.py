@@ -1,4 +1,4 @@
-"""Sampling that can be interrupted: finished batches are kept in a file, from which the same call goes on."""
+"""Sampling that can be interrupted. Finished batches are kept in a file, and the same call continues from it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from runtime.run_folder import hold, release
 
 
 def partial_path(out):
-    """The file that keeps the completions on the way to the file `out`."""
+    """The path of the file that keeps the completions until the file `out` is written."""
     return out.with_name(out.name + ".partial")
 
 
 def generate_resumable(
     path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show
 ):
-    """(what `generate` returns, seconds spent on it before an interruption); the arguments are those of `generate`,
-    where `show` is a `progress` that is also told how many of the completions were there already.
+    """Call `generate`, and keep finished batches in the file `path` until `discard(path)`.
 
-    path: keeps the completions, a line a batch, until `discard(path)`. identity: what else decides the completions, the weights
-    above all, as JSON can hold it; completions of another identity are thrown away.
-    The completions are those of one call of `generate`, bit by bit: the batches and their random numbers are the same.
+    Returns (the Generation, seconds spent on it before an interruption). The completions are exactly those of one call
+    of `generate`, because the batches and their random numbers are the same.
+    path: JSONL, one line per batch. identity: everything else that decides the completions, such as the hash of the
+    weights, as a value that JSON can hold; a file with another identity is thrown away.
+    show: a `progress` function; its third argument is the number of completions that were read from the file.
+    The other arguments are those of `generate`. Raises UserError as `generate` does.
     """
     check_sampling(model, prompts, max_new_tokens, temperature, 0, 1.0, samples_per_prompt)
     settings = {"samples_per_prompt": samples_per_prompt, "stop_ids": stop_ids, "temperature": temperature}
@@ -76,7 +78,7 @@ def generate_resumable(
 
 
 def _read(path, header):
-    """(finished batches of this very sampling, bytes of the file that hold them); a line cut short does not count."""
+    """(finished batches of this sampling, their size in the file in bytes). An incomplete last line does not count."""
     done, size = [], 0
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
         try:
@@ -91,6 +93,6 @@ def _read(path, header):
 
 
 def discard(path):
-    """The completions are in their place: they need not be kept any longer."""
+    """Remove the file of kept completions and its lock. Call it when the final file is written."""
     path.unlink(missing_ok=True)
     release(path)

@@ -1,4 +1,4 @@
-"""Write a model and its tokenizer, so that a kill leaves no half of one."""
+"""Write a model and its tokenizer, so that a kill leaves no half-written model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.files import synced
 
 
 def save_model(model, tokenizer, folder):
-    """Write weights and tokenizer; a kill leaves no half-written model: config.json comes last."""
+    """Write the weights and the tokenizer. config.json is written last, so a kill leaves no half-written model."""
     temporary = folder / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

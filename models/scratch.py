@@ -1,4 +1,4 @@
-"""A model from nothing: random weights of a given shape, and a byte-level BPE tokenizer trained on the corpus."""
+"""A new model: random weights of a given shape, and a byte-level BPE tokenizer trained on the corpus."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from models.tiny import CHAT_TEMPLATE
 
 
 def train_tokenizer(documents, vocab_size):
-    """A byte-level BPE tokenizer (Sennrich et al. 2016) with `vocab_size` ids, which reads any text without loss.
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016) with `vocab_size` ids. It encodes any text without loss.
 
-    documents: as `load_corpus` gives them. Raises UserError when the corpus is too small for so many ids.
+    documents: those of `load_corpus`. Raises UserError if the corpus is too small for so many ids.
     """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
@@ -47,10 +47,11 @@ def _texts(documents):
 
 
 def build_scratch(architecture, layers, width, heads, context, tokenizer, seed):
-    """A causal language model with random float32 weights, as the architecture's authors initialise them.
+    """A causal language model with random float32 weights, initialised as transformers does for the architecture.
 
     architecture: "llama" (rotary positions, RMSNorm, SwiGLU of 8/3 width) or "gpt2" (learned positions, LayerNorm).
-    context: the longest text it reads, in tokens. The output embedding is tied to the input embedding.
+    width: size of the hidden states. heads: attention heads. context: the longest text, in tokens. seed: of the weights.
+    The output embedding is tied to the input embedding.
     """
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 

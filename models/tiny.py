@@ -1,7 +1,7 @@
-"""Models of a few thousand parameters, built on the spot: for tests and `configs/smoke/`, where seconds count.
+"""Models of a few thousand parameters, built on first use, for tests and `configs/smoke/`. They run in seconds.
 
-Each becomes a folder like any other model, so that adapters can name it as their base. The weights are random (seed 0)
-and the tokenizer has one id a byte: nothing is downloaded, and every text round-trips.
+Each is saved as a folder like any other model, so that adapters can name it as their base. The weights are random
+(seed 0). The tokenizer has one id per byte. Nothing is downloaded, and every text can be encoded and decoded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def byte_tokenizer(chat=True):
 
 
 def tiny_config(name, vocab_size, eos_token_id, **changes):
-    """The architecture of a tiny model; `changes` override single entries (dropout in a test, say)."""
+    """The configuration of a tiny model. `changes` override single entries (dropout in a test, for example)."""
     from transformers import GPT2Config, LlamaConfig
 
     ids = {"bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
@@ -58,17 +58,17 @@ def tiny_config(name, vocab_size, eos_token_id, **changes):
 
 
 def save_whole(model, folder):
-    """`save_pretrained` by whichever process this is.
+    """Call `save_pretrained` so that it writes in every process.
 
-    Once processes are connected, transformers (5.23) writes on rank 0 alone and says nothing; here whoever needs a
-    model first makes it for all.
+    Once processes are connected, transformers (5.23) writes on rank 0 only, without a message. Here the first process
+    that needs a model makes it for all.
     """
     model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(folder)
 
 
 def build_tiny(name):
-    """The folder of a tiny model, made if it is not there. Atomic: a second process sees all of it or nothing."""
+    """The folder of a tiny model. It is made if it is not there, atomically: other processes see all of it or nothing."""
     from transformers import AutoModelForCausalLM
 
     folder = ROOT / "models" / name

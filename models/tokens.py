@@ -1,6 +1,8 @@
-"""From prompts and completions to token ids and back: the one place that renders a chat template."""
+"""Prompts and completions to token ids and back. Only this file renders a chat template."""
 
 from __future__ import annotations
+
+import weakref
 
 from jinja2 import TemplateError
 
@@ -8,11 +10,12 @@ from configs.config import UserError
 
 
 def prompt_ids(tokenizer, prompt):
-    """The one place where a prompt becomes token ids: for training, rollout, evaluation and inference.
+    """The token ids of a prompt. Training, rollouts, evaluation and inference all use this function.
 
-    prompt: a list of chat messages, or a plain text. With a chat template, a text is one user message; without one
-    (GPT-2), a text is taken as it stands and messages are joined as `role: content` lines.
-    Exactly one BOS where the tokenizer has one. Raises UserError for a prompt of the wrong form.
+    prompt: a list of chat messages, or a plain text. With a chat template, a text is one user message. Without a
+    template (GPT-2), a text is encoded unchanged, and messages are joined as `role: content` lines.
+    Without a template, the ids begin with exactly one BOS if the tokenizer adds one.
+    Raises UserError for a prompt of the wrong form.
     """
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
@@ -42,10 +45,50 @@ def prompt_ids(tokenizer, prompt):
     return ids
 
 
-def completion_ids(tokenizer, completion):
-    """Token ids of a completion, ended by the stop token. Tokenised apart from the prompt, so no boundary can merge.
+def end_of_turn(tokenizer):
+    """The id with which the chat template ends a message of the assistant; without one, or a template, eos.
 
-    completion: a text, or a list of one assistant message.
+    It is the target after a completion: a model that learns another one would not stop where its template does.
+    """
+    if tokenizer not in _ends:
+        _ends[tokenizer] = _find_end(tokenizer)
+    return _ends[tokenizer]
+
+
+def stop_ids(tokenizer):
+    """All ids that end a completion, in order: the end of a turn, eos, and those of the model's generation_config."""
+    return tuple(sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *_of_config.get(tokenizer, ())}))
+
+
+def add_stop_ids(tokenizer, ids):
+    """Remember the stop ids of a model's generation_config with its tokenizer; None for none."""
+    found = [ids] if isinstance(ids, int) else ids or []
+    _of_config[tokenizer] = tuple(i for i in found if i is not None)
+
+
+_ends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer: its end of turn
+_of_config: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer: stop ids of generation_config
+
+
+def _find_end(tokenizer):
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    word = "xyzzy"  # a text that no template holds
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": word}]
+    try:
+        _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(word)
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError):
+        return tokenizer.eos_token_id
+    ids = tokenizer(after, add_special_tokens=False).input_ids if found else []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+
+
+def completion_ids(tokenizer, completion):
+    """The token ids of a completion, with the stop token at the end.
+
+    The completion is tokenised without the prompt, so no token can span the boundary between them.
+    completion: a text, or a list of one assistant message. Raises UserError for anything else.
     """
     if isinstance(completion, list):
         if len(completion) != 1 or not isinstance(completion[0], dict) or "content" not in completion[0]:
@@ -56,7 +99,7 @@ def completion_ids(tokenizer, completion):
     if not isinstance(completion, str):
         raise UserError(f"a completion must be text, not {type(completion).__name__}")
     _encodable(completion)
-    return [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return [*tokenizer(completion, add_special_tokens=False).input_ids, end_of_turn(tokenizer)]
 
 
 def _encodable(text):

@@ -33,9 +33,17 @@ from data.prompts import PROMPTS, load_prompts
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
-from models.loader import adapter_base, load_model, load_tokenizer, resolve_model, same_tokens, weights_hash
+from models.loader import (
+    adapter_base,
+    context_length,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    same_tokens,
+    weights_hash,
+)
 from models.resumable import discard, generate_resumable, partial_path
-from models.tokens import completion_text, prompt_ids
+from models.tokens import completion_text, prompt_ids, stop_ids
 from report.intervals import keep_best, plus_minus, summarise
 from rlhf.packing import completion_logprobs, score_completions
 from rlhf.reward_model import RewardModel
@@ -180,8 +188,8 @@ def evaluate(config):
     model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
     check_head(model, config.model_name)
     model = cast_weights(model, dtype)
-    context = model.config.max_position_embeddings
-    if config.text_length > context:
+    context = context_length(model)
+    if context and config.text_length > context:
         raise UserError(f"text_length = {config.text_length}: {config.model_name} reads at most {context} tokens")
     per_prompt = config.samples_per_prompt * config.best_of
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +201,7 @@ def evaluate(config):
         config.max_new_tokens,
         config.temperature,
         per_prompt,
-        [tokenizer.eos_token_id],
+        list(stop_ids(tokenizer)),
         config.seed,
         config.sampling_batch_size,
         progress_line(),

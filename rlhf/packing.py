@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from models.admission import admit, check_tokens, kinds_of_layers, masks_by_layer, plain_states
 from models.fast.attention import Ragged, takes_ragged
-from models.fast.head import head_logprobs, hidden_states, unwrapped
+from models.fast.head import head_logprobs, hidden_states, output_head, unwrapped
 from models.generation import common_prefix
 
 
@@ -34,6 +35,8 @@ class Packed:
     predictor: torch.Tensor  # (N, L) index among the tokens end to end of the one that predicts each target
     last: torch.Tensor  # (N,) index of each completion's last token
     tokens: int
+    sequences: list[tuple[list[int], list[int]]]  # prompt and completion of each of the N
+    origin: torch.Tensor  # (2, tokens of the ragged batch): in which of these sequences each stands, and where in it
 
     def to_completions(self, values):
         """Values of the counted tokens, in the order of `mask`, as (N, L) with zeros elsewhere."""
@@ -52,18 +55,21 @@ def pack(prompts, completions, pad_id, device):
     prompts, completions: lists of token ids, one each a completion. Completions come back in the order given. Padding is told
     by length, never by token id.
     """
-    rows, segments, positions, predictor, last = [], [], [], [], []
+    rows, segments, positions, predictor, last, origin = [], [], [], [], [], []
     shared = common_prefix([p for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]])
     tokens = end_of_prompt = 0
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         if i == 0 or prompt != prompts[i - 1]:
-            tokens += len(prompt) - (shared if rows else 0)  # those that are shared are there with the first row
+            first = shared if rows else 0  # those that are shared are there with the first row
+            tokens += len(prompt) - first
+            origin += [(i, place) for place in range(first, len(prompt))]
             rows.append(list(prompt))
             segments.append([0] * len(prompt))
             positions.append(list(range(len(prompt))))
             end_of_prompt = tokens - 1
         predictor.append([end_of_prompt, *range(tokens, tokens + len(completion) - 1)])
         tokens += len(completion)
+        origin += [(i, place) for place in range(len(prompt), len(prompt) + len(completion))]
         last.append(tokens - 1)
         rows[-1] += completion
         segments[-1] += [segments[-1][-1] + 1] * len(completion)
@@ -92,16 +98,66 @@ def pack(prompts, completions, pad_id, device):
         predictor=filled(predictor, 0, longest),
         last=torch.tensor(last, device=device),
         tokens=sum(map(len, rows)),
+        sequences=list(zip(prompts, completions)),
+        origin=torch.tensor(origin).T,
     )
 
 
+RAGGED, PADDED, LAYERS, APART = (
+    "ragged rows",
+    "padded rows",
+    "padded rows, a mask a kind of layer",
+    "one completion a row",
+)
+COSTS = {
+    PADDED: "All layers compute the padding, too.",
+    LAYERS: "All layers compute the padding, too.",
+    APART: "A prompt is computed again for each of its completions, which takes more time.",
+}
+
+
 def token_states(model, packed):
-    """The hidden states (end to end, H) of all rows."""
+    """The hidden states (tokens of the ragged batch, H), each as the sequence gets it alone; see models/admission.py."""
+    padded = (PADDED, *([LAYERS] if kinds_of_layers(model) else []), APART)
+    ways = (RAGGED, *padded) if takes_ragged(unwrapped(model)) else padded
+    longest = packed.rows.shape[1]
+    way = admit(model, "completions that share a prompt", ways, lambda *a: _check(model, *a), longest, COSTS)
+    return _states(model, packed, way)
+
+
+def _states(model, packed, way):
     rows, ids, positions = packed.rows, packed.input_ids, packed.position_ids
-    if takes_ragged(unwrapped(model)):
+    if way == RAGGED:
         return hidden_states(model, ids, packed.attention_mask, positions, rows=rows)[0]
+    if way == APART:
+        return _apart(model, packed)
     ids, positions = (x[0][rows.padded].view(rows.shape) for x in (ids, positions))
-    return rows.unpad(hidden_states(model, ids, packed.attention_mask, positions))[0]
+    mask = masks_by_layer(model, packed.attention_mask) if way == LAYERS else packed.attention_mask
+    return rows.unpad(hidden_states(model, ids, mask, positions))[0]
+
+
+def _apart(model, packed):
+    """Each completion after its own copy of the prompt, padded on the right: a causal model never looks there."""
+    device, width = packed.input_ids.device, max(len(p) + len(c) for p, c in packed.sequences)
+    ids = torch.zeros(len(packed.sequences), width, dtype=torch.long)
+    for i, (prompt, completion) in enumerate(packed.sequences):
+        ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+    hidden = hidden_states(model, ids.to(device))
+    row, place = packed.origin.to(device)
+    return hidden[row, place]
+
+
+def _check(model, way, lengths):
+    """Two completions of one prompt, the first of which is long, and one of another; with what they get alone."""
+    device = model.get_input_embeddings().weight.device
+    long, other, last = check_tokens(model, lengths)
+    shared, head = check_tokens(model, (7, 5), seed=1)
+    prompts, completions = [shared, shared, head], [long, other, last]
+    states = _states(model, pack(prompts, completions, 0, device), way)
+    packed = pack(prompts, completions, 0, device)
+    found = [states[packed.last[i] - len(c) + 1 : packed.last[i] + 1] for i, c in enumerate(completions)]
+    alone = plain_states(model, [p + c for p, c in zip(prompts, completions)])
+    return found, [x[-len(c) :] for x, c in zip(alone, completions)]
 
 
 def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
@@ -113,8 +169,7 @@ def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=No
     hidden = token_states(model, packed)
     at = packed.mask.bool()
     states = hidden[packed.predictor[at]]  # (tokens of the completions, H)
-    head = unwrapped(model).get_output_embeddings()
-    measured = head_logprobs(head, states, packed.targets[at], temperature, entropy)
+    measured = head_logprobs(output_head(model), states, packed.targets[at], temperature, entropy)
     found = [packed.to_completions(x) for x in (measured if entropy else (measured,))]
     if value_head is not None:
         found.append(packed.to_completions(value_head(states.float()).float().squeeze(-1)))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from configs.config import UserError, option, refuse_unused
-from models.loader import same_tokens
+from models.loader import same_tokens, state_size
 from rlhf.policy import Policy
 from rlhf.reward_model import find_reward_model, last_token, place_reward_model
 from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches
@@ -207,7 +207,7 @@ def main(config):
 
 def new_value_head(model, device):
     """A Linear (..., H) -> (..., 1) of zeros: values start at 0, so the first advantages are the returns."""
-    head = torch.nn.Linear(model.config.hidden_size, 1).to(device)
+    head = torch.nn.Linear(state_size(model), 1).to(device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     return head

@@ -88,7 +88,7 @@ class RewardModel(torch.nn.Module):
         if "score" not in dict(model.named_children()):
             raise UserError(f"{name} is a {architecture}: this takes a causal language model with a `score` head")
         if new:  # small, so that training starts from indifference: Stiennon et al. 2020, appendix B.1
-            torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
+            torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[-1] + 1) ** -0.5)
         return cls(model.to(device or pick_device()).eval())
 
     @property
@@ -141,7 +141,7 @@ def place_reward_model(model, name, lora_r, device):
         score = weights.pop("base_model.model.score.weight")
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"the adapter of the reward model in {shown(adapter)} is damaged: {error}") from None
-    head = torch.nn.Linear(model.config.hidden_size, 1, bias=False).to(device)
+    head = torch.nn.Linear(score.shape[-1], 1, bias=False).to(device)
     head.weight.data.copy_(score)
     targets = settings["target_modules"]
     lora = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=targets, task_type="CAUSAL_LM")

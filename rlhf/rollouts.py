@@ -11,8 +11,8 @@ from configs.config import UserError, option
 from data.order import step_indices
 from data.pairs import load_groups
 from data.prompts import load_prompts
-from models.loader import check_length
-from models.tokens import completion_text, prompt_ids
+from models.loader import check_length, context_length
+from models.tokens import completion_text, prompt_ids, stop_ids
 from rlhf.packing import Packed, pack
 from rlhf.sampler import Sampler
 from rlhf.scoring import gold_scores
@@ -222,7 +222,9 @@ def my_places(count, minibatches, processes):
 
 def check_room(stream, model, max_new_tokens):
     """Raise UserError for a prompt after which the model has no room for a completion: now, not when it is its turn."""
-    context = model.config.max_position_embeddings
+    context = context_length(model)
+    if context is None:
+        return
     for row, ids in zip(stream.rows, stream.ids):
         if len(ids) + max_new_tokens > context:
             raise UserError(
@@ -291,7 +293,7 @@ class StoredRollouts:
                 "stored log-probs do not compare with the policy's"
             )
         self.config, self.stage, self.groups = config, stage, groups
-        self.eos = policy.tokenizer.eos_token_id
+        self.stops = stop_ids(policy.tokenizer)
         self.stored = all(g["logprobs"] for g in groups)
         self.inputs = {config.groups: sha256}
         what = "ratios to the stored log-probs"
@@ -309,7 +311,7 @@ class StoredRollouts:
             prompts=[g["prompt"] for g in mine for _ in g["completions"]],
             completions=[c for g in mine for c in g["completions"]],
             logprobs=[x for g in mine for x in g["logprobs"]] if self.stored else None,
-            finish_reasons=["stop" if c[-1] == self.eos else "length" for g in mine for c in g["completions"]],
+            finish_reasons=["stop" if c[-1] in self.stops else "length" for g in mine for c in g["completions"]],
             texts=[t for g in mine for t in g["text"]["completions"]],
             questions=[g["text"]["prompt"] for g in mine for _ in g["completions"]],
             group_sizes=[len(g["completions"]) for g in mine],

@@ -5,11 +5,30 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
+from models.admission import TOLERANCE, apart, check_tokens
 from models.device import frozen_dtype
 from models.fast.head import unwrapped
 from models.generation import generate
 from models.loader import load_model
+from models.tokens import stop_ids
+from runtime.console import say
+
+
+def merged_weight(layer, kind):
+    """The parameter `kind` of a layer of the policy as its adapters change it, in float32 where one does.
+
+    A layer may be wrapped several times: peft wraps the experts of a mixture once for each parameter.
+    """
+    delta = None
+    while isinstance(layer, LoraLayer):
+        of = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        if of == kind:
+            delta = layer.get_delta_weight("default").float()
+        layer = layer.base_layer
+    weight = getattr(layer, kind)
+    return weight if delta is None else weight.float() + delta
 
 
 class Sampler:
@@ -28,6 +47,9 @@ class Sampler:
         if isinstance(policy, PeftModel) or weight.dtype != self.dtype:
             self.copy = load_model(config.model_name, dtype=self.dtype, device=weight.device, merge_adapter=True)
             self.copy.requires_grad_(False)
+            if not self._is_the_policy():
+                self.copy = policy
+                say("sampler: a copy with merged adapters does not say what the policy says; the policy itself samples")
             self.rest()
 
     @torch.no_grad()
@@ -38,15 +60,33 @@ class Sampler:
         policy = unwrapped(self.policy)
         for name, mine in self.copy.named_parameters():
             layer, _, kind = name.rpartition(".")
-            layer = policy.get_submodule(layer)
-            if isinstance(layer, LoraLayer):
-                theirs = getattr(layer.get_base_layer(), kind)
-                if kind == "weight":
-                    theirs = theirs.float() + layer.get_delta_weight("default").float()
-            else:
-                theirs = getattr(layer, kind)
-            mine.data = theirs.to(self.dtype)
+            mine.data = merged_weight(policy.get_submodule(layer), kind).to(self.dtype)
         return self.copy
+
+    @torch.no_grad()
+    def _is_the_policy(self):
+        """Whether the copy says what the policy says, also once its adapters have moved: they are moved for the check."""
+        moved = [p for p in self.policy.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in moved]
+        generator = torch.Generator().manual_seed(0)
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            if isinstance(self.policy, PeftModel):
+                for p in moved:
+                    p.add_(0.05 * torch.randn(p.shape, generator=generator).to(p))
+            [ids] = check_tokens(self.policy, [12])
+            row = torch.tensor([ids], device=moved[0].device)
+            kind, dtype = row.device.type, self.dtype
+            with torch.autocast(kind, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+                theirs = self.policy(input_ids=row, use_cache=False).logits[0]
+            mine = self.model()(input_ids=row, use_cache=False).logits[0]
+        finally:
+            for p, old in zip(moved, before):
+                p.copy_(old)
+            self.policy.train(training)
+            self.rest()
+        return apart([mine], [theirs]) <= TOLERANCE[self.dtype]
 
     def rest(self):
         """Let go of the copy's weights until the next rollout."""
@@ -68,7 +108,7 @@ class Sampler:
             config.max_new_tokens,
             temperature=config.temperature,
             samples_per_prompt=samples,
-            stop_ids=[tokenizer.eos_token_id],
+            stop_ids=stop_ids(tokenizer),
             uniforms=uniforms[[k for k, _, _ in share]].flatten(0, 1),
             batch_size=config.sampling_batch_size,
         )

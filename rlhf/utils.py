@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from configs.config import UserError
-from models.fast.head import head_logprobs, hidden_states, unwrapped
+from models.fast.head import head_logprobs, hidden_states, output_head
 
 
 def token_logprobs(model, input_ids, attention_mask, temperature=1.0, where=None, entropy=False):
@@ -23,8 +23,7 @@ def token_logprobs(model, input_ids, attention_mask, temperature=1.0, where=None
         where = attention_mask[:, 1:] * attention_mask[:, :-1]
     at = where.bool()
     hidden = hidden_states(model, input_ids, attention_mask)  # (B, T, H): position t predicts token t+1
-    head = unwrapped(model).get_output_embeddings()
-    measured = head_logprobs(head, hidden[:, :-1][at], input_ids[:, 1:][at], temperature, entropy)
+    measured = head_logprobs(output_head(model), hidden[:, :-1][at], input_ids[:, 1:][at], temperature, entropy)
     empty = hidden.new_zeros(at.shape, dtype=(measured[0] if entropy else measured).dtype)
     if entropy:
         return tuple(empty.masked_scatter(at, x) for x in measured)

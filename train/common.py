@@ -13,15 +13,16 @@ from configs.config import UserError, option, shown
 from data.blocks import make_blocks
 from data.corpus import load_corpus
 from data.order import epoch_order
-from models.fast.head import check_head, head_nll, hidden_states, unwrapped
+from models.fast.head import check_head, head_nll, output_head
 from models.generation import generate
-from models.loader import check_length, load_model, load_tokenizer, weights_hash
+from models.loader import check_length, context_length, load_model, load_tokenizer, weights_hash
 from models.scratch import build_scratch, train_tokenizer
-from models.tokens import completion_text, prompt_ids
+from models.tokens import completion_text, prompt_ids, stop_ids
 from runtime.checkpoint import Saving
 from runtime.console import say
 from runtime.files import in_root, write_atomically
 from runtime.processes import Processes
+from train.packed import block_states
 
 
 @dataclass
@@ -156,13 +157,11 @@ def step_rows(step, rows, config):
 def lm_loss(model, batch, compiled=False):
     """(sum of -log p in nats over the counted tokens, their number) of a batch of packed blocks.
 
-    compiled: that of `head_nll`. No attention mask is passed: from positions that restart, transformers makes the
-    block-diagonal one.
+    compiled: that of `head_nll`. Samples that share a row do not see each other: see train/packed.py.
     """
     input_ids, at = batch["input_ids"], batch["mask"]  # (B, T), (B, T-1)
-    hidden = hidden_states(model, input_ids, position_ids=batch["position_ids"])[:, :-1]  # (B, T-1, H)
-    head = unwrapped(model).get_output_embeddings()
-    return head_nll(head, hidden[at], input_ids[:, 1:][at], compiled), at.sum()
+    hidden = block_states(model, input_ids, batch["position_ids"])[:, :-1]  # (B, T-1, H)
+    return head_nll(output_head(model), hidden[at], input_ids[:, 1:][at], compiled), at.sum()
 
 
 @torch.no_grad()
@@ -218,8 +217,9 @@ def show_sample(model, tokenizer, kind, config, when):
         return None
     plain = tokenizer(config.sample_prompt).input_ids
     ids = plain if kind == "text" else prompt_ids(tokenizer, config.sample_prompt)
-    stop = (tokenizer.eos_token_id,)
-    new = min(config.sample_tokens, model.config.max_position_embeddings - len(ids))
+    stop = stop_ids(tokenizer)
+    room = context_length(model)
+    new = min(config.sample_tokens, room - len(ids)) if room else config.sample_tokens
     if new < 1:
         raise UserError(f"sample_prompt has {len(ids)} tokens: the model reads at most {len(ids) + new}")
     found = generate(model, [ids], new, temperature=0.8, top_p=0.95, stop_ids=stop, seed=config.seed)

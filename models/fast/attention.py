@@ -134,6 +134,9 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         query, key, value = (rows.pad(x) for x in (query, key, value))
         out, _ = attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return rows.unpad(out), None
+    window = kwargs.get("sliding_window")
+    if window and attention_mask is not None and attention_mask.shape[-1] > window:
+        attention_mask = windowed(attention_mask, window)
     dtype = product_dtype(query)
     decoding = query.shape[2] == 1 and not torch.is_grad_enabled()
     here = query.device.type == "cpu" and (decoding or dtype in HALVES)
@@ -184,6 +187,19 @@ def added_mask(mask, dtype):
         return mask.to(dtype)
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return zeros.masked_fill_(~mask, torch.finfo(dtype).min / 2)
+
+
+@functools.lru_cache(maxsize=4)  # a tensor is known by its identity: all layers of a pass get the same mask
+def windowed(mask, window):
+    """A mask, bool or added, in which each token sees only the last `window` of the tokens that it sees, with itself.
+
+    A token sees its row's tokens in their order, and itself as the last. So the number of tokens seen from a key on is
+    the difference of their positions plus one, wherever they stand in the row; a mask that has the window stays.
+    """
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 4
+    from_here = seen.flip(-1).cumsum(-1).flip(-1)
+    kept = seen & (from_here <= window)
+    return kept if mask.dtype == torch.bool else added_mask(kept, mask.dtype)
 
 
 @dataclass(frozen=True)
@@ -244,7 +260,7 @@ def blocks_of(mask):
     return None if mask is None or mask.shape[2] <= BLOCK else _find_blocks(mask)
 
 
-@functools.lru_cache(maxsize=1)  # a tensor is known by its identity: all layers of a pass get the same mask
+@functools.lru_cache(maxsize=4)  # all layers of a pass get the same mask, or one a kind of layer
 def _find_blocks(mask):
     seen_at_all = (mask > torch.finfo(mask.dtype).min / 4).flatten(0, 1).any(0)  # (T, L)
     length, found = len(seen_at_all), []

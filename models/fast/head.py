@@ -12,9 +12,12 @@ A language model's loss is the sum over its tokens: there each row's share of th
 from __future__ import annotations
 
 import functools
+import weakref
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from configs.config import UserError
 from models.fast.attention import added_mask
@@ -42,53 +45,131 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **op
     """The transformer body's output (B, T, H), after its final norm: what the head reads.
 
     attention_mask: (B, T), 1 on real tokens; or (B, 1, T, T), True where a token (third axis) sees another (fourth),
-    which needs position_ids. options: what else the body takes.
+    which needs position_ids, and may be a dict of such masks, one a kind of layer. options: what else the body takes.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)
     body = unwrapped(model).base_model
-    if attention_mask is not None and attention_mask.dim() == 4:  # in the form that each layer would make of it
-        attention_mask = added_mask(attention_mask, product_dtype(body.get_input_embeddings().weight))
+    dtype = product_dtype(body.get_input_embeddings().weight)
+    if isinstance(attention_mask, dict):
+        attention_mask = {kind: added_mask(mask, dtype) for kind, mask in attention_mask.items()}
+    elif attention_mask is not None and attention_mask.dim() == 4:  # in the form that each layer would make of it
+        attention_mask = added_mask(attention_mask, dtype)
     return body(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **options
     ).last_hidden_state
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class OutputHead:
+    """How a model makes logits of hidden states: softcap * tanh(scale * (h @ weight.T + bias) / softcap).
+
+    module: its output embedding, which may hold a bias or an adapter. scale: Granite's and Cohere's. softcap: Gemma 2's.
+    """
+
+    module: torch.nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def plain(self):
+        """Whether the logits are the product alone, which this file computes in little memory."""
+        bare = type(self.module) is torch.nn.Linear and self.module.bias is None
+        return bare and self.scale == 1.0 and self.softcap is None
+
+    def logits(self, hidden):
+        """(N, H) -> (N, V), in float32 at least."""
+        made = self.module(hidden)
+        made = made.to(torch.promote_types(made.dtype, torch.float32)) * self.scale
+        return made if self.softcap is None else self.softcap * torch.tanh(made / self.softcap)
+
+
+_heads = weakref.WeakKeyDictionary()  # model: its OutputHead
+
+
+def output_head(model, name="this model"):
+    """The `OutputHead` of a model, found out once by a pass over two tokens.
+
+    Raises UserError, naming the model, for logits that are none of these forms.
+    """
+    inner = unwrapped(model)
+    module = inner.get_output_embeddings()
+    known = _heads.get(inner)
+    if known is None or known.module is not module:
+        known = _heads[inner] = _find_head(model, module, name)
+    return known
+
+
 def check_head(model, name):
-    """Raise UserError unless the logits of `model` are its head's product with the hidden states, as is taken here."""
-    head, training = unwrapped(model).get_output_embeddings(), model.training
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    """Raise UserError unless the logits of `model` are made as an `OutputHead` makes them."""
+    output_head(model, name)
+
+
+@torch.no_grad()
+def _find_head(model, module, name):
+    training, device = model.training, model.get_input_embeddings().weight.device
+    ids = torch.arange(3, 5, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     model.eval()
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    plain = torch.nn.functional.linear(hidden_states(model, ids), head.weight).float()
+    with torch.autocast(device.type, enabled=False):
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = hidden_states(model, ids)
+        product = module(hidden).float()
     model.train(training)
-    if head.bias is not None or not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2 * plain.std().item()):
-        raise UserError(
-            f"the logits of {name} are more than the product of its last layer (a scale, a soft cap or a bias, as in "
-            "Granite, Cohere, Gemma 2 or Phi): such a model can be sampled from here, not trained or measured"
-        )
+    config = unwrapped(model).config.get_text_config().to_dict()
+    softcap = config.get("final_logit_softcapping")
+    numbers = [v for v in config.values() if isinstance(v, float) and v > 0]
+    for scale in (1.0, *numbers, *(1 / v for v in numbers)):
+        made = product * scale
+        made = made if softcap is None else softcap * torch.tanh(made / softcap)
+        if logits.shape == made.shape and torch.allclose(logits, made, rtol=1e-2, atol=1e-2 * logits.std().item()):
+            return OutputHead(module, scale, softcap)
+    raise UserError(
+        f"the logits of {name} are more than its last layer's product with a scale, a soft cap or a bias: such a model "
+        "can be sampled from here, not trained or measured"
+    )
 
 
 def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):
-    """log softmax(head(hidden) / temperature)[targets] in float32 (float64 for a float64 model), piece by piece.
+    """log softmax(logits / temperature)[targets] in float32 (float64 for a float64 model), piece by piece.
 
-    head: the output embedding, a Linear without bias. hidden: (N, H). targets: (N,) token ids. Returns (N,), and with
+    head: an `OutputHead`, or a Linear without bias. hidden: (N, H). targets: (N,) token ids. Returns (N,), and with
     `entropy` also the entropy of each distribution in nats, (N,) without gradient. Runs in the autocast dtype.
     """
-    assert head.bias is None, head
-    dtype = product_dtype(hidden)
-    logprobs, entropies = HeadLogprobs.apply(hidden, head.weight, targets, temperature, entropy, dtype)
-    return (logprobs, entropies) if entropy else logprobs
+    head = head if isinstance(head, OutputHead) else OutputHead(head)
+    if head.plain:
+        dtype = product_dtype(hidden)
+        found = HeadLogprobs.apply(hidden, head.module.weight, targets, temperature, entropy, dtype)
+    else:
+        found = _in_pieces(head, hidden, targets, temperature)
+    return found if entropy else found[0]
 
 
 def head_nll(head, hidden, targets, compiled=False):
-    """The sum over all rows of -log softmax(head(hidden))[targets] in nats: a scalar; the arguments as above.
+    """The sum over all rows of -log softmax(logits)[targets] in nats: a scalar; the arguments as above.
 
     compiled: the softmax and its gradient as one kernel, which torch.compile makes at the first call.
     """
-    assert head.bias is None, head
-    return HeadNLL.apply(hidden, head.weight, targets, product_dtype(hidden), compiled)
+    head = head if isinstance(head, OutputHead) else OutputHead(head)
+    if head.plain:
+        return HeadNLL.apply(hidden, head.module.weight, targets, product_dtype(hidden), compiled)
+    return -_in_pieces(head, hidden, targets, 1.0)[0].sum()
+
+
+def _in_pieces(head, hidden, targets, temperature):
+    """(log-probs, entropies without gradient), (N,) each, for any head: pieces are computed again going back."""
+
+    def measure(rows, ids):
+        log_p = (head.logits(rows) / temperature).log_softmax(-1)
+        entropies = -(log_p.detach().exp() * log_p.detach()).sum(-1)
+        return log_p.gather(-1, ids[:, None])[:, 0], entropies
+
+    width = head.module.weight.shape[0]
+    size = max(PIECE[hidden.device.type if hidden.device.type in PIECE else "cpu"] // (4 * width), 1)
+    found = [checkpoint(measure, hidden[at], targets[at], use_reentrant=False) for at in pieces(len(hidden), size)]
+    if not found:
+        empty = hidden.sum(-1) * 0.0  # no rows, but a gradient of 0 for what made them
+        return empty, empty.detach()
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 class HeadLogprobs(torch.autograd.Function):
