@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from configs.config import UserError
-from models.tokens import completion_ids, prompt_ids
+from models.tokens import completion_ids, prompt_ids, readable
 from runtime.console import say
 
 
@@ -106,7 +106,7 @@ def text_sample(tokenizer, text):
     bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     ends = np.maximum.accumulate(np.array([end for _, end in encoded.offset_mapping], dtype=np.int64))
     sizes = np.diff(bytes_before[ends], prepend=0)  # a character in several tokens is counted with the first
-    ids = encoded.input_ids
+    ids = readable(tokenizer, encoded.input_ids)
     if ids[-1] != tokenizer.eos_token_id:
         ids, sizes = [*ids, tokenizer.eos_token_id], np.append(sizes, 0)
     return Sample(np.array(ids), np.ones(len(ids), dtype=bool), sizes)

@@ -29,7 +29,7 @@ from models.completions import Completion, as_completions, mean, progress_line, 
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash
 from models.resumable import discard, generate_resumable, partial_path
-from models.tokens import prompt_ids, stop_ids
+from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.console import duration, quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically
 from runtime.provenance import files_read, provenance
@@ -193,6 +193,7 @@ def sample_and_score(config, task):
         config.seed,
         config.sampling_batch_size,
         progress_line(),
+        never_sampled(tokenizer),
     )
     answers = as_completions(tokenizer, generation, config.samples_per_prompt)
     say(f"sampled {rate(answers, before + time.time() - started)}")

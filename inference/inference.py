@@ -27,7 +27,7 @@ from models.completions import TextStream, check_out, rate, sample_completions, 
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
 from models.loader import context_length, load_model, load_tokenizer, resolve_model
-from models.tokens import prompt_ids, stop_ids
+from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
 
@@ -175,7 +175,8 @@ def stream(config, model, tokenizer, ids, seed):
 
     settings = {**sampling(config), "seed": seed}
     try:
-        generate(model, [ids], config.max_new_tokens, stop_ids=stop_ids(tokenizer), on_token=show, **settings)
+        generate(model, [ids], config.max_new_tokens, stop_ids=stop_ids(tokenizer),
+            never=never_sampled(tokenizer), on_token=show, **settings)
     except KeyboardInterrupt:
         say(" (stopped)", end="")
     printed.append(pieces.end())

@@ -13,7 +13,7 @@ import torch
 
 from configs.config import UserError
 from models.generation import generate
-from models.tokens import completion_text, prompt_ids, stop_ids
+from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from runtime.console import duration, say
 from runtime.files import in_root, write_atomically
 
@@ -39,6 +39,7 @@ def sample_completions(model, tokenizer, prompts, max_new_tokens, samples_per_pr
         max_new_tokens,
         samples_per_prompt=samples_per_prompt,
         stop_ids=stop_ids(tokenizer),
+        never=never_sampled(tokenizer),
         progress=progress_line(),
         **sampling,
     )

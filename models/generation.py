@@ -1,14 +1,15 @@
-"""Sample from a model: a left-padded batch, a preallocated key-value cache, and nothing computed for finished rows.
+"""Sample from a model: a left-padded batch, a preallocated key-value cache, and no computation for finished rows.
 
-This is the loop in which reinforcement learning spends most of its time on a CPU, so it stands here in full:
+On a CPU, reinforcement learning spends most of its time in this loop:
 
-1. the prompts of a batch run once, however many samples each of them gets, and what they all begin with runs once for
-   all of them (prefill);
-2. their keys and values are repeated for the samples;
-3. each step draws one token a row by inverse CDF, from one uniform number that belongs to that row and step alone, so
-   that a row's completion does not depend on which rows share its batch;
-4. rows that stopped leave the batch: at once, or half of it together where a token is recorded (on a GPU, for models
-   that models/fast/decoder.py takes), as a smaller batch is hardly faster there and has to be recorded anew.
+1. Prefill: each prompt runs once, no matter how many samples it gets. The common prefix of all prompts of a batch runs
+   once for all of them.
+2. The keys and values of each prompt are repeated for its samples.
+3. Each step draws one token per row by inverse CDF, from a uniform number that belongs to this row and step only. So
+   the completion of a row does not depend on the other rows of its batch.
+4. Finished rows leave the batch. Without a CUDA graph they leave at once. With a CUDA graph (on a GPU, for the models
+   of models/fast/decoder.py) they leave when half of the rows are finished, because a smaller batch is hardly faster
+   there and needs a new graph.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from models.fast.attention import ALIGNED, added_mask, takes_ragged, use_matmul_
 from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
 
-RECORDED = ("cuda",)  # devices on which a token's operations are started as one
+RECORDED = ("cuda",)  # device types on which one decoding step runs as a CUDA graph
 BLOCK = 256  # tokens of the vocabulary; see inverse_cdf
 
 
 @dataclass
 class Generation:
-    """Rows in prompt order, `samples_per_prompt` consecutive rows a prompt."""
+    """The completions of `generate`, in prompt order: `samples_per_prompt` consecutive rows per prompt."""
 
     completions: list[list[int]]  # sampled ids, the stop id included when it was sampled
-    logprobs: list[list[float]]  # of each sampled id under the (tempered, truncated) distribution it was drawn from
-    finish_reasons: list[str]  # "stop" or "length"
+    logprobs: list[list[float]]  # nats, of each sampled id under the tempered and truncated distribution
+    finish_reasons: list[str]  # "stop": the model sampled a stop id; "length": it reached max_new_tokens
 
 
 @torch.no_grad()
@@ -49,6 +50,7 @@ def generate(
     top_p=1.0,
     samples_per_prompt=1,
     stop_ids=(),
+    never=(),
     seed=None,
     uniforms=None,
     batch_size=64,
@@ -59,7 +61,7 @@ def generate(
 
     prompts: token ids, one list a prompt. temperature: 0 is greedy (the log-probs are then those at temperature 1).
     top_k, top_p: 0 and 1.0 leave the distribution whole, as training on the samples needs it.
-    stop_ids: ids that end a completion. seed: None draws from torch's global generator.
+    never: ids that are never drawn; see `never_sampled` of models/tokens.py. stop_ids: ids that end a completion. seed: None draws from torch's global generator.
     uniforms: (rows, max_new_tokens) numbers in [0, 1) that decide each draw, in place of those the seed gives.
     batch_size: rows that run at once. on_token(row, id): called for each token as it comes.
     progress(rows_done, rows): called after each batch.
@@ -89,7 +91,7 @@ def generate(
                     samples = range(first, min(first + samples_at_once, samples_per_prompt))
                     index = [i * samples_per_prompt + s for i in chosen for s in samples]
                     batch = _batch(way, model, [prompts[i] for i in chosen], len(samples), max_new_tokens, decoder)
-                    _sample(batch, index, uniforms, temperature, top_k, top_p, set(stop_ids), on_token)
+                    _sample(batch, index, uniforms, temperature, top_k, top_p, set(stop_ids), on_token, never)
                     for row, ids, values, reason in batch.results:
                         completions[row], logprobs[row], reasons[row] = ids, values, reason
                 if progress:
@@ -99,18 +101,21 @@ def generate(
     return Generation(completions, logprobs, reasons)
 
 
-def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_token):
-    """Draw tokens until every row of the batch has stopped; `batch.results` receives (row, ids, logprobs, reason)."""
+def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_token, never=()):
+    """Draw tokens until every row of the batch is finished. `batch.results` gets (row, ids, logprobs, finish_reason)."""
     limit = uniforms.shape[1]
     device = batch.logits.device
     stops = torch.tensor(sorted(stop_ids), device=device)
     uniforms = uniforms[index].to(device)
-    rows = torch.tensor(index)  # which completion each row of the batch is
-    ended = set()  # rows of the batch that have stopped and are still in it
+    rows = torch.tensor(index)  # the number of the completion in each row of the batch
+    ended = set()  # finished rows that are still in the batch
     ids = torch.zeros(len(index), limit, dtype=torch.long, device=device)
     values = torch.zeros(len(index), limit, dtype=torch.float32, device=device)
     for step in range(limit):
-        token, value = _draw(batch.logits, uniforms[:, step], temperature, top_k, top_p)
+        logits = batch.logits
+        if len(never):
+            logits = logits.index_fill(-1, torch.tensor(never, device=device), -torch.inf)
+        token, value = _draw(logits, uniforms[:, step], temperature, top_k, top_p)
         ids[:, step], values[:, step] = token, value
         running = [b for b in range(len(rows)) if b not in ended]
         if on_token:
@@ -135,7 +140,7 @@ def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_toke
 
 
 def _draw(logits, uniform, temperature, top_k, top_p):
-    """One token for each row and its log-prob: the inverse of the cumulative distribution at `uniform` (B,)."""
+    """(token, log-prob in nats), (B,) each: the inverse CDF at `uniform` (B,), or the argmax at temperature 0."""
     logprobs = tempered_logprobs(logits, temperature or 1.0, top_k, top_p)
     if temperature == 0:
         token = logits.argmax(-1)
@@ -145,10 +150,10 @@ def _draw(logits, uniform, temperature, top_k, top_p):
 
 
 def inverse_cdf(p, uniform):
-    """For each row of p, (B, V), the first token at which the sum of p is above `uniform` (B,) of the whole sum.
+    """For each row of p (B, V), the first token at which the running sum of p exceeds `uniform` (B,) times the total.
 
-    In two steps, over blocks of BLOCK tokens and within the block: the running sum over a vocabulary takes a CPU longer
-    than its softmax. p need not add up to 1; a token with p = 0 is never drawn.
+    It works in two steps: it finds a block of BLOCK tokens, then the token in the block. On a CPU, the running sum over
+    a whole vocabulary takes longer than its softmax. p need not add up to 1. A token with p = 0 is never drawn.
     """
     p = F.pad(p, (0, -p.shape[-1] % BLOCK)) if p.shape[-1] % BLOCK else p
     blocks = p.unflatten(-1, (-1, BLOCK))  # (B, blocks, BLOCK)
@@ -161,15 +166,16 @@ def inverse_cdf(p, uniform):
 
 
 def _first_above(ends, target):
-    """(B, 1): where the running sums `ends` first lie above `target` (B, 1); at the latest where they stop to grow."""
+    """(B, 1): the first index at which the running sums `ends` exceed `target` (B, 1), or reach their final value."""
     found = torch.searchsorted(ends, target, right=True)
     return torch.minimum(found, torch.searchsorted(ends, ends[:, -1:].contiguous()))
 
 
 def tempered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Log-probs (B, V), float32, of the distribution that is sampled: over the temperature, then cut and renormalised.
+    """Log-probs (B, V), float32, nats, of the distribution that is sampled from logits (B, V).
 
-    top_k keeps the k most probable tokens; top_p the smallest set whose probability reaches p (Holtzman et al. 2020).
+    The logits are divided by the temperature, then truncated and renormalised. top_k keeps the k most probable tokens.
+    top_p keeps the smallest set of tokens whose probability reaches p (Holtzman et al. 2020).
     """
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature
     if top_k:
@@ -178,22 +184,22 @@ def tempered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1.0:
         ordered, index = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # mass of the tokens ranked above: the first is always kept
+        before = probabilities.cumsum(-1) - probabilities  # mass of more probable tokens; the first is always kept
         logits = logits.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
     return logits.log_softmax(-1)
 
 
 def _moves(rows, done):
-    """How `rows` rows close up when those at `done` leave: (holes, movers, how many stay).
+    """How the rows at `done` leave a batch of `rows` rows: (holes, movers, number of rows that stay).
 
-    The last rows that stay move into the holes: what is copied is as much as leaves, not all that stays.
+    The last of the remaining rows are copied into the holes. So at most as many rows are copied as leave.
     """
     count, gone = rows - len(done), set(done)
     return [b for b in done if b < count], [b for b in range(count, rows) if b not in gone], count
 
 
 def _moved(x, holes, movers, count):
-    """The first `count` rows of x, of which those at `holes` have become those at `movers`: in x's own memory."""
+    """Copy the rows of x at `movers` to the rows at `holes`, in place. Returns the first `count` rows, a view of x."""
     if holes:
         x[holes] = x[movers]
     return x[:count]
@@ -269,7 +275,7 @@ class _PlainBatch:
 
 
 class _Batch:
-    """Rows that decode together: their cache, their mask, and the logits of their next token (`logits`, (B, V))."""
+    """Rows that decode together: their cache, their mask, and the logits (B, V) of their next token in `logits`."""
 
     closes_up = True
 
@@ -278,13 +284,13 @@ class _Batch:
         self.recorded = decoder is not None and decoder.graphable and device.type in RECORDED
         self.model, self.decoder, self.results = model, CudaGraphDecoder(decoder) if self.recorded else decoder, []
 
-        # what all prompts begin with (a system message) runs once, and its keys and values serve every row
+        # the common prefix of all prompts (a system message) runs once; its keys and values serve every row
         shared = common_prefix(prompts)
         rest = [p[shared:] for p in prompts]
         width = max(map(len, rest))
         self.length = shared + width
         capacity = self.length + max_new_tokens
-        if self.recorded:  # products with a cache of another size are several times as slow
+        if self.recorded:  # matmuls with a cache of an unaligned size are several times slower
             capacity += -capacity % ALIGNED[device.type]
         self.cache = _PreallocatedCache(model.config.get_text_config().num_hidden_layers, capacity)
         if shared:
@@ -308,21 +314,21 @@ class _Batch:
         if self.decoder:
             place = torch.tensor([self.length], device=token.device)
             self.logits = self.decoder(token, self.next_position, place, self.seen, self.cache.layers)
-        else:  # (B, 1, 1, keys): taken by transformers as it is, where a 2-D mask would be built anew for each token
+        else:  # (B, 1, 1, keys): transformers uses a 4-D mask unchanged; it would rebuild a 2-D mask for each token
             self._forward(token[:, None], self.seen[:, None, None], self.next_position[:, None])
         self.next_position = self.next_position + 1
         self.length += 1
 
     def move(self, holes, movers, count):
-        """Go on with `count` rows; see `_moves`."""
+        """Continue with `count` rows; see `_moves`."""
         self.seen, self.next_position = (_moved(x, holes, movers, count) for x in (self.seen, self.next_position))
         self.cache.move(holes, movers, count)
 
     def _forward(self, ids, mask, position_ids):
         if mask.dim() == 4 and not takes_ragged(unwrapped(self.model)):  # what adds it to scores takes no bool
             mask = added_mask(mask, self.model.get_input_embeddings().weight.dtype)
-        # an index, not a number: the head reads a copy then. Of a slice, and with a weight that does not train, matmul
-        # would repeat the weight for each row: gigabytes
+        # an index tensor, not a number: the head then reads a copy. With a slice and a frozen weight, matmul would
+        # repeat the weight for each row, which takes gigabytes
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         out = self.model(
             input_ids=ids,
@@ -336,9 +342,10 @@ class _Batch:
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values, written into memory laid out once for the longest completion.
+    """The keys and values of one layer, in memory that is allocated once for the longest completion.
 
-    A single new token attends to all of that memory under a mask: contiguous, and so faster than to its filled part.
+    In decoding, a new token attends to all of this memory under a mask. The memory is contiguous, so this is faster
+    than attention to its filled part.
     """
 
     def __init__(self, capacity):
@@ -374,28 +381,31 @@ class _PreallocatedCache(Cache):
         super().__init__(layers=[_PreallocatedLayer(capacity) for _ in range(layers)])
 
     def decoding(self):
-        """The prompts are in; from now on each step brings one token a row."""
+        """Call this after the prefill. From now on each step adds one token per row."""
         for layer in self.layers:
             layer.decoding = True
 
     def move(self, holes, movers, count):
-        """Rows of all layers close up; see `_moves`."""
+        """Remove finished rows from all layers; see `_moves`."""
         for layer in self.layers:
             layer.keys, layer.values = (_moved(x, holes, movers, count) for x in (layer.keys, layer.values))
 
 
 def common_prefix(prompts):
-    """How many tokens all prompts begin with; each keeps at least one of its own, and one prompt shares with nobody."""
+    """The length of the common prefix of all prompts, in tokens. Each prompt keeps at least one token of its own.
+
+    0 for a single prompt.
+    """
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # what the first and the last in order share, all share
+    first, last = min(prompts), max(prompts)  # the common prefix of these two is common to all
     longest = min(map(len, prompts)) - 1
     return next((i for i in range(longest) if first[i] != last[i]), longest)
 
 
 @contextlib.contextmanager
 def _decode_attention(model):
-    """Use models/fast/attention.py while completions are sampled, whoever loaded the model."""
+    """Use matmul attention while completions are sampled, no matter how the model was loaded."""
     inner = unwrapped(model)
     before = inner.config._attn_implementation
     use_matmul_attention(inner)

@@ -19,7 +19,7 @@ from models.fast.head import unwrapped
 from models.fast.layers import use_memory_efficient_layers
 from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.tiny import TINY_MODELS, build_tiny
-from models.tokens import add_stop_ids
+from models.tokens import add_stop_ids, note_vocabulary
 from runtime.files import in_root, read_json
 
 
@@ -89,11 +89,11 @@ def load_tokenizer(name):
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which marks where a completion stops")
     config = model_config(name)
-    ids, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().to_dict().get("vocab_size")
+    rows = config.get_text_config().to_dict().get("vocab_size")
     if rows is None:
         raise UserError(f"{name} is a {(config.architectures or [config.model_type])[0]}, which reads no text")
-    if ids > rows:
-        raise UserError(f"the tokenizer of {name} has {ids} ids and the model {rows}: it belongs to another model")
+    known = set(tokenizer.get_vocab().values())
+    note_vocabulary(tokenizer, rows, [i for i in range(rows) if i not in known])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_stop_ids(tokenizer, _generation_stops(name))
@@ -186,19 +186,33 @@ def _with_adapter(model, folder, trainable):
         with safe_open(file, "pt") as stored, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing weights; they raise UserError below
             names = set(stored.keys())
+            _resize_vocabulary(model, stored)
             model = use_memory_efficient_adapters(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
     except SafetensorError as error:
         raise UserError(f"the weights in {shown(folder)} are damaged: {error}") from None
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the adapter in {shown(folder)} does not fit its base: {_first_line(error)}") from None
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if names != wanted:
-        odd = sorted(names ^ wanted)[0]
+    known = set(get_peft_model_state_dict(model, save_embedding_layers=True))  # peft may save embeddings, too
+    odd = sorted((wanted - names) | (names - wanted - known))
+    if odd:
         raise UserError(
-            f"the adapter in {shown(folder)} does not fit its base: {odd} is only in the "
-            f"{'base' if odd in wanted else 'adapter'}"
+            f"the adapter in {shown(folder)} does not fit its base: {odd[0]} is only in the "
+            f"{'base' if odd[0] in wanted else 'adapter'}"
         )
     return model
+
+
+def _resize_vocabulary(model, stored):
+    """Give `model` as many embedding rows as the adapter's file `stored` holds, where it holds the embedding."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    for key in stored.keys():  # noqa: SIM118 - a file, not a dict
+        whole = key.startswith(f"base_model.model.{name}.") and key.endswith("weight") and "lora" not in key
+        rows = stored.get_slice(key).get_shape()[0] if whole else len(embedding.weight)
+        if rows != len(embedding.weight):
+            model.resize_token_embeddings(rows, mean_resizing=False)
+            return
 
 
 def read_weights(auto_class, path, name, new=(), **options):

@@ -21,8 +21,8 @@ def partial_path(out):
 
 
 def generate_resumable(
-    path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show
-):
+    path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show, never=(),
+):  # fmt: skip
     """Call `generate`, and keep finished batches in the file `path` until `discard(path)`.
 
     Returns (the Generation, seconds spent on it before an interruption). The completions are exactly those of one call
@@ -34,6 +34,7 @@ def generate_resumable(
     """
     check_sampling(model, prompts, max_new_tokens, temperature, 0, 1.0, samples_per_prompt)
     settings = {"samples_per_prompt": samples_per_prompt, "stop_ids": stop_ids, "temperature": temperature}
+    settings |= {"never": list(never)} if never else {}
     text = json.dumps([identity, prompts, max_new_tokens, settings, seed, batch_size], sort_keys=True)
     header = {"answers_of": hashlib.sha256(text.encode()).hexdigest()}
     rows = len(prompts) * samples_per_prompt

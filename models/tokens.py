@@ -31,7 +31,7 @@ def prompt_ids(tokenizer, prompt):
         _encodable(message["content"])
     if tokenizer.chat_template:
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = render(tokenizer, messages, add_generation_prompt=True)
         except TemplateError as error:
             raise UserError(f"the chat template of the tokenizer does not take this prompt: {error}") from None
     elif isinstance(prompt, str):
@@ -42,7 +42,12 @@ def prompt_ids(tokenizer, prompt):
     bos = tokenizer.bos_token_id
     if bos is not None and not tokenizer.chat_template and _adds_bos(tokenizer) and ids[:1] != [bos]:
         ids = [bos, *ids]
-    return ids
+    return readable(tokenizer, ids)
+
+
+def render(tokenizer, messages, add_generation_prompt=False):
+    """Messages as the text that the chat template makes of them."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def end_of_turn(tokenizer):
@@ -60,12 +65,36 @@ def stop_ids(tokenizer):
     return tuple(sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *_of_config.get(tokenizer, ())}))
 
 
+def note_vocabulary(tokenizer, rows, without_token):
+    """Remember how many embedding rows the model of a tokenizer has, and which of their ids have no token."""
+    _vocabulary[tokenizer] = (rows, tuple(without_token))
+
+
+def never_sampled(tokenizer):
+    """Ids that a model must not sample: its embedding has rows for them, its tokenizer no token. Mostly none."""
+    return _vocabulary.get(tokenizer, (None, ()))[1]
+
+
+def readable(tokenizer, ids):
+    """These ids. Raises UserError for one that the model has no embedding row for: some tokenizers have more ids."""
+    rows = _vocabulary.get(tokenizer, (None, ()))[0]
+    odd = next((i for i in ids if rows is not None and i >= rows), None)
+    if odd is not None:
+        token = tokenizer.convert_ids_to_tokens(odd)
+        raise UserError(
+            f"the text holds the token {token!r} (id {odd}), which the model cannot read: it has rows for {rows} ids, "
+            f"and the tokenizer has {max(tokenizer.get_vocab().values()) + 1}"
+        )
+    return ids
+
+
 def add_stop_ids(tokenizer, ids):
     """Remember the stop ids of a model's generation_config with its tokenizer; None for none."""
     found = [ids] if isinstance(ids, int) else ids or []
     _of_config[tokenizer] = tuple(i for i in found if i is not None)
 
 
+_vocabulary: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer: (rows, ids without a token)
 _ends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer: its end of turn
 _of_config: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer: stop ids of generation_config
 
@@ -76,7 +105,7 @@ def _find_end(tokenizer):
     word = "xyzzy"  # a text that no template holds
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": word}]
     try:
-        _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(word)
+        _, found, after = render(tokenizer, turns).rpartition(word)
     except (TemplateError, ValueError, TypeError, KeyError, IndexError):
         return tokenizer.eos_token_id
     ids = tokenizer(after, add_special_tokens=False).input_ids if found else []
@@ -99,7 +128,8 @@ def completion_ids(tokenizer, completion):
     if not isinstance(completion, str):
         raise UserError(f"a completion must be text, not {type(completion).__name__}")
     _encodable(completion)
-    return [*tokenizer(completion, add_special_tokens=False).input_ids, end_of_turn(tokenizer)]
+    ids = readable(tokenizer, tokenizer(completion, add_special_tokens=False).input_ids)
+    return [*ids, end_of_turn(tokenizer)]
 
 
 def _encodable(text):

@@ -43,7 +43,7 @@ from models.loader import (
     weights_hash,
 )
 from models.resumable import discard, generate_resumable, partial_path
-from models.tokens import completion_text, prompt_ids, stop_ids
+from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from report.intervals import keep_best, plus_minus, summarise
 from rlhf.packing import completion_logprobs, score_completions
 from rlhf.reward_model import RewardModel
@@ -205,6 +205,7 @@ def evaluate(config):
         config.seed,
         config.sampling_batch_size,
         progress_line(),
+        never_sampled(tokenizer),
     )
     questions = [prompt_ids(tokenizer, row["prompt"]) for row in prompts for _ in range(per_prompt)]
     completions = generation.completions

@@ -12,7 +12,7 @@ from models.device import frozen_dtype
 from models.fast.head import unwrapped
 from models.generation import generate
 from models.loader import load_model
-from models.tokens import stop_ids
+from models.tokens import never_sampled, stop_ids
 from runtime.console import say
 
 
@@ -109,6 +109,7 @@ class Sampler:
             temperature=config.temperature,
             samples_per_prompt=samples,
             stop_ids=stop_ids(tokenizer),
+            never=never_sampled(tokenizer),
             uniforms=uniforms[[k for k, _, _ in share]].flatten(0, 1),
             batch_size=config.sampling_batch_size,
         )

@@ -17,7 +17,7 @@ from models.fast.head import check_head, head_nll, output_head
 from models.generation import generate
 from models.loader import check_length, context_length, load_model, load_tokenizer, weights_hash
 from models.scratch import build_scratch, train_tokenizer
-from models.tokens import completion_text, prompt_ids, stop_ids
+from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from runtime.checkpoint import Saving
 from runtime.console import say
 from runtime.files import in_root, write_atomically
@@ -222,7 +222,7 @@ def show_sample(model, tokenizer, kind, config, when):
     new = min(config.sample_tokens, room - len(ids)) if room else config.sample_tokens
     if new < 1:
         raise UserError(f"sample_prompt has {len(ids)} tokens: the model reads at most {len(ids) + new}")
-    found = generate(model, [ids], new, temperature=0.8, top_p=0.95, stop_ids=stop, seed=config.seed)
+    found = generate(model, [ids], new, temperature=0.8, top_p=0.95, stop_ids=stop, never=never_sampled(tokenizer), seed=config.seed)
     text = completion_text(tokenizer, found.completions[0])
     say(f"\nsample {when} training, after {config.sample_prompt!r}:\n" + "\n".join("  " + x for x in text.splitlines()))
     return {"when": when, "prompt": config.sample_prompt, "answer": text}

@@ -1,14 +1,18 @@
-"""Attention as PyTorch's fused kernels do it, but for where they are slow: there on a CPU as plain matrix products.
+"""Attention: matmul attention on a CPU where PyTorch's fused kernels are slow, and PyTorch's kernels everywhere else.
 
-- One new token a row, as in decoding: two batched products over the key-value heads are several times as fast.
-- bf16 and fp16: for rows of some hundred tokens the kernel's backward pass takes four times as long as the products.
-  They go over the queries in blocks, each with the keys that it can see: of a causal row of 512 tokens, five eighths;
-  of a row of a prompt and eight completions, the prompt and the block's own.
+Matmul attention (plain matrix products) is used on a CPU in two cases:
 
-Everything else goes to `scaled_dot_product_attention`, which is the faster one in float32 and on a GPU; there not to
-cuDNN's kernel where a mask says that shapes will change.
+- Decoding, with one new token per row: two batched matmuls over the key-value heads are several times faster.
+- bf16 and fp16: for rows of some hundred tokens, the backward pass of the kernel takes four times as long. Matmul
+  attention computes the queries in blocks, each only with the keys that it sees. For a causal row of 512 tokens these
+  are five eighths of the work. For a row of a prompt and eight completions, they are the keys of the prompt and of the
+  block's own completions.
 
-Rows of different length may come end to end (`Ragged`): then attention alone pads them, and no linear layer does.
+Everything else uses `scaled_dot_product_attention`, which is faster in float32 and on a GPU. On a GPU, cuDNN's kernel
+is not used if there is a mask, because shapes then change from batch to batch.
+
+A ragged batch (`Ragged`) holds rows of different lengths without padding. Only attention pads them; linear layers do
+not.
 """
 
 from __future__ import annotations
@@ -26,24 +30,25 @@ from transformers.masking_utils import sdpa_mask
 
 from models.fast.layers import product_dtype
 
-BLOCK = 128  # queries
-MOST_WITH_GAPS = 0.75  # of the keys from the first to the last that a block sees: up to so many are picked out
-ALIGNED = {"cpu": 1, "cuda": 16}  # places of a padded row: a multiple of it, or the kernel pads each layer's mask
+BLOCK = 128  # queries per block
+MOST_WITH_GAPS = 0.75  # if a block sees at most this share of the keys between its first and last, it gathers them
+ALIGNED = {"cpu": 1, "cuda": 16}  # the padded length is a multiple of this; else the kernel pads each layer's mask
 HALVES = (torch.bfloat16, torch.float16)
-NAME = "products"  # of this implementation in transformers' table of them
+NAME = "products"  # the name of matmul attention in transformers' table of attention functions
 HAS_CUDNN = ("cuda",)
-# PyTorch's kernels but cuDNN's, which makes a plan for each new shape: seconds for every batch of other lengths
+# PyTorch's kernels except cuDNN's, which makes a plan for each new shape: seconds for each batch with other lengths
 OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # what a model may ask for and the products do not do
+BEYOND = ("is_causal", "position_bias", "softcap", "cache")  # arguments that matmul attention does not support
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Where N tokens that lie end to end stand in R padded rows of T. Goes to the model as `rows=`, see `takes_ragged`.
+    """A ragged batch: where its N tokens stand in R padded rows of T places. The model gets it as `rows=`.
 
-    padded: (R * T,) the token of each place, any one where the place is padding. places: (N,) the place of each token.
-    The first `shared` tokens, with which all rows begin, are there once: they stand in every row, and what comes back
-    is that of the first.
+    padded: (R * T,), the index of the token in each place; any token where the place is padding.
+    places: (N,), the place of each token. shape: (R, T).
+    shared: the length of the common prefix of all rows. Its tokens are in the ragged batch once and stand in every
+    padded row; `unpad` takes them from the first row. See `takes_ragged`.
     """
 
     padded: torch.Tensor
@@ -53,7 +58,7 @@ class Ragged:
 
     @staticmethod
     def of(lengths, device, shared=0):
-        """For rows of these lengths, the `shared` tokens of each among them."""
+        """The `Ragged` for rows of these lengths. Each length includes the `shared` tokens."""
         aligned = ALIGNED[torch.device(device).type]
         width, places = -(-max(lengths) // aligned) * aligned, []
         for r, length in enumerate(lengths):
@@ -74,7 +79,10 @@ class Ragged:
 
 
 class _Padded(torch.autograd.Function):
-    """x[rows.padded]: padding gives no gradient, a shared token gets that of all rows, added up in float32 at least."""
+    """x[rows.padded]. In the backward pass, padding gives no gradient, and a shared token gets the sum over all rows.
+
+    The sum is computed in float32 or wider.
+    """
 
     @staticmethod
     def forward(ctx, x, rows):
@@ -93,7 +101,7 @@ class _Padded(torch.autograd.Function):
 
 
 class _Unpadded(torch.autograd.Function):
-    """x[rows.places], which takes each token once: of padding, and of a shared token but in the first row, nothing."""
+    """x[rows.places]: each token once, a shared token from the first row. Padding gets gradient 0."""
 
     @staticmethod
     def forward(ctx, x, rows):
@@ -108,14 +116,14 @@ class _Unpadded(torch.autograd.Function):
 
 
 def takes_ragged(model):
-    """Whether `model`, of transformers, attends by this file, so that it takes `rows=`."""
+    """Whether the transformers model `model` uses matmul attention. Then its forward pass takes `rows=`."""
     return model.config._attn_implementation == NAME
 
 
 def use_matmul_attention(model):
-    """Let `model`, of transformers, attend by this file where it would call PyTorch's kernel; returns it.
+    """Replace PyTorch's attention kernel by `attention` in the transformers model `model`. Returns `model`.
 
-    Architectures that do not hand all that a pass is given on to an attention function of choice keep their own.
+    Architectures that do not support a custom attention function keep their own.
     """
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(NAME)
@@ -123,12 +131,12 @@ def use_matmul_attention(model):
 
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, rows=None, **kwargs):
-    """softmax(query key^T * scaling + mask) value, with what transformers hands to an attention function.
+    """softmax(query key^T * scaling + mask) value. The arguments are those of an attention function of transformers.
 
-    query: (B, heads, T, D). key, value: (B, kv_heads, L, D), each for heads / kv_heads query heads.
-    attention_mask: (B or 1, 1, T, L), bool (True is seen) or added to the scores; None is causal.
-    rows: B is 1 and T = L the tokens of R rows end to end; the mask is that of the padded rows.
-    Returns ((B, T, heads, D), None).
+    query: (B, heads, T, D). key, value: (B, kv_heads, L, D); each serves heads / kv_heads query heads.
+    attention_mask: (B or 1, 1, T, L), bool (True is seen) or numbers added to the scores; None is causal.
+    rows: a `Ragged`. Then B is 1, T = L is the number of tokens of the ragged batch, and the mask is that of the
+    padded rows. Returns ((B, T, heads, D), None).
     """
     if rows is not None:
         query, key, value = (rows.pad(x) for x in (query, key, value))
@@ -160,7 +168,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
 
 
 def mask_of_pass(*args, dtype=torch.float32, **kwargs):
-    """The mask that transformers makes for a pass; where the products add it, in that form, once for all layers."""
+    """The mask of a forward pass. For matmul attention it is made additive here, once for all layers."""
     mask = sdpa_mask(*args, dtype=dtype, **kwargs)
     if mask is None or mask.device.type != "cpu":
         return mask
@@ -174,14 +182,15 @@ AttentionMaskInterface.register(NAME, mask_of_pass)
 
 @functools.lru_cache(maxsize=1)
 def causal_mask(length, keys, dtype):
-    """(1, 1, length, keys), added: each of the last `length` of `keys` tokens sees itself and those before it."""
+    """An additive causal mask (1, 1, length, keys): each of the last `length` tokens sees itself and those before it."""
     return added_mask(torch.ones(length, keys, dtype=torch.bool).tril(keys - length)[None, None], dtype)
 
 
 def added_mask(mask, dtype):
-    """A mask, True where a key is seen, as what is added to the scores; one that is that already, in `dtype`.
+    """Turn a bool mask (True where a key is seen) into numbers of `dtype` that are added to the scores.
 
-    What is not seen gets a large negative number, not -inf: padding that sees nothing at all must not become NaN.
+    An additive mask is only cast to `dtype`. A key that is not seen gets a large negative number instead of -inf:
+    with -inf, a padding row that sees no key would become NaN.
     """
     if mask.dtype != torch.bool:
         return mask.to(dtype)
@@ -189,7 +198,7 @@ def added_mask(mask, dtype):
     return zeros.masked_fill_(~mask, torch.finfo(dtype).min / 2)
 
 
-@functools.lru_cache(maxsize=4)  # a tensor is known by its identity: all layers of a pass get the same mask
+@functools.lru_cache(maxsize=1)  # a tensor is known by its identity: all layers of a pass get the same mask
 def windowed(mask, window):
     """A mask, bool or added, in which each token sees only the last `window` of the tokens that it sees, with itself.
 
@@ -204,28 +213,29 @@ def windowed(mask, window):
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that are computed together, and the keys that any of them sees in any row of the batch."""
+    """Queries that are computed together, and the keys that at least one of them sees in at least one row."""
 
-    queries: slice  # of T
-    keys: slice | torch.Tensor  # of L: an index where there are gaps
+    queries: slice  # of the T queries
+    keys: slice | torch.Tensor  # of the L keys; an index tensor if there are gaps
     mask: torch.Tensor  # (B or 1, 1, queries, keys)
     length: int  # T
 
     def rows(self, x):
-        """This block's part of the axis T * group of x."""
+        """The part of x (B, kv_heads, T * group, ...) that belongs to the queries of this block."""
         group = x.shape[2] // self.length
         return x[:, :, self.queries.start * group : self.queries.stop * group]
 
     def seen(self, x):
-        """The keys' part of the third axis of x."""
+        """The part of x (B, kv_heads, L, ...) that belongs to the keys of this block."""
         return x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys)
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(query key^T + mask) value, which keeps these four: the probabilities are computed again.
+    """softmax(query key^T + mask) value. It saves only query, key, value and mask; the backward pass recomputes the rest.
 
-    query: (B, kv_heads, T * group, D), scaled, the queries of a group next to each other. key, value: (B, kv_heads, L,
-    D). mask: (B or 1, 1, T, L), or None: all is seen. blocks: those of `blocks_of`.
+    query: (B, kv_heads, T * group, D), already scaled; the queries of a group are next to each other.
+    key, value: (B, kv_heads, L, D). mask: (B or 1, 1, T, L), additive; None: every key is seen.
+    blocks: the result of `blocks_of`.
     """
 
     @staticmethod
@@ -256,11 +266,11 @@ class _Attention(torch.autograd.Function):
 
 
 def blocks_of(mask):
-    """The `Block`s of an added mask; None where one would hold all its queries."""
+    """The `Block`s of an additive mask; None if one block would hold all queries."""
     return None if mask is None or mask.shape[2] <= BLOCK else _find_blocks(mask)
 
 
-@functools.lru_cache(maxsize=4)  # all layers of a pass get the same mask, or one a kind of layer
+@functools.lru_cache(maxsize=1)  # as above
 def _find_blocks(mask):
     seen_at_all = (mask > torch.finfo(mask.dtype).min / 4).flatten(0, 1).any(0)  # (T, L)
     length, found = len(seen_at_all), []
@@ -277,7 +287,7 @@ def _find_blocks(mask):
 
 
 def _probabilities(query, key, mask):
-    """(B, kv_heads, T * group, L); the softmax itself computes in float32."""
+    """The attention probabilities (B, kv_heads, T * group, L). The softmax computes in float32 internally."""
     scores = query @ key.transpose(2, 3)
     if mask is not None:
         scores.view(*scores.shape[:2], mask.shape[2], -1, mask.shape[3]).add_(mask[:, :, :, None])
@@ -285,7 +295,7 @@ def _probabilities(query, key, mask):
 
 
 def _gradients(gradient, query, key, value, mask):
-    """Those of query, key and value."""
+    """The gradients of query, key and value."""
     p = _probabilities(query, key, mask)
     of_value = p.transpose(2, 3) @ gradient
     of_scores = torch.ops.aten._softmax_backward_data(gradient @ value.transpose(2, 3), p, -1, p.dtype)

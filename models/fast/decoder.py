@@ -1,12 +1,15 @@
-"""One new token a row through a model of the Llama family, in as few operations as that takes.
+"""One decoding step (one new token per row) of a Llama model, in as few operations as possible.
 
-While completions are sampled, a token of a small model is a thousand small operations: what they cost to start, and to lay
-weights out anew for each product, is as much as the products themselves. So here queries, keys and values are one
-product, as are the two halves of the MLP; in bf16 on a CPU the weights are laid out once, as oneDNN reads them; masks
-and angles are made once for all layers. On a GPU all operations of a token are started as one (`CudaGraphDecoder`). The numbers
-are those of transformers' forward pass, but for the order of sums.
+One decoding step of a small model is about a thousand small operations. Starting them, and changing the layout of the
+weights for each matmul, costs as much as the matmuls themselves. Therefore this file
 
-`decoder_for` takes the models whose layers are known here; all others go through transformers.
+- computes queries, keys and values in one matmul, and both halves of the MLP in another;
+- packs bf16 weights on a CPU once, in the layout of oneDNN;
+- makes masks and rotary angles once for all layers;
+- runs all operations of a step as one CUDA graph on a GPU (`CudaGraphDecoder`).
+
+The results equal transformers' forward pass up to the order of sums. `decoder_for` accepts models whose layers this
+file knows. All other models go through transformers.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from torch.nn import Linear
 from models.fast.attention import added_mask
 from models.fast.layers import GatedMLP, RMSNorm, rms_norm
 
-ROWS = 32  # that the layout is made for; it does for others, too
+ROWS = 32  # the batch size that the packed layout is made for; other batch sizes work, too
 
 
 def decoder_for(model):
-    """A `Decoder` of `model`, or None where a part of it is not what is computed here: an adapter, a bias, a hook."""
+    """A `Decoder` of `model`. None if a part of the model is not supported here: an adapter, a bias, a hook."""
     if type(model).__name__ != "LlamaForCausalLM" or model.device.type not in ("cpu", "cuda"):
         return None
     body, layers = model.model, model.model.layers
@@ -44,17 +47,18 @@ def _linears(layer):
 
 
 class Decoder:
-    """Reads the weights of `model` as they are now; what it lays out anew is as large as the model.
+    """One decoding step with the current weights of `model`. Its packed copy of the weights is as large as the model.
 
-    decoder(token, positions, place, seen, layers) -> logits (B, V). token, positions: (B,). place: (1,), where the new
-    token goes in the cache. seen: (B, capacity) bool, True where a row sees a place, the new one among them. layers:
-    the cache's, each with `keys` and `values` (B, kv_heads, capacity, D), which receive those of the new token.
+    decoder(token, positions, place, seen, layers) -> logits (B, V). token, positions: (B,). place: (1,), the place of
+    the new token in the cache. seen: (B, capacity) bool, True where a row sees a place; the new place is seen, too.
+    layers: the layers of the cache, each with `keys` and `values` (B, kv_heads, capacity, D). The step writes the keys
+    and values of the new token into them.
     """
 
     def __init__(self, model):
         body, config = model.model, model.config
         self.embedding, self.angles, self.norm = body.embed_tokens.weight, body.rotary_emb, body.norm
-        # whether a token's operations are the same each time: angles that depend on the length ask for it
+        # whether every step runs the same operations: rotary angles that depend on the length read it on the CPU
         self.graphable = body.rotary_emb.rope_type not in ("dynamic", "longrope")
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scaling, self.size = body.layers[0].self_attn.scaling, body.layers[0].self_attn.head_dim
@@ -65,7 +69,7 @@ class Decoder:
             norms = layer.input_layernorm, layer.post_attention_layernorm
             self.layers.append((*norms, _product(q, k, v), _product(out), _product(gate, up), _product(down)))
 
-    @torch.inference_mode()  # which starts an operation sooner than no_grad
+    @torch.inference_mode()  # starts an operation faster than no_grad
     def __call__(self, token, positions, place, seen, layers):
         rows, half = len(token), self.size // 2
         x = F.embedding(token, self.embedding)  # (B, H)
@@ -73,7 +77,7 @@ class Decoder:
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # (-b, a) * sin is (b, a) * this
         mask = added_mask(seen, x.dtype).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * kv_heads, 1, capacity)
         for (before, after, qkv, out, gate_up, down), cache in zip(self.layers, layers):
-            heads = qkv(_normed(x, before)).unflatten(-1, (-1, self.size))  # of queries, keys, values: (B, all, D)
+            heads = qkv(_normed(x, before)).unflatten(-1, (-1, self.size))  # queries, keys, values: (B, all heads, D)
             turned, values = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
             turned = (turned * cos).add_(turned.roll(half, -1).mul_(sin))
             cache.keys.index_copy_(2, place, turned[:, self.heads :, None])
@@ -88,11 +92,11 @@ class Decoder:
 
 
 class CudaGraphDecoder:
-    """A decoder whose operations on a GPU are recorded once, as a CUDA graph, and then started as one.
+    """A decoder that captures its operations on a GPU once, as a CUDA graph, and then replays the graph.
 
-    To start a thousand kernels takes Python three times as long as the GPU takes to run them. A graph reads and writes
-    fixed memory: the arguments are copied into it, `seen` and the cache are that of one batch, whose rows may leave at
-    its end; then a smaller graph is recorded.
+    Python needs three times as long to start a thousand kernels as the GPU needs to run them. A CUDA graph reads and
+    writes fixed memory. So `token`, `positions` and `place` are copied into fixed tensors, and `seen` and `layers` are
+    those of one batch. When rows leave at the end of the batch, a smaller graph is captured.
     """
 
     def __init__(self, decoder):
@@ -110,23 +114,23 @@ class CudaGraphDecoder:
 
 
 def record(run, device):
-    """(replay, result): replay() does the GPU's work of run() again, in the same memory, and writes the result anew.
+    """Capture run() as a CUDA graph. Returns (replay, result): replay() repeats the GPU work and updates `result`.
 
-    As `torch.cuda.graph` does it, but for emptying the allocator's cache, which the passes after sampling would fill
-    again.
+    It works like `torch.cuda.graph`, but does not empty the allocator's cache, because the passes after sampling would
+    have to fill it again.
     """
     graph, stream, kind = torch.cuda.CUDAGraph(), side_stream(device), torch.get_autocast_dtype("cuda")
     stream.wait_stream(torch.cuda.current_stream(device))
-    # casts of weights belong into the graph: of those that autocast keeps, it would read memory that is gone
+    # the graph must include the casts of weights: autocast's cached casts are freed, and the graph would read them
     autocast = torch.autocast("cuda", kind, torch.is_autocast_enabled("cuda"), cache_enabled=False)
     with torch.cuda.stream(stream), autocast:
-        run()  # what libraries set up at their first use cannot be recorded
+        run()  # libraries set themselves up at their first use; a graph cannot capture that
         stream.synchronize()
         graph.capture_begin()
         try:
             result = run()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the recording is spoilt; what spoilt it is said
+            with contextlib.suppress(RuntimeError):  # the capture has failed; the first error is raised below
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -136,7 +140,7 @@ def record(run, device):
 
 @functools.cache
 def side_stream(device):
-    """One stream for all recordings: each that is used keeps a workspace of cuBLAS for good."""
+    """One CUDA stream for all captures: each stream that is used keeps a cuBLAS workspace until the process ends."""
     return torch.cuda.Stream(device)
 
 
@@ -145,9 +149,10 @@ def _normed(x, norm):
 
 
 def _product(*linears):
-    """x -> what these layers make of x, side by side.
+    """A function of x that returns the concatenated outputs of these linear layers.
 
-    In bf16 on a CPU as one product, of a weight as oneDNN lays it out; on a GPU as one, of all weights in one.
+    In bf16 on a CPU it is one matmul with a weight in oneDNN's layout. On a GPU it is one matmul with the concatenated
+    weights. Elsewhere it is one matmul per layer.
     """
     weights = [linear.weight for linear in linears]
     if weights[0].device.type == "cuda" and len(weights) > 1:
@@ -162,7 +167,7 @@ def _product(*linears):
 
 @functools.cache
 def packs():
-    """Whether torch lays weights out for oneDNN here: a way of its own compiler, which it does not promise to keep."""
+    """Whether torch can pack weights for oneDNN here. This is an internal operation of torch's compiler and may change."""
     weight, x = torch.eye(16, dtype=torch.bfloat16), torch.ones(2, 16, dtype=torch.bfloat16)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)

@@ -1,12 +1,12 @@
-"""Log-probs of given tokens without ever holding all logits.
+"""Log-probs of given tokens, computed without holding all logits in memory.
 
-A model's logits over 49 k tokens in float32 are most of the memory of a training step, and on a CPU a good part of its
-time. So the transformer's body runs once, and its head runs over a few rows at a time, only where a token counts. What
-the backward pass needs of a row's logits is one vector of the hidden size, known as soon as the logits are:
+A model's float32 logits over 49 k tokens take most of the memory of a training step, and on a CPU much of its time. So
+the body of the transformer runs once, and its head runs over a few rows at a time, only for tokens that count. The
+backward pass needs one vector of the hidden size per row, and it can be computed together with the logits:
 
     d log p(target) / d hidden = (onehot(target) - p) @ W / temperature
 
-A language model's loss is the sum over its tokens: there each row's share of the weight's gradient is known then, too.
+The loss of a language model is the sum over its tokens. So each row's share of the gradient of W is known then, too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from configs.config import UserError
 from models.fast.attention import added_mask
 from models.fast.layers import product_dtype
 
-# Bytes of logits of which the softmax is taken at once, in float32; on a CPU: what fits into its last cache
+# Bytes of float32 logits in one softmax; on a CPU they should fit into the last-level cache
 PIECE = {"cpu": 26 << 20, "cuda": 128 << 20}
-# Bytes of logits, in the products' dtype, held where the head's weight trains: its gradient is written once for them
+# Bytes of logits, in the matmul dtype, held at once if the head's weight trains: one gradient matmul per held part
 HELD = {"cpu": 100 << 20, "cuda": 512 << 20}
 
 
@@ -37,12 +37,12 @@ def unwrapped(model):
 
 
 def positions(attention_mask):
-    """Position ids (B, T) that count from 0 at each row's first real token, for left and right padding alike."""
+    """Position ids (B, T). They count from 0 at the first real token of each row, with left or right padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **options):
-    """The transformer body's output (B, T, H), after its final norm: what the head reads.
+    """The output (B, T, H) of the transformer's body after its final norm. The head reads it.
 
     attention_mask: (B, T), 1 on real tokens; or (B, 1, T, T), True where a token (third axis) sees another (fourth),
     which needs position_ids, and may be a dict of such masks, one a kind of layer. options: what else the body takes.
@@ -147,7 +147,7 @@ def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):
 def head_nll(head, hidden, targets, compiled=False):
     """The sum over all rows of -log softmax(logits)[targets] in nats: a scalar; the arguments as above.
 
-    compiled: the softmax and its gradient as one kernel, which torch.compile makes at the first call.
+    compiled: compute the softmax and its gradient in one kernel; torch.compile makes it at the first call.
     """
     head = head if isinstance(head, OutputHead) else OutputHead(head)
     if head.plain:
@@ -173,9 +173,10 @@ def _in_pieces(head, hidden, targets, temperature):
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """`head_logprobs` with its own backward pass, which keeps (N, H) of the forward pass and not (N, V).
+    """`head_logprobs` with its own backward pass. It keeps (N, H) numbers of the forward pass, not (N, V).
 
-    Where the head's weight trains, logits that are held all at once stay for it: it would hold as many again.
+    If the head's weight trains and all logits fit into one held part, the logits are kept for the backward pass, which
+    would otherwise allocate as many again.
     """
 
     @staticmethod
@@ -210,9 +211,9 @@ class HeadLogprobs(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             (slope,) = ctx.saved_tensors
             return gradient[:, None].to(slope.dtype) * slope, None, None, None, None, None
-        hidden, weight, targets = ctx.saved_tensors  # the weight's gradient needs p itself: computed again
+        hidden, weight, targets = ctx.saved_tensors  # the weight's gradient needs p, which is computed again
         logits = Logits(hidden, weight, ctx.dtype, weight_grad=True, made=ctx.made)
-        ctx.made = None  # it is overwritten: a second backward pass makes the logits again
+        ctx.made = None  # it is overwritten below: a second backward pass computes the logits again
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         for rows, made in logits:
             for at in logits.parts(made):
@@ -224,7 +225,7 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 class HeadNLL(torch.autograd.Function):
-    """`head_nll`: every row has the same gradient, so those of hidden and weight are there after the forward pass."""
+    """`head_nll`. Every row has the same gradient, so the forward pass already computes those of hidden and weight."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, compiled):
@@ -256,9 +257,9 @@ class HeadNLL(torch.autograd.Function):
 
 
 def nll_of_logits(logits, targets):
-    """-log softmax(logits)[targets], (n,); the logits (n, V) become its gradient with respect to them.
+    """-log softmax(logits)[targets], (n,), in nats. The logits (n, V) are overwritten by its gradient.
 
-    The equations of `HeadNLL`, on all logits at once: compiled, nothing but the logits is held.
+    These are the equations of `HeadNLL` on all logits at once. When compiled, only the logits are in memory.
     """
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     target = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
@@ -268,7 +269,7 @@ def nll_of_logits(logits, targets):
 
 @functools.cache
 def compiled_nll():
-    # Inductor's softmax in one pass fewer is not for rows this long: it would say so and take this one
+    # Inductor's online softmax does not support rows this long: it would print a warning and use this one
     return torch.compile(nll_of_logits, options={"online_softmax": False})
 
 
@@ -278,11 +279,11 @@ def pieces(length, size):
 
 
 class Logits:
-    """The head's products piece by piece, all in the same memory: what comes back lasts until the next piece.
+    """The logits piece by piece, all in the same memory: each piece is valid until the next one.
 
-    Iterating gives slices over the rows, and their logits (n, V) in `dtype`. weight_grad: many rows at once, so that
-    the weight's gradient is added up from few products; `parts` are what the softmax is taken of then. made: all these
-    logits, where a pass before held them. parted: whether `parts` and `log_softmax` will be asked for.
+    Iterating gives (slice of the rows, their logits (n, V) in `dtype`). weight_grad: use large pieces, so that the
+    weight's gradient is the sum of few matmuls; the softmax then runs over the `parts` of a piece. made: all logits, if
+    an earlier pass kept them. parted: whether `parts` and `log_softmax` will be used.
     """
 
     def __init__(self, hidden, weight, dtype, weight_grad=False, made=None, parted=True):
@@ -305,11 +306,11 @@ class Logits:
             yield at, made if self.kept else torch.mm(hidden, self.weight.T, out=made)
 
     def parts(self, made):
-        """Slices over the rows of `made`."""
+        """Slices of the rows of `made`, small enough for one softmax."""
         return pieces(len(made), self.piece)
 
     def log_softmax(self, made, temperature):
-        """log softmax of logits (n, V) over the temperature, at least in float32; it may take the place of `made`."""
+        """log softmax(logits (n, V) / temperature), in float32 or wider. It may overwrite `made`."""
         logits = made if self.room is self.made else self.room[: len(made)].copy_(made)
         if temperature != 1.0:
             logits.div_(temperature)
@@ -317,16 +318,16 @@ class Logits:
 
 
 def residual(minus_p, targets, temperature):
-    """(onehot(targets) - p) / temperature from -p, in place: the gradient of log p(target) with respect to the logits.
+    """(onehot(targets) - p) / temperature, from -p, in place: the gradient of log p(target) in the logits.
 
-    1 - p is taken before any rounding to bf16: where p is almost 1, only this difference is left of the gradient.
+    1 - p is computed before any rounding to bf16: if p is almost 1, this small difference is the gradient.
     """
     minus_p[torch.arange(len(targets), device=targets.device), targets] += 1
     return minus_p.div_(temperature) if temperature != 1.0 else minus_p
 
 
 def add_product(total, d, hidden, dtype):
-    """total + d.T @ hidden in `dtype`, in place; total may be None, 0."""
+    """total + d.T @ hidden in `dtype`, in place. A total of None counts as 0."""
     hidden = hidden.to(d.dtype)
     if total is None:
         return (d.T @ hidden).to(dtype)

@@ -1,12 +1,12 @@
-"""Layers of a transformer that keep less for the backward pass: the same numbers from less memory.
+"""Memory-efficient layers of a transformer: they compute the same numbers and keep less for the backward pass.
 
-Written out in single operations, as transformers has them, an RMSNorm keeps three tensors of its input's size and a
-gated MLP five of its width until the backward pass. What each needs is its input: the rest is computed again on the way
-back, in passes over a tensor that cost little beside the matrix products. Of SmolLM2-135M on 2,048 tokens in float32
-that leaves 1.71 GB of 2.75 GB.
+transformers writes these layers in single operations. Then an RMSNorm keeps three tensors of the size of its input, and
+a gated MLP five of its width, until the backward pass. Only the inputs are needed: the layers of this file compute the
+rest again in the backward pass, which costs little beside the matmuls. For SmolLM2-135M on 2,048 tokens in float32,
+1.71 GB of 2.75 GB remain.
 
-`use_memory_efficient_layers` puts these layers into a model in place of those whose equation it knows by name; weights, their names and
-what comes out stay. It leaves alone what it does not know.
+`use_memory_efficient_layers` replaces layers that it knows by name. The weights, their names and the outputs stay the
+same. Unknown layers are not changed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# weight * (x / rms(x)) in float32, and down(act(gate(x)) * up(x)): classes of transformers that are exactly this
+# classes of transformers that compute exactly weight * (x / rms(x)) in float32, and down(act(gate(x)) * up(x))
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "SmolLM3RMSNorm", "GraniteRMSNorm")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "SmolLM3MLP", "GraniteMLP")
-SILUS = ("SiLUActivation", "SiLU")  # what the gate goes through
-GELUS = ("NewGELUActivation",)  # GPT-2's, of which torch has a fused form
-BEFORE_PRODUCTS = ("input_layernorm", "post_attention_layernorm")  # norms whose output goes into linear layers alone
+SILUS = ("SiLUActivation", "SiLU")  # the activation of the gate
+GELUS = ("NewGELUActivation",)  # GPT-2's activation; torch has a fused form of it
+BEFORE_PRODUCTS = ("input_layernorm", "post_attention_layernorm")  # norms whose output only goes into linear layers
 
 
 def use_memory_efficient_layers(model):
-    """Put the layers of this file in place of those of `model` that compute the same; returns `model`."""
+    """Replace the layers of `model` by the layers of this file that compute the same. Returns `model`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind = type(child).__name__
@@ -38,15 +38,15 @@ def use_memory_efficient_layers(model):
 
 
 def product_dtype(x):
-    """The dtype in which a linear layer reads `x`: that of autocast where it is on."""
+    """The dtype in which a linear layer computes on `x`: the autocast dtype if autocast is on, else the dtype of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(torch.nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang & Sennrich 2019, eq. 4), in float32 at least.
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang & Sennrich 2019, eq. 4), in float32 or wider.
 
-    before_products: only linear layers read the output, so under autocast it comes in their dtype: one copy for all.
+    before_products: only linear layers read the output. Under autocast it is then cast to their dtype once for all.
     """
 
     def __init__(self, weight, eps, before_products=False):
@@ -59,14 +59,14 @@ class RMSNorm(torch.nn.Module):
 
 
 def rms_norm(x, weight, eps):
-    """The equation, and 1 / sqrt(mean(x^2) + eps), (..., 1), for the backward pass."""
+    """(output of the RMSNorm, 1 / sqrt(mean(x^2) + eps)). The second, (..., 1), is for the backward pass."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))  # float64 stays
     scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return weight * (exact * scale).to(x.dtype), scale
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps x and one number a row."""
+    """RMSNorm that keeps x and one number per row for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
@@ -81,7 +81,7 @@ class _Norm(torch.autograd.Function):
         normed = x * scale
         of_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g = gradient * weight.to(scale.dtype)
-        along = torch.linalg.vecdot(g, normed)[..., None] / x.shape[-1]  # what would only change the length of x
+        along = torch.linalg.vecdot(g, normed)[..., None] / x.shape[-1]  # the part that would only change x's length
         return g.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), of_weight, None, None
 
 
@@ -100,7 +100,7 @@ class GatedMLP(torch.nn.Module):
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up, which keeps these two."""
+    """silu(gate) * up. It keeps gate and up for the backward pass."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -115,7 +115,7 @@ class _Gated(torch.autograd.Function):
 
 
 class _GatedDown(torch.autograd.Function):
-    """(silu(gate) * up) @ weight.T, which keeps gate and up and not their product."""
+    """(silu(gate) * up) @ weight.T. It keeps gate and up for the backward pass, not silu(gate) * up."""
 
     @staticmethod
     def forward(ctx, gate, up, weight):
@@ -133,5 +133,5 @@ class _GatedDown(torch.autograd.Function):
 
 
 def _backward_gated(gradient, gate, up, silu):
-    """Gradients of silu(gate) * up with respect to gate and up; `silu` is overwritten."""
+    """The gradients of silu(gate) * up with respect to gate and up. `silu` is overwritten."""
     return torch.ops.aten.silu_backward(gradient * up, gate), silu.mul_(gradient)

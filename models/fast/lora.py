@@ -1,10 +1,11 @@
-"""A LoRA layer as one function: the adapter's product is added into the base's output, without tensors of its own.
+"""A memory-efficient LoRA layer: the output of the adapter is added into the output of the base in place.
 
-peft writes base(x) + B(A(x)) * scaling as single operations: under autocast x is copied to float32 and back for each
-adapter, and the product, its scaled copy and the sum are three tensors as large as the output. Here they are none.
+peft computes base(x) + B(A(x)) * scaling in single operations. Under autocast it copies x to float32 and back for each
+adapter, and it makes three tensors as large as the output: the product, its scaled copy and the sum. Here there are
+none of them.
 
-`use_memory_efficient_adapters` gives peft's layers this forward pass; weights, their names, what is saved and what peft's methods do
-(merge, disable, switch adapters) stay.
+`use_memory_efficient_adapters` gives peft's layers this forward pass. The weights, their names, the saved files and
+peft's methods (merge, disable, switch adapters) stay the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from models.fast.layers import product_dtype
 
 
 def use_memory_efficient_adapters(model):
-    """Let the plain LoRA layers of a PEFT model compute by this file; returns `model`."""
+    """Give the plain LoRA layers of a PEFT model the forward pass of this file. Returns `model`."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear:
             layer.__class__ = MemoryEfficientLinear
@@ -25,7 +26,7 @@ def use_memory_efficient_adapters(model):
 
 
 class MemoryEfficientLinear(Linear):
-    """base(x) + B(A(x)) * scaling (Hu et al. 2022, eq. 3) for one adapter on a frozen base; else peft's own way."""
+    """base(x) + B(A(x)) * scaling (Hu et al. 2022, eq. 3) for one adapter on a frozen base. Other cases use peft's code."""
 
     def forward(self, x, *args, **kwargs):
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -35,7 +36,7 @@ class MemoryEfficientLinear(Linear):
         return _Lora.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]], product_dtype(x))
 
     def _plain(self, name, x):
-        """Nothing but the equation: no dropout, bias or variant of peft's; a frozen base that reads x as it is."""
+        """Whether the plain equation applies: no dropout, bias or peft variant, and a frozen base that takes x uncast."""
         dropout, weight = self.lora_dropout[name], self.base_layer.weight
         return (
             (isinstance(dropout, torch.nn.Identity) or not dropout.training)
@@ -47,7 +48,7 @@ class MemoryEfficientLinear(Linear):
 
 
 class _Lora(torch.autograd.Function):
-    """x W^T + bias + scaling x A^T B^T, which keeps x and x A^T. All products are in `dtype`."""
+    """x W^T + bias + scaling x A^T B^T. It keeps x and x A^T for the backward pass. All matmuls are in `dtype`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):

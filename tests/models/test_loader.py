@@ -19,10 +19,10 @@ TALK = [{"role": "user", "content": "Hi"}]
 @pytest.mark.statement("one-renderer")
 def test_chat_templates_are_rendered_in_one_function_only():
     """Training, rollouts, evaluation and inference all call it, or they would drift apart."""
-    code = [p for floor in ("configs", "models", "data", "train", "rlhf", "inference", "report")
-            for p in (ROOT / floor).glob("*.py")]  # fmt: skip
+    rooms = ("configs", "runtime", "models", "data", "train", "rlhf", "inference", "report", "proof")
+    code = [p for room in rooms for p in (ROOT / room).rglob("*.py")]
     used = {p.relative_to(ROOT).as_posix(): len(re.findall(r"\.apply_chat_template\(", p.read_text())) for p in code}
-    assert {path: n for path, n in used.items() if n} == {"models/loader.py": 1}
+    assert {path: n for path, n in used.items() if n} == {"models/tokens.py": 1}
 
 
 def with_bos():

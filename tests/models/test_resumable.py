@@ -94,4 +94,4 @@ def test_time_left_does_not_count_answers_that_were_there(sample, monkeypatch, c
     assert calls == [(8, 10, 4), (10, 10, 4)]  # not the batch of four that was there
     monkeypatch.setattr(completions.time, "time", lambda: next(seconds))
     show(*calls[0])
-    assert "answers      8/10 | 12s | eta 6s" in capsys.readouterr().out  # 4 answers in 12 s, 2 to go
+    assert "completions      8/10 | 12s | eta 6s" in capsys.readouterr().out  # 4 answers in 12 s, 2 to go

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from configs.config import UserError
 from models.device import checkpoint_activations, compile_layers
-from models.fast import head
+from models.fast import head as module
 from models.fast.attention import use_matmul_attention
-from models.fast.head import check_head, head_logprobs, head_nll, hidden_states, nll_of_logits
+from models.fast.head import check_head, head_logprobs, head_nll, hidden_states, nll_of_logits, output_head
 from models.fast.layers import use_memory_efficient_layers
 from train.common import lm_loss
 
@@ -33,8 +33,8 @@ def test_the_log_softmax_of_a_half_precision_model_is_computed_in_float32(tiny, 
 
 def in_pieces(monkeypatch):
     """Of the logits of 1,100 rows over 40 tokens in float64, 500 are held, and the softmax is taken of 150."""
-    monkeypatch.setitem(head.PIECE, "cpu", 8 * 40 * 150)
-    monkeypatch.setitem(head.HELD, "cpu", 8 * 40 * 500)
+    monkeypatch.setitem(module.PIECE, "cpu", 8 * 40 * 150)
+    monkeypatch.setitem(module.HELD, "cpu", 8 * 40 * 500)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -92,8 +92,8 @@ def test_logits_that_stay_for_the_backward_pass_are_those_that_are_made_again(mo
     slopes = torch.linspace(-1, 1, 300)
     found = []
     for held in (2 * 40 * 300, 2 * 40 * 299):
-        monkeypatch.setitem(head.HELD, "cpu", held)
-        monkeypatch.setitem(head.PIECE, "cpu", 4 * 40 * 70)
+        monkeypatch.setitem(module.HELD, "cpu", held)
+        monkeypatch.setitem(module.PIECE, "cpu", 4 * 40 * 70)
         made, mm = [], torch.mm
         monkeypatch.setattr(torch, "mm", lambda *x, **kw: made.append(x) or mm(*x, **kw))  # noqa: B023
         with torch.autocast("cpu", torch.bfloat16):
@@ -137,7 +137,7 @@ SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize(
+HEADS = pytest.mark.parametrize(
     "config",
     [
         GraniteConfig(**SHAPE, logits_scaling=4.0),
@@ -147,12 +147,51 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
     ],
     ids=lambda config: config.model_type,
 )
-def test_logits_that_are_more_than_the_heads_product_are_refused_by_name(config):
+
+
+def perturbed(config):
+    """A model of this configuration in float64, with weights (and biases) that are not small."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
+    return model
+
+
+@HEADS
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scales_soft_caps_and_biases_of_the_head_are_in_log_probs_and_their_gradients(config, temperature):
+    model = perturbed(config)
+    head = output_head(model)
+    assert not head.plain  # else this test would show nothing
+    ids = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(1))
+    logits = model(input_ids=ids).logits[0, :-1] / temperature
+    expected = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    (expected.sum() * 0.3).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    found, entropy = head_logprobs(head, hidden_states(model, ids)[0, :-1], ids[0, 1:], temperature, entropy=True)
+    (found.sum() * 0.3).backward()
+    close(found, expected, atol=1e-9, rtol=0)
+    close(entropy, -(logits.log_softmax(-1).exp() * logits.log_softmax(-1)).sum(-1).detach(), atol=1e-9, rtol=0)
+    for p, gradient in zip(model.parameters(), gradients):
+        close(p.grad, gradient, atol=1e-9, rtol=1e-6)
+    if temperature == 1.0:
+        nll = head_nll(head, hidden_states(model, ids)[0, :-1], ids[0, 1:])
+        close(nll, -expected.detach().sum(), atol=1e-9, rtol=0, check_dtype=False)
+
+
+def test_logits_that_are_made_otherwise_are_refused_by_name(tiny, monkeypatch):
+    model = tiny("tiny-llama")
+    forward = type(model).forward
+
+    def odd(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits.sin()
+        return out
+
+    monkeypatch.setattr(type(model), "forward", odd)
     with pytest.raises(UserError, match="the logits of somebody/model are more than"):
         check_head(model, "somebody/model")
 
@@ -186,7 +225,7 @@ def test_compiled_layers_and_loss_compute_what_plain_ones_do(tiny, monkeypatch, 
     torch._dynamo.reset()
     traced = functools.partial(torch.compile, backend="aot_eager")  # as Inductor gets it, without a C++ compiler
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(head, "compiled_nll", lambda: traced(nll_of_logits))
+    monkeypatch.setattr(module, "compiled_nll", lambda: traced(nll_of_logits))
     model = use_matmul_attention(use_memory_efficient_layers(tiny(name))).train()
     ids = torch.randint(64, (4, 24))
     at = torch.arange(24)
@@ -215,7 +254,7 @@ def test_compiled_layers_and_loss_compute_what_plain_ones_do(tiny, monkeypatch, 
     for a, b in zip(compiled, plain):
         close(a, b, atol=1e-10, rtol=1e-10)
     monkeypatch.undo()
-    assert callable(head.compiled_nll())  # its options are Inductor's
+    assert callable(module.compiled_nll())  # its options are Inductor's
     with torch.no_grad():  # evaluation is not compiled: its shapes would be new ones
         lm_loss(model, {key: x[:3] for key, x in batches[0].items()})
     assert counters["stats"]["unique_graphs"] == 3
