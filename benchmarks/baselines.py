@@ -1,11 +1,11 @@
-"""What the peers' trainers are given, the same for all of them, each choice equal to ours or in TRL's favour.
+"""What the baselines get: the same for all of TRL's trainers. Each choice is equal to ours or in favour of TRL.
 
-But for one: our processes keep freed memory, as our scripts do (`runtime/memory.py`), theirs do not (`measure.py`).
+There is one exception. Our processes keep freed memory, as our scripts do (`runtime/memory.py`); the baselines do not
+(`measure.py`).
 
-TRL's own default is gradient checkpointing, which costs about a fifth more time and less memory: off, as in our
-scripts. The model is made of transformers' own layers. Mixed precision is ours. The optimizer
-is AdamW in torch's fused form with our betas; the learning rate is constant on both sides. Nothing is saved or
-reported, rows come in our order.
+Gradient checkpointing is off, as in our scripts. It is on by default in TRL, where it costs about a fifth more time and
+saves memory. The model consists of transformers' own layers. Mixed precision, AdamW's betas and the constant learning
+rate are ours; AdamW is torch's fused one. Nothing is saved or reported, and the rows come in our order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ BETAS = make_optimizer.__defaults__[-1]
 
 
 def plain(model):
-    """A model with the same weights, made of transformers' and peft's own layers, as the peer's users have it.
+    """A model with the same weights, made of transformers' and peft's own layers, as users of the baseline have it.
 
-    Of a PEFT model the adapter moves over: what was given is the bare base then.
+    The adapter of a PEFT model moves to the new model; the given model is only its base afterwards.
     """
     if isinstance(model, PeftModel):
         config, adapter = model.peft_config["default"], get_peft_model_state_dict(model)
@@ -43,7 +43,7 @@ def plain(model):
 
 
 def arguments(Config, folder, steps, batch_size, lr, accumulation=1, weight_decay=0.0, **more):
-    """A TRL configuration that takes `steps` timed steps and the warm-up."""
+    """A TRL configuration of the warm-up and `steps` timed steps."""
     kind, cpu = measure.precision(), pick_device().type == "cpu"
     return Config(
         output_dir=str(folder / "trl"),

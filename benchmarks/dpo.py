@@ -1,9 +1,9 @@
-"""DPO, with all weights or with LoRA on all linear layers: ours is rlhf/dpo_train.py, the peer TRL's DPOTrainer.
+"""DPO, with all weights or with LoRA on all linear layers: ours is rlhf/dpo_train.py, the baseline TRL's DPOTrainer.
 
-The reference is computed in each step on both sides, which is TRL's default: computed before, it would be the same work
-at another time, and nobody's steps would show it. With all weights ours keeps the reference in the precision of the
-passes and TRL, as it does by default, in that of the policy. With LoRA both freeze the base in that precision.
-TRL gets the token ids.
+Both sides compute the reference in each step, which is TRL's default. Ours can also compute it once before training;
+that is the same work, but the steps would not show it. With all weights, ours keeps the reference in the precision of
+the forward passes, and TRL keeps it in float32, its default. With LoRA, both sides freeze the base in the precision of
+the forward passes. TRL gets token ids.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from benchmarks.texts import write_pairs
 from models.device import frozen_dtype, pick_device
 from models.loader import load_model, load_tokenizer
 
-SIZE = {"model_name": "smollm2-135m", "pairs": 8, "prompt": 28, "answer": 60, "steps": 3, "lr": 1e-5, "lora_r": 0}
-ON_GPU = {"pairs": 64, "prompt": 64, "answer": 192, "steps": 8}
-SMOKE = {"model_name": "tiny-llama", "pairs": 4, "prompt": 20, "answer": 40, "steps": 2, "lr": 1e-3, "lora_r": 0}
+SIZE = {"model_name": "smollm2-135m", "pairs": 8, "prompt": 28, "completion": 60, "steps": 3, "lr": 1e-5, "lora_r": 0}
+ON_GPU = {"pairs": 64, "prompt": 64, "completion": 192, "steps": 8}
+SMOKE = {"model_name": "tiny-llama", "pairs": 4, "prompt": 20, "completion": 40, "steps": 2, "lr": 1e-3, "lora_r": 0}
 
 
 def settings(size, folder):
@@ -27,7 +27,7 @@ def settings(size, folder):
 
     pairs = folder / "pairs.jsonl"
     steps = size.steps + measure.WARM_UP
-    write_pairs(pairs, size.model_name, steps * size.pairs, size.prompt, size.answer)
+    write_pairs(pairs, size.model_name, steps * size.pairs, size.prompt, size.completion)
     return Config(
         model_name=size.model_name,
         data=str(pairs),
@@ -45,7 +45,7 @@ def settings(size, folder):
 
 
 def pairs_of_steps(config):
-    """The pairs of each step as token ids: those that our script, this or the reward model's, takes in its order."""
+    """The pairs of each step as token ids, as our script takes them: this one, or that of the reward model."""
     from data.order import step_indices
     from data.pairs import count_steps, load_pairs, pair_length, split_by_prompt
 
@@ -57,7 +57,7 @@ def pairs_of_steps(config):
 
 
 def work(size, steps):
-    """Tokens and FLOP of each step: the prompt once a pair; policy forward and backward, reference forward."""
+    """Tokens and FLOP of each step: policy forward and backward, reference forward; a pair's prompt counts once."""
     policy, reference = Cost.of(size.model_name, size.lora_r), Cost.of(size.model_name)
     found = []
     for pairs in steps:
@@ -72,7 +72,7 @@ def pairs_part(pairs, head=True):
 
 
 def tokens_of(pairs):
-    """Tokens of all prompts, each once, and of both answers."""
+    """Tokens of all prompts, each once, and of both completions."""
     return sum(len(p[key]) for p in pairs for key in ("prompt", "chosen", "rejected"))
 
 
@@ -86,7 +86,7 @@ def ours(size, folder):
     return clock.measured(done, *measure.logged(folder / "run", "loss", "grad_norm"))
 
 
-def peer(size, folder):
+def baseline(size, folder):
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer

@@ -1,10 +1,11 @@
-"""How much arithmetic a job needs: the products that any implementation must do, and no more.
+"""How much arithmetic a job needs: the matmuls that any implementation must do, and no more.
 
-Matrix products only, 2 FLOP for each multiply-add. Forward: every token that differs once (the prompt of a pair or a
-group once, and what all prompts of a step begin with), the head only where a token's probability counts, attention only
-to what a token sees. Backward: twice the forward for weights that train; once for weights that are frozen under LoRA,
-which only pass the gradient on. What is computed again, for padding, or for a prompt a second time, is not counted, so
-a side's share of the matrix-product peak is what it makes of the machine for the job, not how busy it is.
+Only matmuls count, with 2 FLOP for each multiply-add. Forward: every token counts once. The prompt of a pair or of a
+group counts once, and so does the common prefix of all prompts of a step. The head counts only for tokens whose
+probability is used, and attention only for the tokens that a token sees. Backward: twice the forward for weights that
+train; once for weights that are frozen under LoRA, which only pass the gradient on. Padding, recomputed activations and
+a prompt that is computed again do not count. So a side's "% of peak" says how much of the machine the job gets out of
+it, not how busy the machine is.
 """
 
 from __future__ import annotations
@@ -29,33 +30,33 @@ class Part:
         return Part(self.tokens + other.tokens, self.pairs + other.pairs, self.head + other.head)
 
 
-def row(prompt, answers, head=True, known=0):
-    """A prompt of so many tokens once, and answers of these lengths that each see it and themselves.
+def row(prompt, completions, head=True, known=0):
+    """A prompt of so many tokens, once, and completions of these lengths; each sees the prompt and itself.
 
-    The head reads what predicts each token of the answers. known: tokens at the prompt's start that are counted
+    The head counts for each token of the completions. known: tokens at the start of the prompt that are counted
     elsewhere.
     """
     pairs = prompt * (prompt + 1) // 2 - known * (known + 1) // 2
-    pairs += sum(a * prompt + a * (a + 1) // 2 for a in answers)
-    return Part(prompt - known + sum(answers), pairs, sum(answers) if head else 0)
+    pairs += sum(n * prompt + n * (n + 1) // 2 for n in completions)
+    return Part(prompt - known + sum(completions), pairs, sum(completions) if head else 0)
 
 
-def rows(prompts, answers, head=True):
-    """Those of a step: what all prompts (token ids) begin with once, then each with its answers (lists of lengths)."""
+def rows(prompts, completions, head=True):
+    """A step: the common prefix of the prompts (token ids) once, then each prompt with its completions (lengths)."""
     shared = common_prefix(prompts)
-    parts = [row(len(p), a, head, known=shared) for p, a in zip(prompts, answers, strict=True)]
+    parts = [row(len(p), c, head, known=shared) for p, c in zip(prompts, completions, strict=True)]
     return sum(parts, row(shared, []))
 
 
 def sampled(prompts, new, samples):
-    """Sampling: prompts (token ids) once, then so many new tokens an answer, of which the last is not read again."""
+    """Sampling: prompts (token ids) once, then `new` tokens a completion; the model does not read the last one."""
     read = rows(prompts, [[new - 1] * samples] * len(prompts), head=False)
     return Part(read.tokens, read.pairs, new * samples * len(prompts))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model's parts cost. body: weights in its matrix products; lora: weights in the adapter."""
+    """What the parts of a model cost. body, head: weights in their matmuls; lora: weights of the adapter."""
 
     body: int
     head: int

@@ -1,10 +1,11 @@
-"""Sampling a batch: ours is models/generation.py, the peer transformers' `model.generate`.
+"""Sampling a batch: ours is models/generation.py, the baseline is transformers' `model.generate`.
 
-Both hold the weights in the precision that `precision: auto` takes, draw from the whole distribution at temperature 1,
-and never stop early. The prompts share no beginning. A batch is a step.
+Both sides hold the weights in the precision that `precision: auto` means, sample from the whole distribution at
+temperature 1, and never stop early. The prompts have no common prefix. A batch counts as a step.
 
-What they draw depends on their random numbers, so the losses that are compared are those of a greedy batch, which is
-not timed: the mean of -log p, for each quarter of the answer, over the tokens before which both sides said the same.
+Sampled completions depend on random numbers, so another batch is compared, which is greedy and not timed. Its losses
+are means of -log p in nats per token, one for each quarter of the completion. Of each completion they count the tokens
+up to the first at which the two sides differ.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ def start(size):
 
 
 def work(size):
-    """Tokens and FLOP of a batch: new tokens are counted, prompts are computed."""
+    """Tokens and FLOP of a batch. The tokens are the new ones; the FLOP contain those of the prompts."""
     cost = Cost.of(size.model_name)
-    prompts = [[i, *range(1, size.prompt)] for i in range(size.batch_size)]  # they share no beginning
+    prompts = [[i, *range(1, size.prompt)] for i in range(size.batch_size)]  # no common prefix
     flops = cost.forward(sampled(prompts, size.new, 1))
     return {"tokens": size.batch_size * size.new, "flops": flops}
 
 
 def timed(size, batch):
-    """A clock that saw the warm-up and `steps` batches; batch() returns the answers' token ids."""
+    """A clock that saw the warm-up and `steps` batches. batch() returns the token ids of the completions."""
     clock = measure.Clock()
     clock.tick()
     for _ in range(measure.WARM_UP + size.steps):
-        answers = batch()
+        completions = batch()
         clock.tick()
-        assert [len(ids) for ids in answers] == [size.new] * size.batch_size
+        assert [len(ids) for ids in completions] == [size.new] * size.batch_size
     clock.moments = clock.moments[1:]  # the first batch is the warm-up
     return clock
 
@@ -63,10 +64,10 @@ def ours(size, folder):
     return clock.measured(work(size), greedy={"ids": greedy.completions, "logprobs": greedy.logprobs})
 
 
-def peer(size, folder):
+def baseline(size, folder):
     model, prompts = start(size)
     model = baselines.plain(model)
-    model.generation_config.eos_token_id = None  # nothing stops an answer
+    model.generation_config.eos_token_id = None  # nothing stops a completion
     input_ids = torch.tensor(prompts, device=pick_device())
     shape = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": size.new, "pad_token_id": 0}
     shape |= {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
@@ -82,9 +83,9 @@ def peer(size, folder):
     return clock.measured(work(size), greedy={"ids": ids.tolist(), "logprobs": logprobs.tolist()})
 
 
-def settle(ours, peer):
-    """Put the losses of the greedy answers into both sides' reports, and the share of tokens that are the same."""
-    a, b = ours.pop("greedy"), peer.pop("greedy")
+def settle(ours, baseline):
+    """Put the losses of the greedy completions into both sides' reports, and the share of tokens that are the same."""
+    a, b = ours.pop("greedy"), baseline.pop("greedy")
     sums, count = [[0.0] * QUARTERS, [0.0] * QUARTERS], [0] * QUARTERS
     for x, y, p, q in zip(a["ids"], b["ids"], a["logprobs"], b["logprobs"], strict=True):
         same = next((i for i, (s, t) in enumerate(zip(x, y)) if s != t), len(x))
@@ -93,6 +94,6 @@ def settle(ours, peer):
             sums[0][quarter] -= p[i]
             sums[1][quarter] -= q[i]
             count[quarter] += 1
-    for side, total in zip((ours, peer), sums):
+    for side, total in zip((ours, baseline), sums):
         side["losses"] = [t / n for t, n in zip(total, count) if n]
         side["same_tokens"] = sum(count) / sum(map(len, a["ids"]))

@@ -1,11 +1,11 @@
-"""GRPO with all weights and a KL to the reference: ours is rlhf/grpo_train.py, the peer TRL's GRPOTrainer, no vLLM.
+"""GRPO with all weights and a KL to the reference: ours is rlhf/grpo_train.py, the baseline TRL's GRPOTrainer, no vLLM.
 
-Both sample a group for each of the same prompts, without a stop, so that every answer has the full length; both do all
-of that work, and then the answers are replaced by the same passages: so both train on the same tokens with the same
-rewards, and losses and gradients can be compared. Both sample in the precision of the passes (TRL by autocast), take
-one optimizer step a rollout in micro-batches of the same size, and estimate the KL alike (k3 times the ratio). The loss
-of a step is only its KL term: with answers of one length the advantages of a group add up to 0. The gradient's norm,
-which is printed beside it, says more.
+Both sides sample a group of completions for each of the same prompts. Nothing stops a completion, so each has the full
+length. After that work, both sides replace their completions by the same passages. So they train on the same tokens
+with the same rewards, and their losses and gradients can be compared. Both sample in the precision of the forward
+passes (TRL by autocast), take one optimizer step a rollout in micro-batches of the same size, and use the same
+estimator of the KL (k3 times the ratio). All completions have the same length, so the advantages of a group add up to
+0, and the loss of a step is its KL term alone. The gradient norm, which is printed beside the loss, says more.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from models.loader import load_model, load_tokenizer
 from models.tokens import prompt_ids
 
 SIZE = {
-    "model_name": "smollm2-135m", "prompts": 4, "group": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-5,
-    "rollout_batch": 64,
+    "model_name": "smollm2-135m", "prompts": 4, "samples": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-5,
+    "sampling_batch": 64,
 }  # fmt: skip
-ON_GPU = {"prompts": 16, "group": 16, "new": 128, "micro_batch": 64, "rollout_batch": 256}
-SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "group": 4, "new": 12, "micro_batch": 4, "lr": 1e-3}
+ON_GPU = {"prompts": 16, "samples": 16, "new": 128, "micro_batch": 64, "sampling_batch": 256}
+SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "samples": 4, "new": 12, "micro_batch": 4, "lr": 1e-3}
 
 
 def settings(size, folder):
@@ -35,13 +35,13 @@ def settings(size, folder):
 
     return Config(
         model_name=size.model_name,
-        judge=LETTER,
+        reward=LETTER,
         steps=size.steps + measure.WARM_UP,
         prompts_per_step=size.prompts,
-        group_size=size.group,
+        samples_per_prompt=size.samples,
         max_new_tokens=size.new,
         micro_batch_size=size.micro_batch,
-        rollout_batch_size=size.rollout_batch,
+        sampling_batch_size=size.sampling_batch,
         lr=size.lr,
         kl_coef=0.04,
         lora_r=0,
@@ -63,9 +63,9 @@ def prompts_of_steps(config):
     ]
 
 
-def fixed_answers(size):
-    """The answers of each step that both sides train on, as lists of token ids."""
-    rows = size.prompts * size.group
+def fixed_completions(size):
+    """The completions of each step that both sides train on, as lists of token ids."""
+    rows = size.prompts * size.samples
     ids = passages(load_tokenizer(size.model_name), [size.new] * rows * (size.steps + measure.WARM_UP))
     return [ids[i : i + rows] for i in range(0, len(ids), rows)]
 
@@ -76,20 +76,20 @@ def work(size, config):
     found = []
     for prompts in prompts_of_steps(config):
         ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-        drawn = sampled(ids, size.new, size.group)
-        learnt = rows(ids, [[size.new] * size.group] * len(ids))
+        drawn = sampled(ids, size.new, size.samples)
+        learnt = rows(ids, [[size.new] * size.samples] * len(ids))
         flops = cost.forward(drawn) + cost.forward(learnt) + cost.training(learnt)
-        found.append({"tokens": size.prompts * size.group * size.new, "flops": flops})
+        found.append({"tokens": size.prompts * size.samples * size.new, "flops": flops})
     return found
 
 
-def without_stop(generate, answers=None):
-    """Our sampler, which never stops early; what it drew is replaced by the next of `answers`, if they are given."""
-    of_steps = iter(answers or ())
+def without_stop(generate, completions=None):
+    """A `generate` that never stops early. With `completions`, a list for each call, it returns those of its call."""
+    of_calls = iter(completions or ())
 
     def sample(*given, **options):
         found = generate(*given, **{**options, "stop_ids": ()})
-        fixed = next(of_steps) if answers else found.completions
+        fixed = next(of_calls) if completions else found.completions
         assert [len(ids) for ids in found.completions] == [len(ids) for ids in fixed]
         return dataclasses.replace(found, completions=fixed)
 
@@ -97,41 +97,41 @@ def without_stop(generate, answers=None):
 
 
 def ours(size, folder):
-    from rlhf import rollouts
+    from rlhf import sampler
     from rlhf.grpo_train import main
 
     config = settings(size, folder)
-    rollouts.generate = without_stop(rollouts.generate, fixed_answers(size))
+    sampler.generate = without_stop(sampler.generate, fixed_completions(size))
     with measure.Clock() as clock:
         main(config)
     done = work(size, config)
     return clock.measured(done, *measure.logged(folder / "run", "loss", "grad_norm"))
 
 
-def peer(size, folder):
+def baseline(size, folder):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     config = settings(size, folder)
-    answers = iter(fixed_answers(size))
+    of_steps = iter(fixed_completions(size))
 
     class Fixed(GRPOTrainer):
         def _generate_single_turn(self, *given, **options):
             found, logprobs = super()._generate_single_turn(*given, **options)
-            fixed = next(answers)
+            fixed = next(of_steps)
             assert [len(ids) for ids in found] == [len(ids) for ids in fixed]
             return fixed, logprobs
 
     def reward(prompts, completions, **_):
         pairs = zip(prompts, completions)
-        return [letter_e(prompt[-1]["content"], answer[0]["content"].strip()) for prompt, answer in pairs]
+        return [letter_e(prompt[-1]["content"], completion[0]["content"].strip()) for prompt, completion in pairs]
 
     rows = [{"prompt": [{"role": "user", "content": text}]} for prompts in prompts_of_steps(config) for text in prompts]
-    accumulation = size.prompts * size.group // size.micro_batch
+    accumulation = size.prompts * size.samples // size.micro_batch
     arguments = baselines.arguments(
         GRPOConfig, folder, size.steps, size.micro_batch, size.lr, accumulation,
-        num_generations=size.group, max_completion_length=size.new, beta=config.kl_coef, temperature=config.temperature,
-        shuffle_dataset=False, generation_kwargs={"min_new_tokens": size.new},
+        num_generations=size.samples, max_completion_length=size.new, generation_kwargs={"min_new_tokens": size.new},
+        beta=config.kl_coef, temperature=config.temperature, shuffle_dataset=False,
     )  # fmt: skip
     tokenizer = load_tokenizer(size.model_name)
     trainer = Fixed(

@@ -1,10 +1,10 @@
-"""LM training, full weights: ours is train/train_lm_amp_ckpt.py, the peer TRL's SFTTrainer.
+"""LM training, full weights: ours is train/train_lm_amp_ckpt.py, the baseline is TRL's SFTTrainer.
 
-Both train all weights in float32 under autocast on the same blocks of tokens: without gradient checkpointing, in one
-forward pass a step. TRL gets the token ids, so that nothing is tokenised in its steps. On a GPU the model has the shape
-of GPT-2 (124 M, with SmolLM2's tokens), and ours compiles its layers, as an H100's command in
-configs/gpu/train_base.yaml does; the first step, in which that happens, is not timed. What the step with the end of the
-text in it takes to compile for its mask is. TRL runs as its users get it.
+Both sides train all weights in float32 under autocast, on the same blocks of tokens, without gradient checkpointing.
+TRL gets token ids, so its steps tokenise nothing. On a GPU the model has the shape of GPT-2 (124 M, with SmolLM2's
+tokenizer), and ours compiles its layers, as the command for an H100 in configs/gpu/train_base.yaml does. The layers are
+compiled in the first step, which is not timed. The step that contains the end of the text has another mask; its layers
+are compiled again, and that is timed. TRL runs as its users get it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from benchmarks.texts import plays
 from models.loader import load_tokenizer
 
 SIZE = {
-    "model_name": "smollm2-135m", "batch_size": 4, "accumulation": 1, "length": 512, "steps": 3, "lr": 5e-5,
+    "model_name": "smollm2-135m", "batch_size": 4, "micro_batch_size": 4, "length": 512, "steps": 3, "lr": 5e-5,
     "compile": False,
 }  # fmt: skip
 GPT2 = "gpt2-124m"
-ON_GPU = {"model_name": GPT2, "batch_size": 32, "accumulation": 4, "length": 1024, "steps": 6, "compile": True}
-SMOKE = SIZE | {"model_name": "tiny-llama", "batch_size": 2, "length": 64, "steps": 2, "lr": 1e-3}
+ON_GPU = {"model_name": GPT2, "batch_size": 128, "micro_batch_size": 32, "length": 1024, "steps": 6, "compile": True}
+SMOKE = SIZE | {
+    "model_name": "tiny-llama", "batch_size": 2, "micro_batch_size": 2, "length": 64, "steps": 2, "lr": 1e-3,
+}  # fmt: skip
 
 
 def prepare(size, folder):
-    """Write what GPT2 names: that shape, random weights and SmolLM2's tokenizer; a process of its own."""
+    """Write the model GPT2: its shape, random weights and SmolLM2's tokenizer. A side of its own."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
     tokenizer = load_tokenizer("smollm2-135m")
@@ -48,12 +50,12 @@ def settings(size, folder):
     from train.train_lm_amp_ckpt import Config
 
     text = folder / "text.txt"
-    text.write_text(plays(8 * size.length * size.batch_size * size.accumulation * (size.steps + 2)))
+    text.write_text(plays(8 * size.length * size.batch_size * (size.steps + 2)))
     return Config(
         model_name=model_of(size),
         data=str(text),
         batch_size=size.batch_size,
-        accumulation_steps=size.accumulation,
+        micro_batch_size=size.micro_batch_size,
         max_length=size.length,
         max_steps=size.steps + measure.WARM_UP,
         lr=size.lr,
@@ -72,8 +74,7 @@ def settings(size, folder):
 def work(size):
     """Tokens and FLOP of a step: every token but the first of a block is predicted."""
     cost, one = Cost.of(model_of(size)), row(1, [size.length - 1])
-    rows = size.batch_size * size.accumulation
-    return {"tokens": rows * size.length, "flops": rows * cost.training(one)}
+    return {"tokens": size.batch_size * size.length, "flops": size.batch_size * cost.training(one)}
 
 
 def ours(size, folder):
@@ -96,7 +97,7 @@ def ddp(size, folder):
     return clock.measured(work(size))
 
 
-def peer(size, folder):
+def baseline(size, folder):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -107,11 +108,12 @@ def peer(size, folder):
     corpus = load_data(config)
     model, tokenizer = load_start(config, corpus, measure.pick_device())
     blocks, _ = load_blocks(config, corpus, tokenizer)
-    chosen = [i for step in range(config.max_steps) for batch in step_rows(step, len(blocks), config) for i in batch]
+    steps = range(1, config.max_steps + 1)
+    chosen = [i for step in steps for rows in step_rows(step, len(blocks), config) for i in rows]
     rows = [{"input_ids": blocks.input_ids[i, : blocks.tokens[i]].tolist()} for i in chosen]
 
     arguments = baselines.arguments(
-        SFTConfig, folder, size.steps, size.batch_size, size.lr, size.accumulation,
+        SFTConfig, folder, size.steps, size.micro_batch_size, size.lr, size.batch_size // size.micro_batch_size,
         weight_decay=config.weight_decay, max_length=size.length,
     )  # fmt: skip
     trainer = SFTTrainer(

@@ -1,9 +1,9 @@
-"""How a benchmark measures: each side of each round in a process of its own, with the clock on the optimizer's steps.
+"""How a benchmark measures: each side of each round runs in its own process, and the clock listens to the optimizer.
 
-torch calls the clock after every step of any optimizer, so ours and the peer are timed by the same lines, in the code
-that their users run. The first step is the warm-up: loading, the first allocations and what a library compiles end
-there. A step's time runs from the end of the step before to its own end; loading and saving lie outside of it. Memory
-is the most that the process has held until the last step, loading included (VmHWM; on a GPU what torch allocated).
+torch calls the clock after every step of any optimizer. So the same lines time ours and the baseline, in the code that
+their users run. The first step is the warm-up: it contains loading, the first allocations and compilation. The time of
+a step runs from the end of the step before to its own end. Loading and saving are outside of it. Peak memory is the
+most that the process has held until the last step, loading included (VmHWM; on a GPU: what torch allocated).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,10 +29,14 @@ from runtime.memory import AT_START, keep_freed_memory
 from runtime.provenance import peak_memory_gb
 
 CHILD = "from benchmarks import measure; measure.run_side()"
-SHAPES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of the square matrix products whose speed is the limit
+SHAPES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of the square matmuls; the fastest one is the peak
+DATA_SHEET = {  # NVIDIA's TFLOP/s in bf16 or fp16, dense; the first name that the card's name contains
+    "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+    "T4": 65,
+}  # fmt: skip
 IN_PRECISION = "BENCHMARK_PRECISION"  # an environment variable of a side's process
-# Under a mask torch lets cuDNN attend on some GPUs, which plans a second for each new shape: ours does not
-# (models/fast/attention.py), so in these jobs the peer need not either
+# With a mask torch may choose cuDNN's attention, which needs a second to plan each new shape. Ours never chooses it
+# (models/fast/attention.py), so the baseline does not have to in these jobs
 MASKED, CUDNN_LAST = ("dpo", "reward", "grpo"), "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 WARM_UP = 1  # steps that are not timed
 
@@ -56,9 +61,9 @@ class Clock:
         self.peak = peak_memory_gb()
 
     def measured(self, work, losses=(), grad_norms=(), **more):
-        """What a side reports. losses and grad_norms: one a step, the warm-up among them.
+        """What a side reports. losses and grad_norms: one for each step, the warm-up included.
 
-        work: {"tokens", "flops"} of one step, or a list with one a step.
+        work: {"tokens", "flops"} of one step, or a list with one for each step.
         """
         seconds = [b - a for a, b in zip(self.moments, self.moments[1:])]
         work = work if isinstance(work, list) else [work] * (len(seconds) + WARM_UP)
@@ -77,10 +82,10 @@ class Clock:
 
 
 def run_side():
-    """The measured process: reads the task from standard input, writes what its side found into a file."""
+    """The measured process: reads its task from standard input, and writes what its side reports to a file."""
     task = json.load(sys.stdin)
     quiet_libraries()
-    if task["side"] != "peer":  # as our scripts do; a peer's user has the C library as it is
+    if task["side"] != "baseline":  # as our scripts do; a user of the baseline has the C library as it is
         keep_freed_memory()
     side = getattr(importlib.import_module(f"benchmarks.{task['module']}"), task["side"])
     found = side(SimpleNamespace(**task["size"]), Path(task["folder"]))
@@ -93,16 +98,16 @@ def measure_side(module, side, size, folder, environment=None):
 
 
 def start_side(module, side, size, folder, environment=None):
-    """Start the process of a side; the function that comes back waits for it and returns what it reports.
+    """Start the process of a side. Returns a function that waits for it and returns what it reports.
 
-    Raises UserError with the end of what the process said if it failed.
+    The function raises UserError with the end of the process's output if the process failed.
     """
     folder.mkdir(parents=True)
     result, log = folder / "result.json", folder / "log.txt"
     task = {"module": module, "side": side, "size": size, "folder": str(folder), "result": str(result)}
     both = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    theirs = {CUDNN_LAST: "1"} if side == "peer" and module in MASKED else {}
-    # for the peer, too: torch's large pages, and what only a process's start can set
+    theirs = {CUDNN_LAST: "1"} if side == "baseline" and module in MASKED else {}
+    # for the baseline, too: torch's large pages, and what can only be set when a process starts
     environment = {"THP_MEM_ALLOC_ENABLE": "1", **AT_START, **os.environ, **both, **theirs, **(environment or {})}
     with open(log, "w") as output:
         process = subprocess.Popen(
@@ -128,19 +133,19 @@ def start_side(module, side, size, folder, environment=None):
 
 
 def logged(folder, *keys):
-    """Lists of what our run in `folder` logged at each step, one list a key."""
+    """What our run in `folder` logged at each step: one list for each key."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if all(key in line for key in keys)]
     return [[line[key] for line in lines] for key in keys]
 
 
 def precision():
-    """The precision of both sides: what `precision: auto` takes on this machine, unless IN_PRECISION says otherwise."""
+    """The precision of both sides: what `precision: auto` means on this machine, unless IN_PRECISION says otherwise."""
     return os.environ.get(IN_PRECISION) or pick_precision("auto", pick_device())
 
 
 def measure_peak(smoke, folder):
-    """What `peak` reports: on a CPU of a process of its own; on a GPU, which does not mind others, of this one."""
+    """What `peak` reports. On a CPU it runs in its own process; on a GPU in this one, which the GPU does not mind."""
     kind = pick_device().type
     shapes = [128] if smoke else SHAPES[kind]
     if kind == "cuda":
@@ -149,9 +154,9 @@ def measure_peak(smoke, folder):
 
 
 def peak(size, folder):
-    """A side of its own: the fastest square matrix product in the machine's precision, FLOP/s.
+    """The peak of this machine, FLOP/s: its fastest square matmul in the benchmark's precision. A side of its own.
 
-    Of each shape the median of ten products, after two; of these the largest.
+    Each shape counts with the median of ten matmuls, after two that are not timed.
     """
     device, dtype = pick_device(), PRECISIONS[precision()]
     speeds = {}
@@ -168,13 +173,21 @@ def peak(size, folder):
     return {"flops_per_second": max(speeds.values()), "shapes": speeds}
 
 
+def data_sheet_peak(gpus, kind):
+    """FLOP/s of the first of these GPUs (names) in the precision `kind`, as its data sheet says. None if not known."""
+    if not gpus or kind == "fp32":
+        return None
+    known = (tera for name, tera in DATA_SHEET.items() if re.search(rf"\b{name}\b", gpus[0]))
+    return next((1e12 * tera for tera in known), None)
+
+
 def spread(values):
     """{"median", "min", "max"} of some numbers."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def side_figures(rounds, matmul_peak):
-    """One side's figures over its rounds, each what `Clock.measured` gave."""
+    """One side's figures over its rounds. rounds: what `Clock.measured` gave in each."""
     seconds = [s for found in rounds for s in found["seconds"]]
     first = rounds[0]
     typical = statistics.median(seconds)
@@ -188,14 +201,23 @@ def side_figures(rounds, matmul_peak):
     }
 
 
-def ratios(ours, peer):
-    """(speed_ratio, memory_ratio, speed ratio of each round): peer over ours in time, ours over peer in memory.
+def ratios(ours, baseline):
+    """(speed ratio, memory ratio, speed ratio of each round): baseline over ours in time, ours over baseline in memory.
 
-    Each round's two sides ran one after the other: they are compared with each other, and the median is taken of that.
+    The two sides of a round ran one after the other, so they are compared with each other. The median is taken of that.
     """
-    seconds = [statistics.median(p["seconds"]) / statistics.median(o["seconds"]) for o, p in zip(ours, peer)]
-    memory = [o["peak_memory_gb"] / p["peak_memory_gb"] for o, p in zip(ours, peer)]
+    seconds = [statistics.median(b["seconds"]) / statistics.median(o["seconds"]) for o, b in zip(ours, baseline)]
+    memory = [o["peak_memory_gb"] / b["peak_memory_gb"] for o, b in zip(ours, baseline)]
     return statistics.median(seconds), statistics.median(memory), seconds
+
+
+def mfu(job, side):
+    """Model FLOPs utilisation of a side: the job's arithmetic a second over the data sheet's FLOP/s. None if not known.
+
+    "% of peak" is the same share of the fastest matmul that was measured.
+    """
+    sheet = job.get("data_sheet_flops_per_second")
+    return side["share_of_peak"] * job["matmul_peak_flops_per_second"] / sheet if sheet else None
 
 
 def difference(a, b):

@@ -3,8 +3,9 @@
     python benchmarks/operations.py                  # lm, grpo and generate, into report/benchmarks.md
     python benchmarks/operations.py --job dpo_lora   # one of run.py's jobs, printed alone
 
-The profile is that of the last step, after as many as the job's script times. An operation counts with its own time,
-without what it calls; on a GPU with that of its kernels. What is left of the step is starting operations, and Python.
+The profile is that of the last step; the steps before it are as many as the job's script times. An operation counts
+with its own time, without the operations that it calls. On a GPU it counts with the time of its kernels. The rest of
+the step is overhead: torch starts operations, and Python runs.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from typing import Literal
 import torch
 
 from benchmarks import measure, page, run
+from benchmarks.progress import Progress
 from configs.config import option
 from runtime.cli import cli
 from runtime.console import say
 from runtime.provenance import git_commit, machine, versions
 
 ON_THE_PAGE = ("lm", "grpo", "generate")
-REST = "starting operations, and Python"
-KINDS = {  # of operations, by what their names hold; the first that fits
-    "products with weights": r"::mm|addmm|_linear_pointwise",
-    "products of attention": r"bmm|scaled_dot_product|flash_attention",
+REST = "overhead of torch and Python"
+KINDS = {  # of operations, by parts of their names; the first that fits
+    "matmuls with weights": r"::mm|addmm|_linear_pointwise",
+    "matmuls of attention": r"bmm|scaled_dot_product|flash_attention",
     "softmax, exp": r"softmax|::exp_?$|logsumexp",
-    "optimizer, norm of the gradient": r"adam|vector_norm|_foreach_",
-    "copies, casts, picking": r"copy_|::cat|fill|zero_|index|gather|scatter|embedding|roll",
-    "other operations on elements": (
+    "optimizer, gradient norm": r"adam|vector_norm|_foreach_",
+    "copies, casts, indexing": r"copy_|::cat|fill|zero_|index|gather|scatter|embedding|roll",
+    "other elementwise operations": (
         r"::(mul|add|sub|div|neg|pow|square|rsqrt|sqrt|sum|mean|where|sin|cos|clamp|any|max|min|argmax|sort|topk)(_|$)|"
         r"::(lt|gt|le|ge|eq|ne)(_|$)|silu|gelu|cumsum|vecdot|_norm|searchsorted|nonzero"
     ),
@@ -43,16 +45,16 @@ KINDS = {  # of operations, by what their names hold; the first that fits
 @dataclass
 class Config:
     job: Literal["lm", "dpo", "dpo_lora", "reward", "grpo", "generate"] | None = option(
-        None, "the job that is printed alone; default: those of the page, which is written"
+        None, "one job, which is printed and not written; default: the jobs of the page, which is written"
     )
     smoke: bool = option(False, "tiny model and sizes, and nothing is written: whether everything runs")
 
 
 def main(config):
     names = [config.job] if config.job else ON_THE_PAGE
-    found = {}
+    found, progress = {}, Progress(dict.fromkeys(names, 1))
     for name in names:
-        size = run.sizes(name, run.Config(job=name, smoke=config.smoke))
+        started, size = time.time(), run.sizes(name, run.Config(job=name, smoke=config.smoke))
         with tempfile.TemporaryDirectory(prefix="operations-") as folder:
             peak = measure.measure_peak(config.smoke, Path(folder) / "peak")["flops_per_second"]
             run.prepare(name, size, Path(folder))
@@ -61,6 +63,7 @@ def main(config):
         side |= {"size": size, "precision": measure.precision(), "peak": peak, "machine": machine()}
         found[name] = side | {"versions": versions(), "git_commit": git_commit()}
         show(name, found[name])
+        say(f"  {progress.done(name, time.time() - started)}")
     if not config.job and page.holds(config):
         page.update(operations=found)
     return found
@@ -68,13 +71,14 @@ def main(config):
 
 def show(name, found):
     """Print one job's kinds of operations."""
-    say(f"\n{name}: a step of {found['seconds']:.2f} s; its arithmetic takes {found['flops'] / found['peak']:.2f} s")
+    at_peak = found["flops"] / found["peak"]
+    say(f"\n{name}: a step of {found['seconds']:.2f} s; at peak its arithmetic takes {at_peak:.2f} s")
     for kind, (seconds, count) in found["kinds"].items():
         say(f"  {kind:<32} {seconds:7.3f} s {seconds / found['seconds']:6.1%} {count or '':>7}")
 
 
 def watched(size, folder):
-    """A side: the seconds of ours' last step under the profiler, and {kind: [seconds, operations]}."""
+    """A side: the seconds of the last step of ours under the profiler, and {kind: [seconds, operations]}."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -100,7 +104,7 @@ def watched(size, folder):
 
 
 def kinds(events, seconds):
-    """{kind: [seconds, operations]} of a profile, the largest first, with what is left of `seconds` at the end."""
+    """{kind: [seconds, operations]} of a profile, the largest first. The last one is the rest of `seconds`."""
     found = {}
     for event in events:
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), None)

@@ -1,12 +1,15 @@
 """report/benchmarks.md and its figures, from report/benchmarks.json and benchmarks/notes.md.
 
-run.py and scaling.py put what they measured into the JSON; the page is written anew each time.
+    python benchmarks/page.py       # writes the page again, after a change of the notes
+
+run.py, scaling.py and operations.py put what they measured into the JSON, and write the page again.
 """
 
 from __future__ import annotations
 
 import json
 
+from benchmarks.measure import mfu
 from configs.config import ROOT
 from models.device import pick_device
 from report.plots import new_figure
@@ -16,68 +19,98 @@ from runtime.files import read_json, write_atomically
 FIGURES = "report/benchmarks.json"
 PAGE = "report/benchmarks.md"
 NOTES = "benchmarks/notes.md"
-COLORS = {"ours": "#0072B2", "peer": "#999999"}  # Okabe & Ito
-MARKERS = ("o", "^", "s")
+COLORS = {"ours": "#0072B2", "baseline": "#999999"}  # Okabe & Ito
 JOBS = {"cpu": "jobs", "cuda": "gpu_jobs"}  # in the JSON, by the kind of the device
 JOB_WORDS = {
     "lm": "LM training, full weights, {batch_size} x {length} tokens",
     "dpo": "DPO, full weights, {pairs} pairs",
     "dpo_lora": "DPO, LoRA r={lora_r}, {pairs} pairs",
     "reward": "reward model, LoRA r={lora_r}, {pairs} pairs",
-    "grpo": "GRPO, full weights, {prompts} x {group} x {new} tokens",
+    "grpo": "GRPO, full weights, {prompts} x {samples} x {new} tokens",
     "ppo": "PPO, LoRA r={lora_r}, {prompts} x {samples} x {new} tokens",
     "generate": "generation, batch {batch_size}, {prompt} + {new} tokens",
 }
 HOW = """
-A step's time runs from the end of one optimizer step to the end of the next, which torch tells both sides' clock alike;
-the first step is not timed, loading and saving lie outside. Each side of each round runs in a process of its own, ours
-and the peer in turn; ratios are taken within a round, and their median is shown. Memory is the most that the process
-held up to its last step, loading included. Both sides have the same model, token ids, trained weights, precision,
-optimizer, learning rate and batch; what else is equal, and how, stands at the top of each script in `benchmarks/`.
+**Time.** The time of a step runs from the end of one optimizer step to the end of the next. torch calls the same clock
+on both sides. The first step is not timed, and neither are loading and saving. Each side of each round runs in its own
+process; ours and the baseline take turns. The ratios are taken within a round, and the table shows their median.
+"Speed" is the baseline's time over ours; "memory" is our peak memory over the baseline's.
 
-"Of the limit" is the arithmetic that the job needs (matrix products of each token once, `benchmarks/flops.py`) over the
-time, as a share of the fastest square matrix product that this machine did before or after the job. Tokens are those of
-a block (LM), of prompts once and both answers (pairs), and new ones (GRPO, PPO, generation).
+**Memory.** Peak memory is the most that the process held until its last step, loading included.
+
+**Same work.** Both sides have the same model, token ids, trained weights, precision, optimizer, learning rate and
+batch. The top of each script in `benchmarks/` says what else is equal, and how.
+
+**% of peak.** This is the arithmetic that the job needs, over the time, as a share of the peak. The arithmetic is the
+matmuls of each token once (`benchmarks/flops.py`). The peak is the fastest square matmul that this machine did before
+or after the job.
+
+**Tokens.** For LM training these are the tokens of the blocks. For pairs they are the prompts, each once, and both
+completions. For GRPO, PPO and generation they are the new tokens.
 """
+LOSSES = """The losses of LM training and of generation are in nats per token. Those of generation are of a greedy
+batch, one for each quarter of the completions."""
+MFU = """"MFU" (model FLOPs utilisation) is the same arithmetic over the time, as a share of the FLOP/s that the card's
+data sheet states for dense matmuls in this precision."""
+
+
+def measured():
+    """What the JSON holds; {} without one."""
+    path = ROOT / FIGURES
+    return read_json(path) if path.is_file() else {}
 
 
 def update(jobs=None, gpu_jobs=None, **parts):
     """Put what was measured into the JSON, and write the page and its figures from all that is there."""
-    path = ROOT / FIGURES
-    found = read_json(path) if path.is_file() else {}
-    for key, measured in zip(JOBS.values(), (jobs, gpu_jobs)):
-        parts[key] = {**found.get(key, {}), **(measured or {})}
+    found = measured()
+    for key, new in zip(JOBS.values(), (jobs, gpu_jobs)):
+        parts[key] = {**found.get(key, {}), **(new or {})}
     found = {**found, **parts}
-    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    write_atomically(ROOT / FIGURES, json.dumps(found, indent=1) + "\n")
     (ROOT / "report" / "figures").mkdir(exist_ok=True)
+    draw(found)
     write_atomically(ROOT / PAGE, write(found))
     say(f"written to {FIGURES} and {PAGE}")
 
 
 def holds(config):
-    """Whether the page receives what scaling.py and operations.py measured: those sections are a CPU's."""
+    """Whether the page takes what scaling.py and operations.py measured: those sections are of a CPU."""
     if config.smoke:
         return False
     if pick_device().type == "cuda":
-        say(f"not written to {PAGE}, whose section on this is of a CPU")
+        say(f"not written to {PAGE}: its section on this is of a CPU")
         return False
     return True
 
 
-def write(found):
-    """The page as Markdown; draws the figures of the parts that are there."""
-    jobs, on_gpu = ({k: found.get(key, {})[k] for k in JOB_WORDS if k in found.get(key, {})} for key in JOBS.values())
-    text = ["# Benchmarks", ""]
+def ordered(found, key):
+    """The jobs under a key of the JSON, in the order of the page."""
+    return {name: found.get(key, {})[name] for name in JOB_WORDS if name in found.get(key, {})}
+
+
+def draw(found):
+    """The figures of the parts that are there."""
+    jobs = ordered(found, JOBS["cpu"])
     if jobs:
-        compared = {name: job for name, job in jobs.items() if job["peer"]}
+        compared = {name: job for name, job in jobs.items() if job["baseline"]}
         bars_figure(compared or jobs, ROOT / "report/figures/benchmarks.png")
-        text += ["![times the peer's speed, and of the peer's memory](figures/benchmarks.png)", ""]
-        text += [*jobs_table(jobs), "", *about(jobs), HOW]
-    text += ["## The losses of both sides", "", *losses_table(jobs), ""] if jobs else []
-    if on_gpu:
-        text += ["## On a GPU", "", *jobs_table(on_gpu), "", *about(on_gpu), "", *losses_table(on_gpu), ""]
     if "scaling" in found:
         scaling_figure(found["scaling"], ROOT / "report/figures/benchmarks_scaling.png")
+
+
+def write(found):
+    """The page as Markdown."""
+    jobs, on_gpu = (ordered(found, key) for key in JOBS.values())
+    text = ["# Benchmarks", ""]
+    if jobs:
+        text += ["![speed and memory of ours over those of the baseline](figures/benchmarks.png)", ""]
+        text += [*jobs_table(jobs), "", *about(jobs), HOW]
+        text += ["## The losses of both sides", "", LOSSES, "", *losses_table(jobs), ""]
+    if on_gpu:
+        text += ["## On a GPU", "", *jobs_table(on_gpu), "", *about(on_gpu), ""]
+        text += [MFU, ""] if has_mfu(on_gpu) else []
+        text += [*losses_table(on_gpu), ""]
+    if "scaling" in found:
         text += [*scaling_part(found["scaling"]), ""]
     if "ddp" in found:
         text += [*ddp_part(found["ddp"]), ""]
@@ -96,22 +129,30 @@ def seconds(side):
     return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
 
 
+def has_mfu(jobs):
+    """Whether the FLOP/s of a data sheet are known for one of these jobs."""
+    return any(mfu(job, job["ours"]) is not None for job in jobs.values())
+
+
 def jobs_table(jobs):
-    lines = [
-        "| job | side | seconds a step, median (min to max) | tokens/s | peak GB | of the limit | speed | memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    with_mfu = has_mfu(jobs)
+    columns = ["job", "side", "seconds a step, median (min to max)", "tokens/s", "peak GB", "% of peak"]
+    columns += ["MFU", "speed", "memory"] if with_mfu else ["speed", "memory"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for job in jobs.values():
-        for key in ("ours", "peer"):
+        for key in ("ours", "baseline"):
             if not (side := job[key]):
                 continue
-            first, name = (title(job), "ours") if key == "ours" else ("", job["peer_name"])
-            ratio = key == "ours" and job["peer"]
+            first, name = (title(job), "ours") if key == "ours" else ("", job["baseline_name"])
+            ratio = key == "ours" and job["baseline"]
             speed = f"**{job['speed_ratio']:.2f} x**" if ratio else ""
             memory = f"**{job['memory_ratio']:.2f} x**" if ratio else ""
+            share = mfu(job, side)
+            of_sheet = f" {share:.1%} |" if share is not None else " |"
             lines.append(
                 f"| {first} | {name} | {seconds(side)} | {side['tokens_per_second']:,.0f} "
-                f"| {side['peak_memory_gb']:.2f} | {side['share_of_peak']:.1%} | {speed} | {memory} |"
+                f"| {side['peak_memory_gb']:.2f} | {side['share_of_peak']:.1%} |{of_sheet if with_mfu else ''} "
+                f"{speed} | {memory} |"
             )
     return lines
 
@@ -126,17 +167,17 @@ def about(jobs):
         key = f"on {on}, in {job['precision']}, rounds: {job['rounds']}; commit `{job['git_commit']}`; {libraries}"
         lines.setdefault(key, []).append((name, job["matmul_peak_flops_per_second"] / 1e9))
     found = []
-    for key, measured in lines.items():
-        peaks = ", ".join(f"{name} {peak:,.0f}" for name, peak in measured)
-        found.append(f"Measured by `python benchmarks/run.py JOB` {key}. The limit, GFLOP/s at each job: {peaks}.")
+    for key, of_jobs in lines.items():
+        peaks = ", ".join(f"{name} {peak:,.0f}" for name, peak in of_jobs)
+        found.append(f"Measured by `python benchmarks/run.py JOB` {key}. The peak at each job, GFLOP/s: {peaks}.")
     return found
 
 
 def losses_table(jobs):
-    lines = ["| job | losses, ours | losses, peer | largest difference |", "|---|---|---|---|"]
+    lines = ["| job | losses, ours | losses, baseline | largest difference |", "|---|---|---|---|"]
     for job in jobs.values():
-        both = [" ".join(f"{x:.5f}" for x in job[key]["losses"]) if job[key] else "" for key in ("ours", "peer")]
-        apart = f"{job['loss_difference']:.1e}" if job["peer"] else ""
+        both = [" ".join(f"{x:.5f}" for x in job[key]["losses"]) if job[key] else "" for key in ("ours", "baseline")]
+        apart = f"{job['loss_difference']:.1e}" if job["baseline"] else ""
         apart += f", in fp32 {job['loss_difference_fp32']:.1e}" if "loss_difference_fp32" in job else ""
         apart += "" if job["losses_agree"] in (None, True) else " **DISAGREE**"
         lines.append(f"| {job['job']} | {both[0]} | {both[1]} | {apart} |")
@@ -147,13 +188,12 @@ def bars_figure(jobs, path):
     """How many times faster, and with which share of the memory."""
     figure, axes = new_figure(10.5, 0.9 + 0.42 * len(jobs), 2)
     names = list(jobs)[::-1]
-    for ax, key, label in zip(
-        axes, ("speed_ratio", "memory_ratio"), ("times the peer's speed", "of the peer's memory")
-    ):
+    labels = ("speed, times that of the baseline", "peak memory, times that of the baseline")
+    for ax, key, label in zip(axes, ("speed_ratio", "memory_ratio"), labels):
         values = [jobs[name][key] or 0 for name in names]
         bars = ax.barh(names, values, color=COLORS["ours"], height=0.6)
         ax.bar_label(bars, [f"{v:.2f}" for v in values], label_type="center", color="white")
-        ax.axvline(1, color=COLORS["peer"], lw=1.2, ls="--")
+        ax.axvline(1, color=COLORS["baseline"], lw=1.2, ls="--")
         ax.set_xlim(0, 1.15 * max([*values, 1]))
         ax.set_xlabel(label)
     for name, y in zip(names, range(len(names))):  # the spread of the rounds
@@ -165,19 +205,19 @@ def bars_figure(jobs, path):
 
 
 def scaling_figure(scaling, path):
-    """Time a token against sequence length, batch and group size, with what each asks of the machine."""
+    """Time a token in each sweep, and what its arithmetic takes at peak."""
     figure, axes = new_figure(11.5, 3.9, 3)
     for ax, sweep in zip(axes, scaling["sweeps"]):
         x = [point["value"] for point in sweep["points"]]
-        measured = [1e3 * point["seconds"] / point["tokens"] for point in sweep["points"]]
+        took = [1e3 * point["seconds"] / point["tokens"] for point in sweep["points"]]
         needed = [1e3 * point["flops"] / point["tokens"] / sweep["peak"] for point in sweep["points"]]
-        ax.plot(x, measured, "o-", color=COLORS["ours"], label="measured")
-        ax.plot(x, needed, "--", color=COLORS["peer"], label="its arithmetic at the limit")
+        ax.plot(x, took, "o-", color=COLORS["ours"], label="measured")
+        ax.plot(x, needed, "--", color=COLORS["baseline"], label="its arithmetic at peak")
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(v) for v in x])
         ax.minorticks_off()
         ax.set_ylim(bottom=0)
-        ax.set_title(sweep["title"], fontsize=11)
+        ax.set_title(sweep["title"].replace(", ", "\n", 1), fontsize=11)
         ax.set_xlabel(sweep["key"].replace("_", " "))
         ax.set_ylabel("ms a token")
     axes[0].legend(frameon=False, fontsize=9)
@@ -187,8 +227,8 @@ def scaling_figure(scaling, path):
 def scaling_part(scaling):
     """The section on how cost grows."""
     text = ["## How cost grows", "", "![time a token](figures/benchmarks_scaling.png)", ""]
-    text += ["Ours alone, by `python benchmarks/scaling.py`; medians of the timed steps.", ""]
-    text += ["| sweep | | ms a token | tokens/s | peak GB | of the limit |", "|---|---|---|---|---|---|"]
+    text += ["Ours alone, by `python benchmarks/scaling.py`. Each time is the median of the timed steps.", ""]
+    text += ["| sweep | value | ms a token | tokens/s | peak GB | % of peak |", "|---|---|---|---|---|---|"]
     for sweep in scaling["sweeps"]:
         for point in sweep["points"]:
             share = point["flops"] / point["seconds"] / sweep["peak"]
@@ -207,9 +247,10 @@ def operations_part(jobs):
     text = [
         "## Where the time goes",
         "",
-        "One step of ours under torch's profiler, which makes it some hundredths slower, by `python "
-        f"benchmarks/operations.py` in {first['precision']}, commit `{first['git_commit']}`: seconds, and their share "
-        "of the step. The arithmetic at the limit is what the job needs over the fastest matrix product before it.",
+        "One step of ours under torch's profiler, by `python benchmarks/operations.py` in "
+        f"{first['precision']}, commit `{first['git_commit']}`. The profiler makes a step a few percent slower. The "
+        "table has seconds, and their share of the step. The last row is the arithmetic that the job needs, over the "
+        "peak that was measured before it.",
         "",
         "| | " + " | ".join(jobs) + " |",
         "|---|" + "---|" * len(jobs),
@@ -219,8 +260,8 @@ def operations_part(jobs):
         cells = [f"{s:.2f} ({s / job['seconds']:.0%})" for s, job in zip(spent, jobs.values())]
         text.append(f"| {kind} | " + " | ".join(cells) + " |")
     text.append("| **the step** | " + " | ".join(f"**{job['seconds']:.2f}**" for job in jobs.values()) + " |")
-    limits = [job["flops"] / job["peak"] for job in jobs.values()]
-    return [*text, "| its arithmetic at the limit | " + " | ".join(f"{limit:.2f}" for limit in limits) + " |"]
+    at_peak = [job["flops"] / job["peak"] for job in jobs.values()]
+    return [*text, "| its arithmetic at peak | " + " | ".join(f"{s:.2f}" for s in at_peak) + " |"]
 
 
 def ddp_part(ddp):
@@ -229,15 +270,19 @@ def ddp_part(ddp):
     return [
         "## Two processes",
         "",
-        f"`train_lm_ddp.py` on two processes of one thread each, {ddp['batch_size']} x {ddp['length']} tokens in each; "
-        "the ideal is two processes that do the same work beside each other and never speak: the plain loop of "
-        "`train_lm_amp_ckpt.py` twice at once, one thread each, on the same share of the batch. What DDP adds is the "
-        "exchange of gradients, and waiting for the slower of the two. The plain loop with two threads on the whole "
-        "batch is what one would run instead.",
+        f"DDP is `train_lm_ddp.py` on two processes of one thread each, with {ddp['batch_size']} x {ddp['length']} "
+        "tokens in each. The ideal is two independent processes that do the same work side by side: the plain loop of "
+        "`train_lm_amp_ckpt.py`, twice at once, with one thread each, on the same share of the batch. DDP adds the "
+        "exchange of gradients, and the wait for the slower process. The last row is the "
+        "alternative on one machine: the plain loop with two threads on the whole batch.",
         "",
         "| | seconds a step | over the ideal |",
         "|---|---|---|",
-        f"| two processes apart (ideal) | {apart:.3f} | |",
+        f"| two independent processes (ideal) | {apart:.3f} | |",
         f"| two processes, DDP | {joined:.3f} | {joined / apart - 1:+.1%} |",
         f"| one process, two threads | {threads:.3f} | {threads / apart - 1:+.1%} |",
     ]
+
+
+if __name__ == "__main__":
+    update()

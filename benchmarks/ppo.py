@@ -1,7 +1,7 @@
-"""PPO with LoRA, against the machine's limit: ours is rlhf/ppo_train.py; TRL has no PPO any more.
+"""PPO with LoRA, as % of the machine's peak: ours is rlhf/ppo_train.py. There is no baseline: TRL has no PPO any more.
 
-Policy, values, reference and reward model share one backbone, as by default. The answers have the full length; one
-optimizer step a rollout. The reward model is an untrained one: what it says does not change the work.
+Policy, value head, reference and reward model share one backbone, which is the default. All completions have the full
+length, and there is one optimizer step a rollout. The reward model is not trained: its scores do not change the work.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from models.tokens import prompt_ids
 
 SIZE = {
     "model_name": "smollm2-135m", "prompts": 4, "samples": 8, "new": 64, "micro_batch": 16, "steps": 2, "lr": 1e-4,
-    "lora_r": 16, "rollout_batch": 64,
+    "lora_r": 16, "sampling_batch": 64,
 }  # fmt: skip
-ON_GPU = {"prompts": 16, "samples": 16, "new": 128, "micro_batch": 64, "rollout_batch": 256}
+ON_GPU = {"prompts": 16, "samples": 16, "new": 128, "micro_batch": 64, "sampling_batch": 256}
 SMOKE = SIZE | {"model_name": "tiny-llama", "prompts": 2, "samples": 2, "new": 12, "micro_batch": 4, "lora_r": 4}
 
 
@@ -35,11 +35,12 @@ def settings(size, folder):
         samples_per_prompt=size.samples,
         max_new_tokens=size.new,
         micro_batch_size=size.micro_batch,
-        rollout_batch_size=size.rollout_batch,
+        sampling_batch_size=size.sampling_batch,
         inner_epochs=1,
         minibatches=1,
         lr=size.lr,
         lora_r=size.lora_r,
+        precision=measure.precision(),
         out=str(folder / "run"),
         **baselines.LR_CONSTANT,
         **baselines.NO_CHECKPOINTS,
@@ -47,7 +48,7 @@ def settings(size, folder):
 
 
 def prepare(size, folder):
-    """Write a reward model whose weights are those that training would begin with; a process of its own."""
+    """Write a reward model with the weights that training would start from. A side of its own."""
     from rlhf.train_reward_model import Config, build
 
     torch.manual_seed(0)
@@ -67,10 +68,10 @@ def work(size, config):
     found = []
     for step in range(1, config.steps + 1):
         chosen = step_indices(len(prompts), size.prompts, step, config.seed)
-        ids, answers = [prompt_ids(tokenizer, prompts[i]["prompt"]) for i in chosen], [[size.new] * size.samples]
+        ids, lengths = [prompt_ids(tokenizer, prompts[i]["prompt"]) for i in chosen], [[size.new] * size.samples]
         drawn = sampled(ids, size.new, size.samples)
-        learnt = rows(ids, answers * len(ids))
-        scored = rows(ids, answers * len(ids), head=False)
+        learnt = rows(ids, lengths * len(ids))
+        scored = rows(ids, lengths * len(ids), head=False)
         passes = adapted.forward(scored) + adapted.forward(learnt) + base.forward(learnt)
         flops = base.forward(drawn) + passes + adapted.training(learnt)
         found.append({"tokens": size.prompts * size.samples * size.new, "flops": flops})
@@ -78,12 +79,12 @@ def work(size, config):
 
 
 def ours(size, folder):
-    from rlhf import rollouts
+    from rlhf import sampler
     from rlhf.ppo_train import main
 
     (folder / "reward").symlink_to(size.prepared)
     config = settings(size, folder)
-    rollouts.generate = without_stop(rollouts.generate)
+    sampler.generate = without_stop(sampler.generate)
     with measure.Clock() as clock:
         main(config)
     return clock.measured(work(size, config), *measure.logged(folder / "run", "loss", "grad_norm"))

@@ -1,7 +1,7 @@
-"""Reward model with LoRA: ours is rlhf/train_reward_model.py, the peer TRL's RewardTrainer.
+"""Reward model with LoRA: ours is rlhf/train_reward_model.py, the baseline is TRL's RewardTrainer.
 
-Both begin with the same head and adapter, and have the same centering term. TRL gets the token ids.
-transformers looks for the end of a row by its pad token, so TRL pads with a token that no text holds.
+Both sides start from the same head and adapter, and have the same centering term. TRL gets token ids. transformers
+finds the end of a row by its pad token, so TRL pads with a token that is in no text.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def settings(size, folder):
     from rlhf.train_reward_model import Config
 
     pairs = folder / "pairs.jsonl"
-    # it wants some prompts held out, for its accuracy: enough of them that those of the steps are left
-    write_pairs(pairs, size.model_name, 2 * (size.steps + measure.WARM_UP) * size.pairs, size.prompt, size.answer)
+    # the script holds out some prompts to measure its accuracy; twice as many pairs leave enough for the steps
+    count = 2 * (size.steps + measure.WARM_UP) * size.pairs
+    write_pairs(pairs, size.model_name, count, size.prompt, size.completion)
     return Config(
         model_name=size.model_name,
         data=str(pairs),
@@ -42,7 +43,7 @@ def settings(size, folder):
 
 
 def work(size, steps):
-    """Tokens and FLOP of each step: the prompt once a pair; the head is one number at the end, which costs nothing."""
+    """Tokens and FLOP of each step: a pair's prompt counts once; the head is one number, which costs nothing."""
     cost = Cost.of(size.model_name, size.lora_r)
     found = []
     for pairs in steps:
@@ -61,7 +62,7 @@ def ours(size, folder):
     return clock.measured(done, *measure.logged(folder / "run", "loss", "grad_norm"))
 
 
-def peer(size, folder):
+def baseline(size, folder):
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 

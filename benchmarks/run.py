@@ -1,16 +1,18 @@
-"""Ours beside its peer on the same work: seconds a step, tokens a second, peak memory, and the losses of both.
+"""Ours beside a baseline on the same work: seconds a step, tokens a second, peak memory, and the losses of both.
 
     python benchmarks/run.py lm                  # or dpo, dpo_lora, reward, grpo, ppo, generate
     python benchmarks/run.py dpo --rounds 1 --json dpo.json
-    python benchmarks/run.py grpo --page true    # that job's rows of report/benchmarks.md, measured anew
+    python benchmarks/run.py grpo --page true    # measures one job, and puts it into report/benchmarks.md
     python benchmarks/run.py all                 # every job, into report/benchmarks.md (make bench)
 
-The peers are TRL's trainers and, for generation, transformers. Sides alternate (ours, peer, ours, peer, ...), each in a
-process of its own; the ratio is taken within a round, and the median over rounds. What is equal on both sides, and how,
-stands at the top of each job's script. Needs the development packages: pip install -r requirements-dev.txt
+The baselines are TRL's trainers, and transformers for generation. The sides take turns (ours, baseline, ours, ...), and
+each run has its own process. The speed ratio is taken within a round; the median over the rounds is reported. The top
+of each job's script says what is equal on both sides. Needs the development packages:
+pip install -r requirements-dev.txt
 
-Exit status 1 if the losses of both sides differ by more than 0.01: then they did not do the same work. Where they
-differ in bf16 or fp16, both sides run once more in fp32, untimed, and those losses decide: rounding is not other work.
+Exit status 1 means that the losses of the two sides differ by more than 0.01: they did not do the same work. If they
+differ in bf16 or fp16, both sides run once more in fp32, not timed, and those losses decide, because a difference in
+rounding is not a difference in work.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import lm, measure, page
+from benchmarks.progress import Progress
 from configs.config import UserError, option, shown
 from models.device import pick_device
 from runtime.cli import cli
@@ -37,16 +40,20 @@ from runtime.provenance import git_commit, machine, versions
 from runtime.run_folder import check_place
 
 IN_FP32 = {measure.IN_PRECISION: "fp32"}
-ALLOWED = 1e-2  # how far the losses of both sides may lie apart, nats
+ALLOWED = 1e-2  # how far the losses of the two sides may be apart, nats
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job: its script in this folder, what it changes of the script's sizes, and the peer's name."""
+    """A job: its script in this folder, the name of its baseline, and what it changes of the script's sizes."""
 
     module: str
-    peer: str | None  # None: measured against the machine alone
+    baseline: str | None  # None: ours alone
     changes: dict = field(default_factory=dict)
+
+    @property
+    def sides(self):
+        return ("ours", "baseline") if self.baseline else ("ours",)
 
 
 JOBS = {
@@ -67,9 +74,11 @@ class Config:
     )
     rounds: int = option(5, "times that each side runs", at_least=1)
     json: str | None = option(None, "the file that receives the figures")
-    steps: int = option(0, "timed steps a run, after one that is not; 0 = as many as the job's script says", at_least=0)
+    steps: int = option(
+        0, "timed steps a run, after the warm-up step; 0 = as many as the job's script says", at_least=0
+    )
     model_name: str | None = option(None, "another model than the job's own")
-    page: bool = option(False, f"put the figures into {page.PAGE}, too; all does so in any case")
+    page: bool = option(False, f"also put the figures into {page.PAGE}; all always does so")
     smoke: bool = option(False, "tiny model and sizes: whether everything runs, not how fast")
 
     def check(self):
@@ -83,14 +92,14 @@ class Config:
 
 def main(config):
     names = list(JOBS) if config.job == "all" else [config.job]
-    peers = [JOBS[name].peer or "" for name in names]
-    if any(peer.startswith("TRL") for peer in peers) and importlib.util.find_spec("trl") is None:
-        raise UserError("the peer, TRL, is not installed: pip install -r requirements-dev.txt")
+    baselines = [JOBS[name].baseline or "" for name in names]
+    if any(baseline.startswith("TRL") for baseline in baselines) and importlib.util.find_spec("trl") is None:
+        raise UserError("the baseline, TRL, is not installed: pip install -r requirements-dev.txt")
     if config.json:
         check_place(in_root(config.json))
-    disagree = []
+    disagree, progress = [], Progress(*planned(names, config))
     for name in names:
-        found = run_job(name, config)
+        found = run_job(name, config, progress)
         if config.page or config.job == "all":
             page.update(**{page.JOBS[pick_device().type]: {name: found}})
         if config.json:
@@ -102,8 +111,16 @@ def main(config):
         sys.exit(1)
 
 
+def planned(names, config):
+    """What `Progress` needs: the runs of each side of each job, and how long they took when the page was written."""
+    runs = {(name, side): config.rounds for name in names for side in JOBS[name].sides}
+    before = page.measured().get(page.JOBS[pick_device().type], {})
+    expected = {name: job["seconds"] / job["rounds"] / len(JOBS[name].sides) for name, job in before.items()}
+    return runs, {(name, side): expected[name] for name, side in runs if name in expected}
+
+
 def sizes(name, config):
-    """The sizes of a job: its script's, on a GPU with what is larger there, the job's changes, the command line's."""
+    """The sizes of a job: those of its script, then on a GPU the larger ones, the job's changes, the command line's."""
     module = importlib.import_module(f"benchmarks.{JOBS[name].module}")
     on_gpu = module.ON_GPU if pick_device().type == "cuda" else {}
     size = {**module.SIZE, **on_gpu, **JOBS[name].changes}
@@ -114,22 +131,24 @@ def sizes(name, config):
     return size | ({"model_name": config.model_name} if config.model_name else {})
 
 
-def run_job(name, config):
-    """Measure one job over all rounds, print what comes, and return its figures."""
+def run_job(name, config, progress):
+    """Measure one job over all rounds, print each run as it ends, and return the job's figures."""
     job, size, began = JOBS[name], sizes(name, config), time.time()
     module = importlib.import_module(f"benchmarks.{job.module}")
     say(f"\n{name}: {', '.join(f'{k} {v}' for k, v in size.items())}; {measure.precision()}")
-    rounds = {"ours": [], "peer": []} if job.peer else {"ours": []}
+    rounds = {side: [] for side in job.sides}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         folder = Path(folder)
         peaks = [measure.measure_peak(config.smoke, folder / "peak-before")]
         prepare(name, size, folder)
         for i in range(config.rounds):
             for side, found in rounds.items():
+                started = time.time()
                 found.append(measure.measure_side(job.module, side, size, folder / f"{side}-{i}"))
+                done = progress.done((name, side), time.time() - started)
+                say(f"  round {i + 1}/{config.rounds}, {side}: {in_words(found[-1])} | {done}")
             if name == "generate":
-                module.settle(rounds["ours"][-1], rounds["peer"][-1])
-            say(round_line(i + 1, config.rounds, {side: found[-1] for side, found in rounds.items()}))
+                module.settle(rounds["ours"][-1], rounds["baseline"][-1])
         peaks.append(measure.measure_peak(config.smoke, folder / "peak-after"))
         found = figures(name, size, rounds, max(p["flops_per_second"] for p in peaks))
         if found["losses_agree"] is False and found["precision"] != "fp32":
@@ -148,39 +167,40 @@ def run_job(name, config):
 
 
 def prepare(name, size, folder):
-    """Let a process of its own write the model of a job that needs one: size["prepared"] is its folder."""
+    """If a job needs a model of its own, let another process write it: size["prepared"] is its folder."""
     if name == "ppo" or (name, size["model_name"]) == ("lm", lm.GPT2):
         size["prepared"] = str(folder / "prepared")
         measure.measure_side(JOBS[name].module, "prepare", size, folder / "prepare")
 
 
 def figures(name, size, rounds, matmul_peak):
-    """What a job's JSON holds, from the reports of each side's rounds."""
+    """What the JSON of a job holds. rounds: the reports of each side's runs."""
     sides = {side: measure.side_figures(found, matmul_peak) for side, found in rounds.items()}
-    first = rounds["ours"][0]
+    first, where = rounds["ours"][0], machine()
     found = {
         "job": name,
         "rounds": len(rounds["ours"]),
-        "peer_name": JOBS[name].peer,
+        "baseline_name": JOBS[name].baseline,
         "speed_ratio": None,
         "memory_ratio": None,
         "ours": sides["ours"],
-        "peer": sides.get("peer"),
+        "baseline": sides.get("baseline"),
         "losses_agree": None,
         "tokens_per_step": first["tokens"],
         "flops_per_step": first["flops"],
         "matmul_peak_flops_per_second": matmul_peak,
+        "data_sheet_flops_per_second": measure.data_sheet_peak(where["gpu"], measure.precision()),
         "precision": measure.precision(),
         "threads": first["threads"],
         "size": size,
-        "machine": machine(),
+        "machine": where,
         "load": os.getloadavg(),
         "versions": versions() | {"trl": version("trl") if importlib.util.find_spec("trl") else None},
         "git_commit": git_commit(),
     }
-    if "peer" in rounds:
-        speed, memory, of_rounds = measure.ratios(rounds["ours"], rounds["peer"])
-        apart = measure.difference(sides["ours"]["losses"], sides["peer"]["losses"])
+    if "baseline" in rounds:
+        speed, memory, of_rounds = measure.ratios(rounds["ours"], rounds["baseline"])
+        apart = measure.difference(sides["ours"]["losses"], sides["baseline"]["losses"])
         found |= {"speed_ratio": speed, "memory_ratio": memory, "speed_ratios": of_rounds}
         found |= {"loss_difference": apart, "losses_agree": apart <= ALLOWED}
         if "same_tokens" in first:
@@ -188,36 +208,35 @@ def figures(name, size, rounds, matmul_peak):
     return found
 
 
-def round_line(i, rounds, sides):
-    """One round: the seconds of each side's steps, and its memory."""
-    words = [
-        f"{side} {' '.join(f'{s:.2f}' for s in found['seconds'])} s, {found['peak_memory_gb']:.2f} GB"
-        for side, found in sides.items()
-    ]
-    return f"  round {i}/{rounds} | " + " | ".join(words)
+def in_words(found):
+    """What a side reports of one run: the seconds of its steps, and its memory."""
+    return f"{' '.join(f'{s:.2f}' for s in found['seconds'])} s a step, {found['peak_memory_gb']:.2f} GB"
 
 
 def show(found):
     """Print a job's figures."""
-    say(f"\n  {'':<24} {'s a step (min to max)':>28} {'tokens/s':>9} {'peak GB':>8} {'of the limit':>12}")
-    for side in ("ours", "peer"):
+    mfu_header = f" {'MFU':>7}" if found["data_sheet_flops_per_second"] else ""
+    header = f"{'s a step (min to max)':>28} {'tokens/s':>9} {'peak GB':>8} {'% of peak':>10}{mfu_header}"
+    say(f"\n  {'':<24} {header}")
+    for side in ("ours", "baseline"):
         if not (x := found[side]):
             continue
         s = x["seconds_per_step"]
         spread = f"{s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f})"
-        name = side if side == "ours" else found["peer_name"]
-        speed, share = f"{x['tokens_per_second']:,.0f}", f"{x['share_of_peak']:.1%}"
-        say(f"  {name:<24} {spread:>28} {speed:>9} {x['peak_memory_gb']:>8.2f} {share:>12}")
-    limit, tera = found["matmul_peak_flops_per_second"] / 1e9, found["flops_per_step"] / 1e12
-    say(f"  a step is {tera:.3f} TFLOP; the limit is {limit:,.0f} GFLOP/s, a matrix product in {found['precision']}")
-    if found["peer"]:
+        name = side if side == "ours" else found["baseline_name"]
+        speed, share, of_sheet = f"{x['tokens_per_second']:,.0f}", f"{x['share_of_peak']:.1%}", measure.mfu(found, x)
+        of_sheet = "" if of_sheet is None else f" {of_sheet:>7.1%}"
+        say(f"  {name:<24} {spread:>28} {speed:>9} {x['peak_memory_gb']:>8.2f} {share:>10}{of_sheet}")
+    peak, tera = found["matmul_peak_flops_per_second"] / 1e9, found["flops_per_step"] / 1e12
+    say(f"  a step is {tera:.3f} TFLOP; the peak is {peak:,.0f} GFLOP/s, the fastest matmul in {found['precision']}")
+    if found["baseline"]:
         say(f"  {found['speed_ratio']:.2f} times the speed, {found['memory_ratio']:.2f} times the memory")
-    for side in ("ours", "peer"):
+    for side in ("ours", "baseline"):
         if found[side] and found[side]["losses"]:
             norms = " ".join(f"{x:.4f}" for x in found[side]["grad_norms"])
             losses = " ".join(f"{x:.6f}" for x in found[side]["losses"])
             say(f"  losses {side}: {losses}" + (f"; gradient norms {norms}" if norms else ""))
-    if found["peer"]:
+    if found["baseline"]:
         good = "agree" if found["losses_agree"] else "DISAGREE"
         exact = found.get("loss_difference_fp32")
         in_fp32 = "" if exact is None else f"; in fp32 {exact:.1e}"

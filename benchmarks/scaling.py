@@ -1,10 +1,10 @@
-"""How our cost grows: time a token against sequence length, batch and group size, and what two processes cost.
+"""How our cost grows: time a token by sequence length, batch size and samples per prompt; what two processes cost.
 
     python benchmarks/scaling.py                # into report/benchmarks.md
-    python benchmarks/scaling.py --rounds 3     # each point in so many processes, one after the other
+    python benchmarks/scaling.py --rounds 3     # each point in three processes, one after the other
 
-Sequence length is varied at the same number of tokens a step, the others alone. The part on two processes needs two
-cores: DDP beside two processes that do the same work and never speak.
+The sweep over the sequence length keeps the number of tokens a step; each other sweep changes one size alone. The part
+on two processes needs two cores. It compares DDP with two processes that do the same work independently.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import os
 import socket
 import statistics
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import grpo, lm, measure, page
+from benchmarks.progress import Progress
 from configs.config import UserError, option
 from runtime.cli import cli
 from runtime.console import say
@@ -27,7 +29,7 @@ from runtime.provenance import git_commit, machine, versions
 
 @dataclass(frozen=True)
 class Sweep:
-    """A job of ours whose size is varied. points: what is drawn, and the changes to the job's sizes."""
+    """A job of ours at several sizes. key: what varies. points: its values, and the changes to the job's sizes."""
 
     title: str
     key: str
@@ -35,21 +37,41 @@ class Sweep:
     points: dict[int, dict]
 
 
+def one_pass(batch_size, **more):
+    """The changes to the sizes of the LM job for a step of one forward and backward pass."""
+    return {"batch_size": batch_size, "micro_batch_size": batch_size, **more}
+
+
 SWEEPS = (
     Sweep(
-        "LM, 2,048 tokens a step",
-        "tokens_in_a_row",
+        "LM by sequence length, 2,048 tokens a step",
+        "sequence_length",
         lm,
-        {n: {"length": n, "batch_size": 2048 // n} for n in (128, 256, 512, 1024, 2048)},
+        {n: one_pass(2048 // n, length=n) for n in (128, 256, 512, 1024, 2048)},
     ),
-    Sweep("LM, rows of 512 tokens", "rows_in_a_batch", lm, {n: {"batch_size": n} for n in (1, 2, 4, 8)}),
-    Sweep("GRPO, 4 prompts, 64 new tokens", "answers_in_a_group", grpo, {n: {"group": n} for n in (2, 4, 8, 16)}),
+    Sweep(
+        "LM by batch size, 512 tokens a sequence",
+        "batch_size",
+        lm,
+        {n: one_pass(n) for n in (1, 2, 4, 8)},
+    ),
+    Sweep(
+        "GRPO by samples per prompt, 4 prompts, 64 new tokens",
+        "samples_per_prompt",
+        grpo,
+        {n: {"samples": n} for n in (2, 4, 8, 16)},
+    ),
 )
 SMOKE = (
-    Sweep("LM", "tokens_in_a_row", lm, {n: {"length": n, "batch_size": 128 // n} for n in (32, 64)}),
-    Sweep("LM", "rows_in_a_batch", lm, {n: {"batch_size": n} for n in (1, 2)}),
-    Sweep("GRPO", "answers_in_a_group", grpo, {n: {"group": n} for n in (2, 4)}),
+    Sweep("LM", "sequence_length", lm, {n: one_pass(128 // n, length=n) for n in (32, 64)}),
+    Sweep("LM", "batch_size", lm, {n: one_pass(n) for n in (1, 2)}),
+    Sweep("GRPO", "samples_per_prompt", grpo, {n: {"samples": n} for n in (2, 4)}),
 )
+TWO_PROCESSES = {  # what is compared, by its name in the JSON
+    "apart": "two independent processes",
+    "ddp": "two processes, DDP",
+    "threads": "one process on the whole batch",
+}
 
 
 @dataclass
@@ -70,70 +92,96 @@ class Config:
 
 def main(config):
     found = {}
+    sweeps = (SMOKE if config.smoke else SWEEPS) if config.sweeps else ()
+    progress = Progress(*planned(sweeps, config))
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         folder = Path(folder)
         peak = measure.measure_peak(config.smoke, folder / "peak")["flops_per_second"]
-        if config.sweeps:
-            swept = SMOKE if config.smoke else SWEEPS
-            found["scaling"] = about() | {"sweeps": [run_sweep(s, config, peak, folder / s.key) for s in swept]}
+        if sweeps:
+            points = [run_sweep(sweep, config, peak, folder / sweep.key, progress) for sweep in sweeps]
+            found["scaling"] = about() | {"sweeps": points}
             if page.holds(config):
                 page.update(scaling=found["scaling"])
         if config.ddp:
-            found["ddp"] = about() | run_ddp(config, folder / "ddp")
+            found["ddp"] = about() | run_ddp(config, folder / "ddp", progress)
             if page.holds(config):
                 page.update(ddp=found["ddp"])
     return found
+
+
+def planned(sweeps, config):
+    """What `Progress` needs: the runs of each point, and the seconds of a step of it when the page was written."""
+    runs = {(sweep.key, value): config.rounds for sweep in sweeps for value in sweep.points}
+    runs |= {("ddp", key): config.rounds for key in TWO_PROCESSES} if config.ddp else {}
+    if config.smoke:
+        return runs, {}
+    before = page.measured()
+    swept = before.get("scaling", {}).get("sweeps", [])
+    seconds = {(sweep["key"], point["value"]): point["seconds"] for sweep in swept for point in sweep["points"]}
+    seconds |= {("ddp", key): before["ddp"][key]["seconds"] for key in TWO_PROCESSES if "ddp" in before}
+    return runs, {kind: seconds[kind] for kind in runs if kind in seconds}
 
 
 def about():
     return {"machine": machine(), "versions": versions(), "git_commit": git_commit()}
 
 
-def run_sweep(sweep, config, peak, folder):
-    """The points of a sweep, printed as they come."""
+def run_sweep(sweep, config, peak, folder, progress):
+    """Measure the points of a sweep, and print each as it ends."""
     module, points = sweep.module, []
     name = module.__name__.rpartition(".")[2]
     say(f"\n{sweep.title}: {sweep.key.replace('_', ' ')}")
     for value, changes in sweep.points.items():
-        size = (module.SMOKE if config.smoke else module.SIZE) | changes
-        runs = [measure.measure_side(name, "ours", size, folder / f"{value}-{i}") for i in range(config.rounds)]
+        size, runs = (module.SMOKE if config.smoke else module.SIZE) | changes, []
+        for i in range(config.rounds):
+            started = time.time()
+            runs.append(measure.measure_side(name, "ours", size, folder / f"{value}-{i}"))
+            done = progress.done((sweep.key, value), time.time() - started)
+            if i + 1 < config.rounds:
+                say(f"  {value:>5}: round {i + 1}/{config.rounds} | {done}")
         seconds = statistics.median(s for run in runs for s in run["seconds"])
         point = {key: runs[0][key] for key in ("tokens", "flops", "peak_memory_gb")}
         points.append({"value": value, "seconds": seconds, **point})
         share = point["flops"] / seconds / peak
         per_token = f"{1e3 * seconds / point['tokens']:.2f} ms a token"
-        say(f"  {value:>5}: {seconds:.3f} s a step, {per_token}, {share:.1%} of the limit")
+        say(f"  {value:>5}: {seconds:.3f} s a step, {per_token}, {share:.1%} of peak | {done}")
     return {"title": sweep.title, "key": sweep.key, "peak": peak, "points": points}
 
 
-def run_ddp(config, folder):
-    """Seconds a step of two processes that never speak, of two under DDP, and of one with as many threads."""
+def run_ddp(config, folder, progress):
+    """Seconds a step of two independent processes, of two under DDP, and of one process with as many threads."""
     threads = max(1, (os.cpu_count() or 2) // 2)
-    size = {**(lm.SMOKE if config.smoke else lm.SIZE), "accumulation": 1}
-    size["batch_size"] //= 2
-    whole = size | {"accumulation": 2}
-    seconds = {"apart": [], "ddp": [], "threads": []}
+    size = lm.SMOKE if config.smoke else lm.SIZE
+    half = size | one_pass(size["batch_size"] // 2)
+    whole = half | {"batch_size": size["batch_size"]}
+    few, many = {"OMP_NUM_THREADS": str(threads)}, {"OMP_NUM_THREADS": str(2 * threads)}
+    say(f"\ntwo processes, {threads} threads each, {half['batch_size']} x {half['length']} tokens in each:")
+    seconds = {key: [] for key in TWO_PROCESSES}
     for i in range(config.rounds):
-        few, many = {"OMP_NUM_THREADS": str(threads)}, {"OMP_NUM_THREADS": str(2 * threads)}
-        alone = [measure.start_side("lm", "ours", size, folder / f"apart-{i}-{r}", few) for r in range(2)]
-        seconds["apart"] += slower([wait() for wait in alone])
-        joined = [
-            measure.start_side("lm", "ddp", whole, folder / f"ddp-{i}-{r}", few | ranks)
-            for r, ranks in enumerate(environments())
-        ]
-        seconds["ddp"] += slower([wait() for wait in joined])
-        seconds["threads"] += measure.measure_side("lm", "ours", whole, folder / f"threads-{i}", many)["seconds"]
+        for key in TWO_PROCESSES:
+            started, place = time.time(), folder / f"{key}-{i}"
+            if key == "apart":
+                both = [measure.start_side("lm", "ours", half, place / str(r), few) for r in range(2)]
+            elif key == "ddp":
+                ranks = environments()
+                both = [measure.start_side("lm", "ddp", whole, place / str(r), few | ranks[r]) for r in range(2)]
+            else:
+                both = [measure.start_side("lm", "ours", whole, place, many)]
+            steps = slower([wait() for wait in both])
+            seconds[key] += steps
+            done = progress.done(("ddp", key), time.time() - started)
+            words = " ".join(f"{s:.2f}" for s in steps)
+            say(f"  round {i + 1}/{config.rounds}, {TWO_PROCESSES[key]}: {words} s a step | {done}")
     found = {key: measure.spread(values) | {"seconds": statistics.median(values)} for key, values in seconds.items()}
-    ideal = found["apart"]["seconds"]
-    say(f"\ntwo processes, {threads} threads each, {size['batch_size']} x {size['length']} tokens in each:")
-    say(f"  apart {ideal:.3f} s a step, DDP {found['ddp']['seconds']:.3f} ({found['ddp']['seconds'] / ideal - 1:+.1%})")
-    say(f"  one process of {2 * threads} threads on the whole batch {found['threads']['seconds']:.3f}")
-    return found | {"batch_size": size["batch_size"], "length": size["length"], "processes": 2, "threads_each": threads}
+    apart, joined, alone = (found[key]["seconds"] for key in TWO_PROCESSES)
+    say(f"  two independent processes {apart:.3f} s a step, DDP {joined:.3f} ({joined / apart - 1:+.1%})")
+    say(f"  one process of {2 * threads} threads on the whole batch {alone:.3f}")
+    return found | {"batch_size": half["batch_size"], "length": half["length"], "processes": 2, "threads_each": threads}
 
 
 def slower(runs):
-    """Of processes that run side by side, the slower one's seconds at each step: that is when a step is done."""
-    return [max(pair) for pair in zip(*(run["seconds"] for run in runs), strict=True)]
+    """The seconds of each step of processes that run side by side: a step is done when the slower one is."""
+    return [max(step) for step in zip(*(run["seconds"] for run in runs), strict=True)]
 
 
 def environments():

@@ -10,7 +10,7 @@ from data.corpus import load_corpus
 from data.prompts import load_prompts
 from models.loader import load_tokenizer
 
-LETTER = "benchmarks.texts:letter_e"  # as a judge for our scripts
+LETTER = "benchmarks.texts:letter_e"  # as a reward function for our scripts
 
 
 @functools.cache
@@ -36,13 +36,13 @@ def passages(tokenizer, lengths):
     return found
 
 
-def write_pairs(path, model_name, count, prompt, answer):
-    """Write `count` pairs as JSONL: what the user says has about `prompt` tokens, each answer about `answer`.
+def write_pairs(path, model_name, count, prompt, completion):
+    """Write `count` pairs as JSONL: a prompt has about `prompt` tokens, each completion about `completion`.
 
-    The lengths of answers lie within a fifth of that: real pairs are not all of one length.
+    The completions differ in length by up to a fifth, because real pairs do not all have the same length.
     """
     tokenizer = load_tokenizer(model_name)
-    lengths = [n for i in range(count) for n in (prompt, around(answer, 2 * i), around(answer, 2 * i + 1))]
+    lengths = [n for i in range(count) for n in (prompt, around(completion, 2 * i), around(completion, 2 * i + 1))]
     texts = [tokenizer.decode(ids).strip() for ids in passages(tokenizer, lengths)]
     roles = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
     rows = [
@@ -64,5 +64,5 @@ def prompts_of_checks():
 
 
 def letter_e(prompt, completion):
-    """A reward that any side computes alike: the share of e among the characters of the answer."""
+    """A reward that both sides compute in the same way: the share of e among the characters of the completion."""
     return completion.count("e") / max(len(completion), 1)

@@ -46,7 +46,7 @@ def option(default, help="", *, at_least=None, at_most=None, above=None, below=N
     identity: whether the value decides what the run computes. A folder that holds a run with another value of such a
         key is refused; other keys only say how a run is watched, or where it goes.
     reads: whether the value may name a file or a folder that the run reads: its content is hashed, and is part of the
-        run's identity, too.
+        run's identity, too. "code": it names a function, `module:function`, whose file is hashed.
     """
     limits = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
     limits = {key: value for key, value in limits.items() if value is not None}

@@ -1,7 +1,7 @@
-"""Documents packed into blocks of equal length: nothing computed for padding, and no sample sees another.
+"""Documents packed into blocks of equal length: little padding, and no sample sees another sample.
 
-A block's positions restart at 0 with each sample. Given such positions and no attention mask, transformers builds the
-block-diagonal mask by itself.
+The positions in a block restart at 0 with each sample. If a model gets such positions and no attention mask,
+transformers builds the block-diagonal mask.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from runtime.console import say
 
 @dataclass
 class Sample:
-    """Tokens that belong together, as arrays of one length."""
+    """The tokens of one document or of one prompt and completion, as arrays of equal length."""
 
     ids: np.ndarray
     counts: np.ndarray  # bool: the loss counts this token
-    bytes: np.ndarray  # UTF-8 bytes of text that each counted token stands for
+    bytes: np.ndarray  # UTF-8 bytes of the text of each counted token
 
     def __len__(self):
         return len(self.ids)
@@ -33,23 +33,23 @@ class Sample:
 
 @dataclass
 class Blocks:
-    """Packed rows of one length, on the CPU."""
+    """N packed rows of T tokens, on the CPU."""
 
     input_ids: torch.Tensor  # (N, T)
     position_ids: torch.Tensor  # (N, T)
     mask: torch.Tensor  # (N, T-1), aligned with input_ids[:, 1:]; 1 = counts
-    bytes: torch.Tensor  # (N,) UTF-8 bytes of what counts
+    bytes: torch.Tensor  # (N,) UTF-8 bytes of the counted tokens
     tokens: torch.Tensor  # (N,) tokens that are not padding
 
     def __len__(self):
         return len(self.input_ids)
 
     def pick(self, rows):
-        """These blocks alone."""
+        """The blocks with these indices, as `Blocks`."""
         return Blocks(*(x[rows] for x in vars(self).values()))
 
     def batch(self, rows, device):
-        """These blocks as what `lm_loss` takes."""
+        """The blocks with these indices as a batch for `lm_loss`, on `device`."""
         return {
             "input_ids": self.input_ids[rows].long().to(device),
             "position_ids": self.position_ids[rows].long().to(device),
@@ -57,29 +57,31 @@ class Blocks:
         }
 
     def named(self, micro_batches):
-        """Micro-batches in words, for a message about them."""
+        """A text that names the blocks of these micro-batches, for messages."""
         return "blocks " + " + ".join(", ".join(str(row) for row in rows) for rows in micro_batches)
 
     def counted(self, rows):
-        """Tokens in these blocks that count in the loss."""
+        """The number of tokens in these blocks that count in the loss."""
         return int(self.mask[rows].sum())
 
 
 def make_blocks(documents, kind, tokenizer, max_length, name):
     """Pack documents into blocks of `max_length` tokens.
 
-    Text is cut where a block is full; a cut repeats one token as context, so that every token but a document's first is
-    a target once. Rows with a prompt stay whole, and only what the assistant says counts, its stop token included: a
-    prompt that leaves too little room is cut from the left, and a row whose completion alone is too long is dropped.
-    Both are counted and printed. Raises UserError when nothing is left.
+    Text is cut where a block is full. A cut repeats one token as context, so every token except the first of a document
+    is a target once. Rows with a prompt stay whole, and only the completion counts, with its stop token. If a prompt
+    leaves too little room, it is cut from the left. If the completion alone is too long, the row is dropped. Both are
+    counted and printed. kind: "text", "messages" or "prompt". name: of the data, for messages.
+    Raises UserError if nothing is left.
     """
-    dropped = cut = 0
+    dropped = cut = opened = 0
     if kind == "text":
         samples = [text_sample(tokenizer, d["text"]) for d in documents]
         rows = _fill(samples, max_length)
     else:
         samples = []
         for i, document in enumerate(documents):
+            opened += _without_prompt(document)
             for prompt, completion in _turns(document):
                 where = f"{name}, document {i + 1}"
                 reason = document.get("finish_reason", "stop")
@@ -89,9 +91,13 @@ def make_blocks(documents, kind, tokenizer, max_length, name):
                 samples += [sample] if sample else []
         rows = _fit(samples, max_length)
     if not rows:
-        raise UserError(f"{name}: nothing is left: all {dropped} completions are longer than max_length = {max_length}")
+        raise UserError(
+            f"{name}: nothing is left: {dropped} completions are longer than max_length = {max_length}, and {opened} "
+            "messages of the assistant have nothing before them"
+        )
     blocks = _stack(rows, max_length, tokenizer.pad_token_id)
     lost = f"; {dropped} dropped as too long, {cut} prompts cut" if dropped or cut else ""
+    lost += f"; {opened} messages of the assistant left out, because nothing stands before them" if opened else ""
     unit = "documents" if kind == "text" else "completions"
     fill = int(blocks.tokens.sum()) / blocks.input_ids.numel()
     say(f"{name}: {len(samples):,} {unit}, {len(blocks):,} blocks of {max_length} tokens, {fill:.1%} full{lost}")
@@ -99,13 +105,13 @@ def make_blocks(documents, kind, tokenizer, max_length, name):
 
 
 def text_sample(tokenizer, text):
-    """A document and the end-of-sequence token that closes it. Its bytes are those of `text`."""
+    """The `Sample` of a document with an end-of-sequence token at its end. Its bytes are the UTF-8 bytes of `text`."""
     encoded = tokenizer(text, return_offsets_mapping=True)
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
     bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     ends = np.maximum.accumulate(np.array([end for _, end in encoded.offset_mapping], dtype=np.int64))
-    sizes = np.diff(bytes_before[ends], prepend=0)  # a character in several tokens is counted with the first
+    sizes = np.diff(bytes_before[ends], prepend=0)  # a character of several tokens counts with its first token
     ids = readable(tokenizer, encoded.input_ids)
     if ids[-1] != tokenizer.eos_token_id:
         ids, sizes = [*ids, tokenizer.eos_token_id], np.append(sizes, 0)
@@ -113,10 +119,11 @@ def text_sample(tokenizer, text):
 
 
 def completion_sample(tokenizer, prompt, completion, max_length, where, finish_reason="stop"):
-    """(sample, prompt was cut) of a prompt and its completion; (None, False) if the completion alone is too long.
+    """(sample, whether the prompt was cut). (None, False) if the completion alone does not fit into max_length tokens.
 
-    finish_reason: "length" for a completion that a length limit cut: it gets no stop token, which would teach to
-    break off there.
+    finish_reason: "length" for a completion that was cut at a length limit. It gets no stop token, because the model
+    would learn to stop in the middle of a text. where: names the row in errors.
+    Raises UserError for an empty prompt or completion, and for one of the wrong form.
     """
     try:
         p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
@@ -131,20 +138,25 @@ def completion_sample(tokenizer, prompt, completion, max_length, where, finish_r
     counts = np.array([False] * len(kept) + [True] * len(c))
     text = completion if isinstance(completion, str) else completion[0]["content"]
     sizes = np.zeros(len(counts), dtype=np.int64)
-    sizes[-1] = len(text.encode())  # a row is never split: the sum is what matters
+    sizes[-1] = len(text.encode())  # a row is never split: only the sum matters
     return Sample(np.array(kept + c), counts, sizes), len(kept) < len(p)
 
 
 def _turns(document):
-    """(prompt, completion) of a row; of a conversation, one for each message of the assistant."""
+    """A list of (prompt, completion). A conversation gives one pair for each message of the assistant."""
     if "prompt" in document:
         return [(document["prompt"], document["completion"])]
     messages = document["messages"]
     return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i]
 
 
+def _without_prompt(document):
+    """How many messages of the assistant nothing stands before: a conversation that it opens."""
+    return int(document.get("messages", [{}])[0].get("role") == "assistant")
+
+
 def _fill(samples, max_length):
-    """Documents one after the other in rows of pieces; each row is full but the last."""
+    """Cut documents into pieces and put them into rows, one after the other. Every row except the last is full."""
     rows, room = [], 0
     for sample in samples:
         start = 0
@@ -160,7 +172,7 @@ def _fill(samples, max_length):
 
 
 def _fit(samples, max_length):
-    """Whole samples into rows, the longest first, each where it leaves the least room."""
+    """Put whole samples into rows, the longest first, each into the row where it leaves the least room (best fit)."""
     rows, by_room = [], {}
     for sample in sorted(samples, key=len, reverse=True):
         room = next((r for r in range(len(sample), max_length) if by_room.get(r)), max_length)
@@ -182,7 +194,7 @@ def _stack(rows, max_length, pad_id):
             start, end = end, end + len(piece)
             input_ids[i, start:end] = piece.ids
             position_ids[i, start:end] = np.arange(len(piece))
-            mask[i, start + 1 : end] = piece.counts[1:]  # nothing stands before a sample's first token to predict it
+            mask[i, start + 1 : end] = piece.counts[1:]  # no token before a sample's first token can predict it
             sizes[i] += piece.bytes[1:][piece.counts[1:]].sum()
         position_ids[i, end:] = np.arange(max_length - end)  # padding is a sample of its own
         tokens[i] = end

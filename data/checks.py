@@ -1,10 +1,10 @@
-"""What an instruction demands, decided by a program.
+"""Checks: programs that decide whether a completion follows an instruction.
 
-A check is a pure function of a completion's text and its arguments: no tokenizer, no network, no model. In a
-prompt file a check is `{"name": "max_words", "n": 12}`; CHECKS maps each name to its function. `score` is the
-gold score of a completion. `--reward module:function` puts a function of the user in its place.
+A check is a pure function of the text of a completion and its arguments. It uses no tokenizer, network or model. In a
+prompt file a check is `{"name": "max_words", "n": 12}`; CHECKS maps each name to its function. `score` is the gold
+score of a completion. With `--reward module:function`, a reward function of the user replaces it.
 
-Before a check looks at a completion, white space at both ends is dropped and curly quotes become straight ones.
+Before a check reads a completion, white space at both ends is dropped and curly quotes become straight quotes.
 """
 
 import re
@@ -14,7 +14,7 @@ from collections import Counter
 QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "\u00a0": " "})
 ALNUM = r"[^\W_]"
 WORD = re.compile(rf"\d+(?:[.,]\d+)+|{ALNUM}+(?:['-]{ALNUM}+)*")
-MARKER = re.compile(r"[-*+•‣◦▪–—](?![-*])|\(?\d+[.)](?!\d)")  # what makes a line look like a list item
+MARKER = re.compile(r"[-*+•‣◦▪–—](?![-*])|\(?\d+[.)](?!\d)")  # a line that begins so looks like a list item
 CLOSERS = "\"')]}*_ \n\t"  # may stand between the last mark of a completion and its end
 # A run of end marks ends a sentence where white space, the end, or a capital letter follows ("end.Start").
 SENTENCE_END = re.compile(r"(?:[.!?…]+[\"')\]*_]*)(?=\s|$|(?<=[a-z][.!?])[A-Z])")
@@ -23,7 +23,7 @@ SELDOM_LAST = {"etc", "a.m", "p.m", "u.s", "u.k", "jr", "sr", "inc"}  # last onl
 
 
 def clean(text: str) -> str:
-    """The text as checks see it: composed Unicode, straight quotes, no white space at the ends."""
+    """The text that checks read: composed Unicode (NFC), straight quotes, no white space at the ends."""
     return unicodedata.normalize("NFC", text).translate(QUOTES).strip()
 
 
@@ -38,7 +38,7 @@ def lines(text: str) -> list[str]:
 
 
 def no_sentence_end(before: str, rest: str) -> bool:
-    """Whether a stop between these two texts of one line belongs to an abbreviation, an initial or a list number."""
+    """Whether the full stop between `before` and `rest` belongs to an abbreviation, an initial or a list number."""
     last = before.split()[-1].lstrip("\"'([*_") if before else ""
     abbreviation = last.lower() in NEVER_LAST or (last.lower() in SELDOM_LAST and not rest[0].isupper())
     initial = len(last) == 1 and last.isupper() and last != "I"
@@ -70,7 +70,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def list_items(text: str) -> tuple[list[str], int]:
-    """The marks of the lines with text after one (`-`, `*`, `1.`), and how many lines look like items otherwise."""
+    """(list marks `-`, `*`, `1.` of the lines that are items with text, number of other lines that look like items)."""
     marks, other = [], 0
     for line in lines(text):
         item = re.match(r"([-*]|\d+\.)\s+(?=.*\w)", line)
@@ -82,7 +82,7 @@ def list_items(text: str) -> tuple[list[str], int]:
 
 
 def count_word(text: str, word: str) -> int:
-    """How often a word stands in the text, whatever its case; `bee` stands in `bee's`, not in `bees`."""
+    """How often a word occurs in the text, in upper or lower case. `bee` occurs in `bee's`, not in `bees`."""
     pattern = rf"(?<!{ALNUM}){re.escape(clean(word).casefold())}(?!{ALNUM})"
     return len(re.findall(pattern, clean(text).casefold()))
 
@@ -98,7 +98,7 @@ def short_words(text: str, n: int) -> bool:
 
 
 def sentences(text: str, n: int) -> bool:
-    """Exactly n sentences, each ended by `.`, `!`, `?` or an ellipsis. A line break also parts sentences."""
+    """Exactly n sentences, each ended by `.`, `!`, `?` or an ellipsis. A line break also separates sentences."""
     found = split_sentences(text)
     return len(found) == n and all(sentence.rstrip(CLOSERS).endswith((".", "!", "?", "…")) for sentence in found)
 
@@ -124,33 +124,33 @@ def no_commas(text: str) -> bool:
 
 
 def starts_with(text: str, word: str) -> bool:
-    """The first word is this word, whatever its case and the marks around it."""
+    """The first word is this word, in upper or lower case, with any punctuation around it."""
     return words(text)[:1] == words(word)
 
 
 def ends_with(text: str, phrase: str) -> bool:
-    """The last words are this phrase, whatever their case; only marks may follow."""
+    """The last words are this phrase, in upper or lower case. Only punctuation may follow."""
     wanted = words(phrase)
     return words(text)[-len(wanted) :] == wanted
 
 
 def includes(text: str, word: str) -> bool:
-    """The word stands in the completion as a whole word, whatever its case."""
+    """The completion contains the word as a whole word, in upper or lower case."""
     return count_word(text, word) > 0
 
 
 def excludes(text: str, word: str) -> bool:
-    """The word does not stand in the completion as a whole word, whatever its case. Its other forms may."""
+    """The completion does not contain the word as a whole word, in upper or lower case. Its other forms are allowed."""
     return count_word(text, word) == 0
 
 
 def repeats(text: str, word: str, n: int) -> bool:
-    """The word stands in the completion at least n times as a whole word, whatever its case."""
+    """The completion contains the word at least n times as a whole word, in upper or lower case."""
     return count_word(text, word) >= n
 
 
 def bullets(text: str, n: int) -> bool:
-    """Exactly n lines are `- ` or `* ` and text, and no other line looks like a list item; plain lines may stand."""
+    """Exactly n lines are `- ` or `* ` and text, and no other line looks like a list item. Plain lines are allowed."""
     marks, other = list_items(text)
     return len(marks) == n and other == 0 and all(mark in "-*" for mark in marks)
 
@@ -172,17 +172,17 @@ def exclamation(text: str) -> bool:
 
 
 def quoted(text: str) -> bool:
-    """The first and the last character are double quotes, words stand between them, and no third quote does."""
+    """The first and last characters are double quotes, with at least one word and no other quote between them."""
     return re.fullmatch(r'"[^"]*\w[^"]*"', clean(text)) is not None
 
 
 def parentheses(text: str) -> bool:
-    """Round brackets, opened and closed, stand around at least one word."""
+    """At least one word is inside round brackets that are opened and closed."""
     return re.search(rf"\([^()]*{ALNUM}[^()]*\)", text) is not None
 
 
 def no_letter(text: str, letter: str) -> bool:
-    """The letter stands nowhere, small, capital or with an accent."""
+    """The letter does not occur: not small, not capital, not with an accent."""
     return letter.casefold() not in unicodedata.normalize("NFD", text).casefold()
 
 
@@ -201,19 +201,19 @@ CHECKS = {
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a completion loops. True in four cases, each about most of the completion:
+    """Whether a completion loops. True in four cases:
 
-    - some block of words stands three times or more back to back, and these repeats are at least 6 words and at
+    - a block of words is repeated three times or more in a row, and these repeats are at least 6 words and at
       least half of all words (`the bee is the bee is the bee is`);
-    - of at least 8 words, more than half are the same word;
-    - of at least 20 words, fewer than 30 % are different ones;
-    - a string of at most 12 characters stands 8 times or more in a row without a space, and these repeats are at
-      least half of the text (`hahahahahahahaha`, `!!!!!!!!`).
+    - there are at least 8 words, and more than half of them are the same word;
+    - there are at least 20 words, and fewer than 30 % of them are different words;
+    - a string of at most 12 characters is repeated 8 times or more in a row without a space, and these repeats are
+      at least half of the text (`hahahahahahahaha`, `!!!!!!!!`).
     """
     found = words(text)
     total = len(found)
     for period in range(1, total // 3 + 1):
-        run = 0  # words in a row that equal the one a period earlier
+        run = 0  # words in a row that equal the word one period earlier
         for i in range(period, total):
             run = run + 1 if found[i] == found[i - period] else 0
             looped = run + period
@@ -227,18 +227,21 @@ def is_degenerate(text: str) -> bool:
 
 
 def call_check(text: str, check: dict) -> bool:
-    """One check on one completion. A completion without a word passes nothing."""
+    """Whether one completion passes one check. A completion without a word passes no check."""
     arguments = {key: value for key, value in check.items() if key != "name"}
     return bool(words(text)) and CHECKS[check["name"]](text, **arguments)
 
 
 def passed(text: str, checks: list[dict]) -> list[bool]:
-    """For each check whether the completion passes it, degenerate or not."""
+    """For each check, whether the completion passes it. Loops are not considered here."""
     return [call_check(text, check) for check in checks]
 
 
 def score(text: str, checks: list[dict]) -> float:
-    """The share of checks passed, in [0, 1]; 0.0 for a completion without a word and for a degenerate one."""
+    """The gold score: the share of checks passed, in [0, 1]. 0.0 for a completion that has no word or that loops.
+
+    Raises ValueError if there are no checks.
+    """
     if not checks:
         raise ValueError("score needs at least one check, got none")
     return 0.0 if is_degenerate(text) else sum(passed(text, checks)) / len(checks)

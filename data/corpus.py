@@ -10,7 +10,8 @@ A document is a dict of one of three kinds, the same for all documents of a corp
     prompt     {"prompt": ..., "completion": ...}         the completion is learnt
 
 Prompt and completion are both strings or both lists of messages. Rows with `prompt`, `chosen` and `rejected`, as in
-preferences.jsonl, become prompt documents with the chosen completion; `"finish_reason": "length"` is added to one that was cut.
+preferences.jsonl, become prompt documents with the chosen completion. If that completion was cut at a length limit,
+the document also has `"finish_reason": "length"`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.config import UserError
-from data.jsonl import parse_jsonl
+from data.rows import TABLES, in_one_form, kind_of_file, read_rows
 from models.fetch import EMBEDDED_TEXTS, fetch_source
 
-# Whole plays and books, so that evaluation is on works of which training saw no line.
+# Whole plays and books are held out, so training sees no line of the works that evaluation reads.
 HELDOUT_PLAYS = ("macbeth", "richard-ii", "twelfth-night")
 HELDOUT_BOOKS = ("Ruth", "Ecclesiastes", "Jonah", "John", "James")
 
 WITHOUT_A_HUB = (
-    f"without a hub there are {', '.join(EMBEDDED_TEXTS)}, any .txt file, any folder of .txt files, and any .jsonl "
-    "file with `text`, `messages`, or `prompt` and `completion`"
+    f"without a hub there are {', '.join(EMBEDDED_TEXTS)}, any .txt file, any folder of .txt files, and rows with "
+    "`text`, `messages`, or `prompt` and `completion` in .jsonl, .json, .csv or .parquet"
 )
 ALLOWED_KEYS = "`text`, `messages`, `prompt` and `completion`, or `prompt`, `chosen` and `rejected`"
 
@@ -53,9 +54,10 @@ class Corpus:
 def load_corpus(source: str | Path, heldout_fraction: float = 0.05) -> Corpus:
     """Load a corpus by path, embedded name or hub id, tried in that order. A hub id may end in `:CONFIGURATION`.
 
-    heldout_fraction: share of the documents (by a hash of what each begins with) kept from training where the source
-        has no held-out part of its own. Of one single text it is the last part. The plays and the Bible keep whole
-        works from training, and a hub dataset its validation or test split, whatever this says.
+    heldout_fraction: share of the documents that is held out if the source has no held-out part of its own. The
+        documents are chosen by a hash of their beginning. Of a single text, the last part is held out. The option has
+        no effect on the plays and the Bible, which hold out whole works, and on a hub dataset with a validation or
+        test split.
     Raises UserError that names the file, the line, the key, and what is allowed.
     """
     name = str(source)
@@ -67,7 +69,7 @@ def load_corpus(source: str | Path, heldout_fraction: float = 0.05) -> Corpus:
         documents = _read_path(path)
     elif name in EMBEDDED_TEXTS:
         documents, heldout = READERS[name](fetch_source(name))
-    elif path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") or name.startswith((".", "/", "~")):
+    elif path.suffix == ".txt" or kind_of_file(path) or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such file or folder (looked from {Path.cwd()})")
     else:
         documents, heldout = _read_hub(name)
@@ -85,20 +87,24 @@ def load_corpus(source: str | Path, heldout_fraction: float = 0.05) -> Corpus:
 
 
 def split_heldout(documents: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
-    """Split into (train, heldout), each in the order given, the same whatever that order is.
+    """Split documents into (train, heldout). Both keep the given order; the split does not depend on the order.
 
-    Documents that begin alike (equal texts, or several completions to one prompt) stay on one side. At least one document
-    is held out unless `fraction` is 0 or there is but one; a single text is cut, at a line's end where one is near.
+    Documents with the same beginning (equal texts, or several completions of one prompt) stay on one side. At least one
+    document is held out, unless `fraction` is 0 or there is only one document. A single text is cut, if possible at the
+    end of a line.
     """
     if fraction == 0:
         return documents, []
     if len(documents) == 1:
         return _cut(documents[0]["text"], fraction) if "text" in documents[0] else (documents, [])
 
-    groups = {}
+    groups: dict[bytes, list[int]] = {}
     for i, document in enumerate(documents):
         groups.setdefault(hashlib.sha256(_beginning(document).encode()).digest(), []).append(i)
-    held = set()
+    if len(groups) == 1:  # all begin alike: then each is a group of its own
+        whole = [json.dumps(document, sort_keys=True) for document in documents]
+        groups = {hashlib.sha256(f"{i}{text}".encode()).digest(): [i] for i, text in enumerate(whole)}
+    held: set[int] = set()
     for key in sorted(groups)[:-1]:  # one group is always left for training
         if len(held) >= max(1, round(len(documents) * fraction)):
             break
@@ -110,7 +116,7 @@ def split_heldout(documents: list[dict], fraction: float) -> tuple[list[dict], l
 
 
 def _beginning(document):
-    """What a document has before the first completion in it: the prompt; of a text, all of it."""
+    """The part of a document before its first completion: the prompt, or the whole of a text."""
     if "text" in document:
         return document["text"]
     if "prompt" in document:
@@ -138,16 +144,21 @@ def _cut(text, fraction):
 
 
 def _read_path(path):
-    if path.is_dir():
+    if path.is_dir() and not _holds_rows(path):
         files = sorted(path.rglob("*.txt"))
         if not files:
-            raise UserError(f"{path} is a folder without .txt files; give a folder of .txt files, or one .jsonl file")
+            raise UserError(f"{path} is a folder without .txt files, and none of `save_to_disk`; {WITHOUT_A_HUB}")
         return [_read_text(file) for file in files]
     if path.suffix == ".txt":
         return [_read_text(path)]
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path)
-    raise UserError(f"{path}: text comes as .txt, a folder of .txt, or .jsonl with one object a line")
+    if path.is_dir() or kind_of_file(path):
+        return _documents(read_rows(path)[0], path)
+    raise UserError(f"{path}: text comes as .txt, a folder of .txt, or rows as {', '.join(TABLES)}, also compressed")
+
+
+def _holds_rows(folder):
+    """Whether `save_to_disk` of the datasets library wrote this folder."""
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _read_text(path):
@@ -160,52 +171,53 @@ def _read_text(path):
     return {"text": text}
 
 
-def _read_jsonl(path):
+def _documents(rows, name):
     documents = []
-    for where, row in parse_jsonl(path.read_bytes(), str(path)):
-        document = as_document(row, where)
+    for row in rows:
+        document = as_document(row, row["where"])
         if documents and _form(document) != _form(documents[0]):
             raise UserError(
-                f"{where} is of the kind {_form(document)}, the lines before it are {_form(documents[0])}; "
+                f"{row['where']} is of the kind {_form(document)}, the rows before it are {_form(documents[0])}; "
                 "a file holds one kind"
             )
         documents.append(document)
     if not documents:
-        raise UserError(f"{path} is empty; it takes one object a line with {ALLOWED_KEYS}")
+        raise UserError(f"{name} is empty; it takes rows with {ALLOWED_KEYS}")
     return documents
 
 
 def as_document(row: dict, where: str) -> dict:
-    """The document in a row, other keys left out. `where` names the row in an error."""
+    """The document in a row, without other keys. `where` names the row in errors. Raises UserError for a bad row."""
+    row = in_one_form({**row, "where": where})
     if "messages" in row:
         messages = _messages(row["messages"], "messages", where)
         if all(message["role"] != "assistant" for message in messages):
             raise UserError(f"{where}: `messages` has no message of the assistant, so there is nothing to learn")
         return {"messages": messages}
-    for answer in ("completion", "chosen"):
-        if "prompt" in row and answer in row:
-            reason = finish_reason_of(row, answer, where)
+    for key in ("completion", "chosen"):
+        if "prompt" in row and key in row:
+            reason = finish_reason_of(row, key, where)
             finish = {} if reason == "stop" else {"finish_reason": reason}
-            kinds = {type(row["prompt"]), type(row[answer])}
+            kinds = {type(row["prompt"]), type(row[key])}
             if kinds == {str}:
-                prompt, completion = row["prompt"], _string(row[answer], answer, where)
-                return {
-                    "prompt": _string(prompt, "prompt", where, may_be_empty=True),
-                    "completion": completion,
-                    **finish,
-                }
+                prompt = _string(row["prompt"], "prompt", where, may_be_empty=True)
+                return {"prompt": prompt, "completion": _string(row[key], key, where), **finish}
             if kinds == {list}:
-                prompt, completion = (_messages(row[key], key, where) for key in ("prompt", answer))
+                prompt, completion = (_messages(row[name], name, where) for name in ("prompt", key))
                 return {"prompt": prompt, "completion": completion, **finish}
-            raise UserError(f"{where}: `prompt` and `{answer}` must both be strings or both be lists of messages")
+            raise UserError(f"{where}: `prompt` and `{key}` must both be strings or both be lists of messages")
     if "text" in row:
         return {"text": _string(row["text"], "text", where)}
-    raise UserError(f"{where} has the keys {', '.join(row) or '(none)'}; it takes {ALLOWED_KEYS}")
+    given = ", ".join(key for key in row if key != "where") or "(none)"
+    raise UserError(f"{where} has the keys {given}; it takes {ALLOWED_KEYS}")
 
 
 def finish_reason_of(row: dict, key: str, where: str) -> str:
-    """How the completion under this key ended, by `chosen_finish_reason` and the like: "stop", by itself, as without
-    such a key; or "length", where the longest length cut it. (`chosen_finish` is the older name of the key.)"""
+    """The finish_reason of the completion under `key`, from the row's `KEY_finish_reason` (`chosen_finish_reason`).
+
+    "stop": the completion ended with a stop token; this is also the default. "length": it was cut at a length limit.
+    `KEY_finish` is the older name of the key. Raises UserError for another value.
+    """
     name = f"{key}_finish_reason"
     reason = row.get(name, row.get(f"{key}_finish", "stop"))
     if reason not in ("stop", "length"):
@@ -243,7 +255,7 @@ def _kind(document):
 
 
 def _form(document):
-    """The kind, and of a prompt whether it is a string or a list: one file holds one form."""
+    """The kind of a document; for a prompt, also whether it is a string or a list. All rows of a file have one form."""
     kind = _kind(document)
     if kind != "prompt":
         return kind
@@ -281,7 +293,7 @@ def _read_hub(name):
 
 
 def _rows(split, where):
-    """Documents of a split; rows with an empty `text`, which hub datasets use as separators, are left out."""
+    """The documents of a split. Rows with an empty `text` are left out: hub datasets use them as separators."""
     only_text = "text" in split.column_names and "messages" not in split.column_names
     return [
         as_document(row, f"{where}, row {i}")
@@ -300,11 +312,11 @@ def _shakespeare(folder):
 
 
 def plain_play(markdown: str) -> str:
-    """A play as plain text: speakers on a line of their own, stage directions in [brackets], verse line by line."""
+    """A play as plain text: each speaker on a separate line, stage directions in [brackets], one line per verse."""
     text = re.sub(r"[ \t]+$", "", markdown, flags=re.M)
     text = re.sub(r"^LOVE'S LABOURS LOST\n", "", text, flags=re.M)  # a running head left in that play
     text = re.sub(r"^#+ |\*\*|\\", "", text, flags=re.M)
-    # stage directions: _Exit_, *Exit.*, _[Aside]_, and some that lack one of their marks
+    # stage directions: _Exit_, *Exit.*, _[Aside]_, and some with a missing mark
     direction = r"[_*]*\[([^\]_*]*)\][_*]*|[_*]+([^_*\[\]]+)[_*]+|\[([^\]_*\n]*)[_*]"
     text = re.sub(direction, lambda found: f"[{''.join(filter(None, found.groups())).strip()}]", text)
     text = text.replace(" []", "").replace("& c.", "&c.")
@@ -312,7 +324,7 @@ def plain_play(markdown: str) -> str:
 
 
 def _bible(folder):
-    """66 books, each one document: its name, then the chapters, a verse a line, without the footnotes in braces."""
+    """66 books, each one document: its name, then the chapters with one verse per line. Footnotes in braces are cut."""
     names = {row[0]: row[1] for row in _csv(folder / "key_english.csv.gz")}
     books = {}
     for _, book, chapter, _, text in _csv(folder / "t_web.csv.gz"):
@@ -329,19 +341,19 @@ def _bible(folder):
 def _csv(path):
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
-        next(rows)  # the head, which says "field"
+        next(rows)  # the header
         return list(rows)
 
 
 def _openwebtext(folder):
-    """1,000 passages. The file gives each in 11 versions: "0" as it was written, the others with shuffled sentences.
+    """1,000 passages. The file has 11 versions of each: "0" is the original, the others have shuffled sentences.
 
-    Only the first is used: the others are not text that anyone wrote, and would carry held-out passages into training.
+    Only the original is used. The others are no natural text, and would bring held-out passages into training.
     """
     passages = {}
     with (folder / "owt_5.jsonl").open(encoding="utf-8") as file:
         for line in file:
-            passages[json.loads(line)["0"]] = None  # a dict, for an order and no duplicates
+            passages[json.loads(line)["0"]] = None  # a dict keeps the order and drops duplicates
     return [{"text": passage} for passage in passages], None
 
 

@@ -1,14 +1,14 @@
-"""Preference pairs from a model's own completions: sample several for each prompt, pair the best with the worst.
+"""Preference pairs from a model's own completions: sample several per prompt, and pair the best with the worst.
 
     python data/generate_preferences.py
     python data/generate_preferences.py --model_name models/dpo --reward my_reward:reward --out data/mine.jsonl
 
-Writes data/preferences.jsonl, one pair a line, which rlhf/train_reward_model.py, rlhf/dpo_train.py and TRL read:
-`prompt`, `chosen` and `rejected` as messages, `chosen_score`, `rejected_score`, and how each completion ended:
-`chosen_finish_reason`, `rejected_finish_reason` ("stop": by itself; "length": cut at max_new_tokens).
+Writes data/preferences.jsonl, one pair per line: `prompt`, `chosen` and `rejected` as messages, `chosen_score`,
+`rejected_score`, and `chosen_finish_reason`, `rejected_finish_reason` ("stop": the model sampled the stop token;
+"length": cut at max_new_tokens). rlhf/train_reward_model.py, rlhf/dpo_train.py and TRL read this file.
 
 This is "best-of-n against worst-of-n" on-policy data (Pang et al. 2024, "Iterative Reasoning Preference Optimization",
-section 2). A prompt whose completions all score the same says nothing about what is better: it is dropped and counted.
+section 2). If all completions of a prompt have the same score, the prompt is dropped and counted.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Config(SamplingConfig):
 
 
 def make_pairs(answers, pairs_per_prompt=1):
-    """(chosen, rejected) completions: the k-th best with the k-th worst, as long as the scores differ.
+    """(chosen, rejected) completions: the k-th best with the k-th worst, as long as their scores differ.
 
-    Among equal scores a completion that ended by itself goes before one that was cut, as chosen and as rejected: every
-    trainer ends a text with the stop token, and after half a sentence it would teach the model to break off. After
-    that the order of sampling decides. Completions without text, and second copies of a text, are left out.
+    Among equal scores, completions with finish_reason "stop" come before cut completions, as chosen and as rejected. A
+    trainer that adds a stop token to a cut text would teach the model to stop in the middle of a sentence. After that
+    the order of sampling decides. Completions without text and copies of an earlier text are left out.
     """
     distinct = list({a.text: a for a in reversed(answers) if a.text}.values())[::-1]
     best = sorted(distinct, key=lambda a: (-a.score, a.finish_reason != "stop"))
@@ -85,7 +85,7 @@ def main(config):
             f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same"
         )
 
-    # 3. what a person needs to trust them
+    # 3. numbers by which a person can judge the pairs
     say(f"\n{len(rows)} pairs of {len(sampled.answers)} prompts; dropped {ties} whose completions all score the same")
     summary = {"pairs": len(rows), "prompts": len(sampled.answers), "ties_dropped": ties}
     summary |= summarise(config, sampled, [(c, r) for _, c, r in matches])

@@ -1,16 +1,18 @@
-"""Groups with several rejections: all completions to a prompt, their scores, and what the sampler knew of each token.
+"""Groups of completions: all completions of a prompt, their scores, and the sampler's log-prob of each token.
 
     python data/generate_preferences_multi.py
     python rlhf/grpo_train.py --config configs/grpo_offline.yaml     # learns from them, without a reward model
 
-It adds to generate_preferences.py that no completion is thrown away. Writes data/groups.jsonl, one group a line: `prompt`,
-`chosen` (the best), `rejected` (a list, the others from best to worst), `scores` (chosen first), and in the same order
-`completion_ids` (as sampled, the stop token included), `logprobs` (nats, of each id), `finish_reasons`; `temperature`;
-`policy` (the hash of the weights that answered, in float32).
+Unlike generate_preferences.py, this script keeps every completion. It writes data/groups.jsonl, one group per line:
 
-Offline GRPO takes the stored log-probs as log pi_old (Shao et al. 2024, "DeepSeekMath", eq. 3): that is why the ids are
-kept, and never a text that would be tokenised again. A group whose scores are all equal has no advantage to learn from:
-it is dropped and counted.
+- `prompt`, `chosen` (the best completion), `rejected` (a list of the others, from best to worst);
+- `scores`, `completion_ids` (as sampled, with the stop token), `logprobs` (nats, one per id) and `finish_reasons`, each
+  a list in the same order, the chosen completion first;
+- `temperature`, and `policy` (the hash of the float32 weights of the sampling model).
+
+Offline GRPO uses the stored log-probs as log pi_old (Shao et al. 2024, "DeepSeekMath", eq. 3). They belong to the
+sampled ids, so the ids are stored, too: a text that is tokenised again may get other ids. If all scores of a group are
+equal, every advantage is 0: the group is dropped and counted.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ class Config(SamplingConfig):
     CONFIG: ClassVar[str] = "configs/preferences_multi.yaml"
     samples_per_prompt: int = option(8, "completions sampled for each prompt: the size of a group", at_least=2)
     limit: int | None = option(240, "take only the first so many training prompts", at_least=1)
-    out: str = option("data/groups.jsonl", "the file to write, one JSON object a line")
+    out: str = option("data/groups.jsonl", "the file to write, one JSON object per line")
 
 
 def order_group(answers):
-    """The completions from best to worst; among equal scores those that ended by themselves first, then as sampled."""
+    """The completions from best to worst. Among equal scores: finish_reason "stop" first, then in sampling order."""
     return sorted(answers, key=lambda a: (-a.score, a.finish_reason != "stop"))
 
 
@@ -55,7 +57,7 @@ def main(config):
     # 1. a group of completions for each prompt, each with its score
     sampled = sample_and_score(config, load_task(config))
 
-    # 2. keep the groups in which the scores differ, whole
+    # 2. keep the whole groups in which the scores differ
     rows, matches = [], []
     for prompt, answers in sampled:
         group = order_group(answers)
@@ -81,7 +83,7 @@ def main(config):
             f"no group came out: for each of the {len(sampled.answers)} prompts all completions score the same"
         )
 
-    # 3. what a person needs to trust them
+    # 3. numbers by which a person can judge the groups
     ties = len(sampled.answers) - len(rows)
     say(f"\n{len(rows)} groups of {len(sampled.answers)} prompts; dropped {ties} whose completions all score the same")
     say(f"the groups hold {len(matches):,} pairs of the chosen completion with one that scores less")

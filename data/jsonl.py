@@ -1,4 +1,4 @@
-"""Rows of a JSONL file, one JSON object a line: the one reader of data that users bring."""
+"""Read the rows of a JSONL file, one JSON object per line. All data files of users are read here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
 
 
 def parse_jsonl(content, name):
-    """(place, row) of each line of `content`, bytes; blank lines are left out. A place is 'NAME line 12'.
+    """A list of (place, row), one per line of the bytes `content`. Blank lines are skipped. A place is 'NAME line 12'.
 
-    Lines end at "\\n" alone: texts may hold other separators, such as U+2028.
-    Raises UserError, which names the place, for a line that is not UTF-8, not JSON, or no object.
+    Only "\\n" ends a line, because texts may contain other separators, such as U+2028.
+    Raises UserError that names the place for a line that is not UTF-8, not JSON, or not an object.
     """
     rows = []
     for number, line in enumerate(content.removeprefix(BYTE_ORDER_MARK).split(b"\n"), 1):

@@ -1,4 +1,4 @@
-"""In which order rows are read: functions of (seed, epoch) or (seed, step) alone."""
+"""The order in which rows are read: functions of (seed, epoch) or (seed, step) only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 
 
 def epoch_order(rows, seed, epoch, stride=1_000_003):
-    """The order in which an epoch reads `rows` rows: a permutation that depends on (seed, epoch) alone.
+    """A permutation of range(rows): the order in which an epoch reads the rows. It depends on (seed, epoch) only.
 
-    stride: how far apart the seeds of two runs with neighbouring seeds are, in epochs.
+    The generator's seed is seed * stride + epoch. Runs with neighbouring seeds share an order after `stride` epochs.
     """
     generator = torch.Generator().manual_seed(seed * stride + epoch)
     return torch.randperm(rows, generator=generator).tolist()
 
 
 def step_indices(total, count, step, seed):
-    """Indices of the `count` items of step `step` (from 1): a fresh permutation of all `total` for each epoch."""
+    """Indices of the `count` items of step `step` (from 1). Each epoch is a new permutation of all `total` items."""
     found, order_of = [], {}
     for position in range((step - 1) * count, step * count):
         epoch, offset = divmod(position, total)

@@ -1,68 +1,32 @@
-"""Preference data: read it, check it, and turn it into token ids. JSONL or a hub dataset, plain or conversational."""
+"""Preference data from JSONL or a hub dataset: read it, check it, and turn it into token ids.
+
+Prompts and completions are plain texts or lists of messages.
+"""
 
 from __future__ import annotations
 
 import math
 
-from configs.config import UserError, shown
+from configs.config import UserError
 from data.corpus import finish_reason_of
-from data.jsonl import parse_jsonl
 from data.prompts import text_of
+from data.rows import in_one_form, read_rows
 from models.tokens import completion_ids, prompt_ids
 from runtime.console import say
-from runtime.files import in_root, sha256_file
-
-
-def read_rows(source, made_by="python data/generate_preferences.py"):
-    """Rows of a JSONL file as dicts, each with its place ("file line 12") under "where", and the file's hash.
-
-    A name that is no local file and does not end in .jsonl is a hub dataset (split "train").
-    Raises UserError naming file and line.
-    """
-    path = in_root(source)
-    if not path.exists() and not str(source).endswith((".jsonl", ".json")):
-        return _hub_rows(source)
-    if path.is_dir():
-        raise UserError(f"{shown(path)} is a folder: give a .jsonl file")
-    if not path.is_file():
-        raise UserError(f"{shown(path)} is not there. This makes it: {made_by}")
-    rows = [{**row, "where": where} for where, row in parse_jsonl(path.read_bytes(), shown(path))]
-    if not rows:
-        raise UserError(f"{shown(path)} is empty. This makes it: {made_by}")
-    return rows, sha256_file(path)
-
-
-def _hub_rows(name):
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"data = {name!r} is no local file, and the hub gave no such dataset ({reason}). "
-            "Give a .jsonl file whose rows have prompt, chosen and rejected"
-        ) from None
-    return [{**row, "where": f"{name} row {i}"} for i, row in enumerate(data)], data._fingerprint
 
 
 def split_prompt(row):
-    """(prompt, chosen, rejected) of a pairwise row; without a `prompt`, it is what both conversations begin with."""
-    where = row["where"]
+    """(prompt, chosen, rejected) of a pairwise row; without a `prompt`, it is what both sides begin with."""
+    row = in_one_form(row)
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise UserError(f"{where}: has no {key!r}. A row is prompt, chosen, rejected; it has {_keys(row)}")
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if prompt is None:
-        if not (isinstance(chosen, list) and isinstance(rejected, list)):
-            raise UserError(f"{where}: has no 'prompt'. A row is prompt, chosen, rejected; it has {_keys(row)}")
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if not prompt:
-            raise UserError(f"{where}: chosen and rejected begin with different messages, and there is no 'prompt'")
-    return prompt, chosen, rejected
+            raise UserError(f"{row['where']}: has no {key!r}. A row is prompt, chosen, rejected; it has {_keys(row)}")
+    if "prompt" not in row:
+        raise UserError(
+            f"{row['where']}: has no 'prompt', and chosen and rejected begin differently. A row is prompt, chosen, "
+            f"rejected; it has {_keys(row)}"
+        )
+    return row["prompt"], row["chosen"], row["rejected"]
 
 
 def _keys(row):
@@ -70,11 +34,12 @@ def _keys(row):
 
 
 def encode(tokenizer, prompt, completion, max_length, where, truncation="left", finish_reason="stop"):
-    """(prompt ids, completion ids) within max_length tokens, or None if the row is to be dropped.
+    """(prompt ids, completion ids), at most max_length tokens together. None if the row is dropped.
 
-    finish_reason: "length" for a completion that a length limit cut while it was sampled: it has no stop token.
-    A completion is never cut to nothing: where both do not fit, the prompt is cut from the left ("left") or the row is
-    dropped ("drop"); a completion that alone is longer than max_length - 1 drops the row in both cases.
+    finish_reason: "length" for a completion that was cut at a length limit; it gets no stop token.
+    truncation: if both do not fit, "left" cuts the prompt from the left, and "drop" drops the row. A completion is
+    never cut: if it is longer than max_length - 1, the row is dropped in both cases.
+    Raises UserError, naming `where`, for an empty prompt or completion.
     """
     try:
         p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
@@ -93,11 +58,15 @@ def encode(tokenizer, prompt, completion, max_length, where, truncation="left", 
 
 
 def load_pairs(source, tokenizer, max_length, truncation="left"):
-    """Pairwise preferences as dicts {prompt, chosen, rejected: token ids, margin, text, where}, how many rows were
-    dropped or cut, and the data's hash. The prompt's ids are the same for both completions. One whose
-    `chosen_finish_reason` or `rejected_finish_reason` is "length" has no stop token, as when it was sampled."""
-    rows, digest = read_rows(source)
-    pairs, counts = [], {"dropped": 0, "cut": 0}
+    """(pairs, counts, hash of the data).
+
+    counts: {"dropped": rows dropped as too long, "cut": prompts cut, "equal": rows whose completions are equal}.
+    A pair is a dict {prompt, chosen, rejected: token ids, margin, text, where}. Both completions have the same prompt
+    ids. A completion whose `chosen_finish_reason` or `rejected_finish_reason` is "length" has no stop token.
+    Raises UserError for a bad row, and if no row is left.
+    """
+    rows, digest = read_rows(source, made_by="python data/generate_preferences.py")
+    pairs, counts = [], {"dropped": 0, "cut": 0, "equal": 0}
     for row in rows:
         prompt, chosen, rejected = split_prompt(row)
         where = row["where"]
@@ -108,6 +77,9 @@ def load_pairs(source, tokenizer, max_length, truncation="left"):
         if a is None or b is None:
             counts["dropped"] += 1
             continue
+        if a[1] == b[1]:  # nothing can be preferred: the loss would stay at ln 2
+            counts["equal"] += 1
+            continue
         prompt_tokens = min(a[0], b[0], key=len)
         counts["cut"] += len(prompt_tokens) < len(prompt_ids(tokenizer, prompt))
         margin = _margin(row)
@@ -116,7 +88,10 @@ def load_pairs(source, tokenizer, max_length, truncation="left"):
             {"prompt": prompt_tokens, "chosen": a[1], "rejected": b[1], "margin": margin, "text": text, "where": where}
         )
     if not pairs:
-        raise UserError(f"{source}: no row is left: all {len(rows)} are longer than max_length = {max_length}")
+        raise UserError(
+            f"{source}: no row is left: of {len(rows)} rows {counts['dropped']} are longer than max_length = "
+            f"{max_length}, and in {counts['equal']} chosen and rejected are equal"
+        )
     return pairs, counts, digest
 
 
@@ -134,7 +109,7 @@ def _is_number(value):
 
 
 def count_steps(config, pairs):
-    """Optimizer steps of a run on so many pairs. Raises UserError if one step would take a pair twice."""
+    """The number of optimizer steps of a run on `pairs` pairs. Raises UserError if batch_size is larger than that."""
     if config.batch_size > pairs:
         raise UserError(f"batch_size = {config.batch_size}: there are only {pairs} pairs to train on; set at most that")
     steps = pairs * config.epochs // config.batch_size
@@ -142,7 +117,10 @@ def count_steps(config, pairs):
 
 
 def split_by_prompt(rows, fraction, seed=0):
-    """(train, heldout): rows of the same prompt stay on one side, chosen by a hash of the prompt and the seed."""
+    """(train, heldout). Rows of the same prompt stay on one side; a hash of the prompt and the seed decides.
+
+    Raises UserError if one side is empty and `fraction` is not 0.
+    """
     import hashlib
 
     def place(row):
@@ -151,17 +129,25 @@ def split_by_prompt(rows, fraction, seed=0):
 
     train = [row for row in rows if place(row) >= fraction]
     heldout = [row for row in rows if place(row) < fraction]
+    if (
+        fraction and rows and not (train and heldout)
+    ):  # by chance, of few prompts: one prompt then goes to the other side
+        first = min(rows, key=place)["text"]["prompt"] if not heldout else max(rows, key=place)["text"]["prompt"]
+        moved = [row for row in rows if row["text"]["prompt"] == first]
+        others = [row for row in rows if row["text"]["prompt"] != first]
+        train, heldout = (others, moved) if not heldout else (moved, others)
     if fraction and (not train or not heldout):
         raise UserError(f"heldout_fraction = {fraction}: leaves {len(train)} training and {len(heldout)} held-out rows")
     return train, heldout
 
 
 def load_groups(source, tokenizer, max_length):
-    """Groups of completions as dicts {prompt: ids, completions: list of ids, logprobs: list of lists or None, scores,
-    temperature, policy, text, where}, and the data's hash. Chosen first, then the rejections.
+    """(groups, hash of the data). The chosen completion comes first in its group, then the rejected ones.
 
-    A row with `completion_ids` and `logprobs` trains on what was sampled, never on a decode and re-encode; a row
-    without them is tokenised from its texts and has logprobs None.
+    A group is a dict {prompt: ids, completions: list of ids, logprobs: list of lists in nats or None, scores,
+    temperature, policy, text, where}. A row with `completion_ids` and `logprobs` gives exactly the sampled ids. A row
+    without them is tokenised from its texts, and its logprobs are None.
+    Raises UserError for a bad row, and if only some rows have logprobs.
     """
     rows, digest = read_rows(source, made_by="python data/generate_preferences_multi.py")
     groups = []
@@ -226,16 +212,17 @@ def _lists_of(value, good):
 
 
 def describe_pairs(train, heldout, counts):
-    """Print what a person needs to know of the pairs before training on them."""
+    """Print the numbers of pairs, their lengths in tokens, and how often the chosen completion is longer."""
     lengths = sorted(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in train)
     longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in train) / len(train)
     say(
         f"{len(train)} pairs to train on, {len(heldout)} held out by prompt; {counts['dropped']} dropped as too long, "
-        f"{counts['cut']} prompts cut; median {lengths[len(lengths) // 2]}, longest {lengths[-1]} tokens; "
+        f"{counts['equal']} because both sides are equal, {counts['cut']} prompts cut; "
+        f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]} tokens; "
         f"the chosen completion is the longer one in {longer:.0%}"
     )
 
 
 def pair_length(pair):
-    """Tokens computed for a pair: its prompt once, and both completions."""
+    """The number of tokens computed for a pair: its prompt once, and both completions."""
     return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])

@@ -1,8 +1,8 @@
-"""What the two generators of preference data share: the prompts, completions with their scores, the summary, the file.
+"""Shared code of the two generators of preference data: prompts, completions with scores, the summary, the file.
 
 The main function of each is:
 
-    claim(config)                                       # may config.out be written
+    claim(config)                                       # check that config.out may be written
     sampled = sample_and_score(config, load_task(config))
     summary = summarise(config, sampled, matches)       # printed, and kept in the manifest
     save(config, rows, sampled, summary, started, ...)  # config.out, and config.out's .manifest.json
@@ -45,14 +45,14 @@ class SamplingConfig:
     )
     prompts: str = option(PROMPTS, "file of prompts (.json, .jsonl, .txt); of a .json those of training", reads=True)
     limit: int | None = option(None, "take only the first so many training prompts", at_least=1)
-    reward: str | None = option(None, "module:function, a reward function in place of the checks")
+    reward: str | None = option(None, "module:function, a reward function in place of the checks", reads="code")
     samples_per_prompt: int = option(4, "completions sampled for each prompt", at_least=2)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of the sampling; training on the samples wants 1", above=0)
     sampling_batch_size: int = option(128, "completions sampled at once", at_least=1, identity=False)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights while sampling")
     seed: int = option(0, "of the sampling", at_least=0)
-    out: str = option("data/preferences.jsonl", "the file to write, one JSON object a line", identity=False)
+    out: str = option("data/preferences.jsonl", "the file to write, one JSON object per line", identity=False)
     overwrite: bool = option(False, "replace a file that another configuration made", identity=False)
 
     def check(self):
@@ -62,8 +62,8 @@ class SamplingConfig:
             raise UserError(f"out = {self.out!r} is the file of the prompts: give another one")
         if self.sampling_batch_size < self.samples_per_prompt:
             raise UserError(
-                f"sampling_batch_size = {self.sampling_batch_size}: must be at least samples_per_prompt = {self.samples_per_prompt}, "
-                "because the samples of a prompt run together"
+                f"sampling_batch_size = {self.sampling_batch_size}: must be at least samples_per_prompt = "
+                f"{self.samples_per_prompt}, because the samples of a prompt run together"
             )
 
 
@@ -78,8 +78,8 @@ class Task:
 class Sampled:
     task: Task
     answers: list[list[Completion]]  # one list for each prompt
-    policy: str  # hash of the float32 weights that answered
-    seconds_before: float = 0.0  # of sampling, before an interruption
+    policy: str  # hash of the float32 weights of the sampling model
+    seconds_before: float = 0.0  # seconds of sampling before an interruption
 
     def __iter__(self):
         """(prompt, its completions), in file order."""
@@ -92,15 +92,15 @@ def manifest_path(out):
 
 
 def claim(config):
-    """Make sure that config.out may be written; end with status 0 if it already holds what this run would make.
+    """Check that config.out may be written. If it already holds the result of this run, exit with status 0.
 
-    Raises UserError if the file is there and something else made it, or if its folder cannot be written to.
+    Raises UserError if something else made the file, or if its folder cannot be written to.
     """
     out, manifest = in_root(config.out), manifest_path(config.out)
     check_place(out)
     if out.is_file() and not config.overwrite:
         advice = "Give another --out, or --overwrite true to replace it"
-        torn = partial_path(out).is_file()  # a kill came between the file and its manifest
+        torn = partial_path(out).is_file()  # an earlier run was killed between the file and its manifest
         if not manifest.is_file():
             if torn:
                 return
@@ -128,7 +128,7 @@ def _differences(before, config):
     ]
     files, old = files_read(config), before.get("files", {})
     changed = [key for key in sorted(files) if files[key] != old.get(key, files[key])]
-    return found or [f"{getattr(config, key)}: its content has changed since" for key in changed]
+    return found or [f"{vars(config).get(key, 'data/checks.py')}: its content has changed since" for key in changed]
 
 
 def prompt_file(config):
@@ -140,9 +140,9 @@ def prompt_file(config):
 
 
 def load_task(config):
-    """The training prompts, and the reward function.
+    """The `Task`: the training prompts and the reward function.
 
-    Raises UserError, naming the prompt, if one of them is also held out: a model trained on it could not be measured.
+    Raises UserError, naming the prompt, if a training prompt is also held out: models are measured on held-out prompts.
     """
     reward = load_reward(config.reward) if config.reward else None
     digest = sha256_file(prompt_file(config))
@@ -161,24 +161,25 @@ def load_task(config):
 
 
 def _plain(prompt):
-    """A prompt without case and spacing, by which two count as the same."""
+    """A prompt in lower case with single spaces. Two prompts with the same result count as equal."""
     return " ".join(text_of(prompt).casefold().split())
 
 
 def sample_and_score(config, task):
-    """Complete every prompt config.samples_per_prompt times and score each completion; progress is printed."""
+    """Sample config.samples_per_prompt completions per prompt and score them. Prints progress. Returns a `Sampled`."""
     quiet_libraries()
     prompts, reward = task.prompts, task.reward
     device = pick_device()
     precision = pick_precision(config.precision, device)
     tokenizer = load_tokenizer(config.model_name)
     model = load_model(config.model_name, dtype=torch.float32, device=device)
-    policy = weights_hash(model)  # before the cast: what a trainer that loads float32 weights computes
+    policy = weights_hash(model)  # before the cast: a trainer that loads float32 weights computes the same hash
     model = cast_weights(model, frozen_dtype(precision))
     many = len(prompts) * config.samples_per_prompt
     say(
-        f"{config.model_name} ({precision}, {device}): {config.samples_per_prompt} completions to each of {len(prompts)} "
-        f"prompts, {many:,} in all, of at most {config.max_new_tokens} tokens, temperature {config.temperature:g}"
+        f"{config.model_name} ({precision}, {device}): {config.samples_per_prompt} completions to each of "
+        f"{len(prompts)} prompts, {many:,} in all, of at most {config.max_new_tokens} tokens, temperature "
+        f"{config.temperature:g}"
     )
     started = time.time()
     generation, before = generate_resumable(
@@ -207,19 +208,19 @@ def sample_and_score(config, task):
 
 
 def messages(role, content):
-    """A conversation of one message, the form that TRL and others read; a conversation stays as it is."""
+    """A text as a list of one message, the form that TRL and others read. A list of messages is returned unchanged."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def summarise(config, sampled, matches):
-    """Print what a person needs to trust the data, and return the same numbers for the manifest.
+    """Print numbers by which a person can judge the data. Returns them as a dict for the manifest.
 
-    matches: (chosen, rejected) completions, of which the first has the higher score.
+    matches: (chosen, rejected) completions; the chosen one has the higher score.
     """
     answers = [a for group in sampled.answers for a in group]
     scores = [a.score for a in answers]
     longer = [len(c.ids) - len(r.ids) for c, r in matches]
-    longer_wins = sum(d > 0 for d in longer) + 0.5 * sum(d == 0 for d in longer)  # equal lengths: a coin decides
+    longer_wins = sum(d > 0 for d in longer) + 0.5 * sum(d == 0 for d in longer)  # equal lengths count half
     longer_right = longer_wins / len(matches)
     summary = {
         "answers": len(answers),
@@ -234,7 +235,7 @@ def summarise(config, sampled, matches):
         "longer_wins": longer_right,
         "duplicate_answers": sum(len(group) - len({a.text for a in group}) for group in sampled.answers),
         "duplicate_prompts": len(sampled.answers) - len({_plain(row["prompt"]) for row, _ in sampled}),
-        "heldout_overlap": 0,  # load_task has refused any
+        "heldout_overlap": 0,  # load_task raises UserError for any overlap
         "pass_rate": pass_rates(sampled),
     }
     say(f"\nscores of all {len(answers):,} completions (mean {summary['mean_score']:.3f}):")
@@ -251,8 +252,8 @@ def summarise(config, sampled, matches):
         f"({difference:+.1f}). The rule '{rule} wins' alone is right on {right:.0%} of pairs (a coin: 50%)"
     )
     say(
-        f"ended by themselves within {config.max_new_tokens} tokens: {summary['ended_by_themselves']:.0%} of completions, "
-        f"{summary['chosen_ended']:.0%} of chosen, {summary['rejected_ended']:.0%} of rejected; "
+        f"ended by themselves within {config.max_new_tokens} tokens: {summary['ended_by_themselves']:.0%} of "
+        f"completions, {summary['chosen_ended']:.0%} of chosen, {summary['rejected_ended']:.0%} of rejected; "
         f"looping: {summary['degenerate']:.1%}"
     )
     say(
@@ -263,7 +264,7 @@ def summarise(config, sampled, matches):
 
 
 def pass_rates(sampled):
-    """Share of completions that pass each check, by the check's name; empty when the prompts have no checks."""
+    """{name of a check: share of completions that pass it}. Empty if the prompts have no checks."""
     tried, right = Counter(), Counter()
     for row, group in sampled:
         checks = row.get("checks") or []
@@ -275,7 +276,7 @@ def pass_rates(sampled):
 
 
 def histogram(values, bins=8, width=40):
-    """Bars of text: one for each value where there are at most `bins` of them, else `bins` equal intervals."""
+    """A histogram as text: one bar per value if there are at most `bins` values, else `bins` equal intervals."""
     distinct = sorted(set(values))
     if len(distinct) <= bins:
         bars = [(f"{value:g}", values.count(value)) for value in distinct]
@@ -295,7 +296,7 @@ def show_match(prompt, chosen, rejected):
 
 
 def save(config, rows, sampled, summary, started, next_command):
-    """Write the rows, then the manifest, each as a whole or not at all; say where they are and what comes next."""
+    """Write the rows, then the manifest, each atomically. Print where they are and the next command."""
     out = in_root(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -316,5 +317,5 @@ def save(config, rows, sampled, summary, started, next_command):
 
 
 def data_option(config, key, default):
-    """` --key FILE` for the next command where the file is not the one that the next stage reads by itself."""
+    """` --KEY FILE` for the next command, or "" if config.out is the default file of the next stage."""
     return "" if config.out == default else f" --{key} {config.out}"

@@ -1,4 +1,4 @@
-"""Prompts from a file or from standard input, in whichever of three forms a user has them."""
+"""Prompts from a file or from standard input, in one of three forms: .json, .jsonl, or lines of text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def read_prompts(source, split="heldout", need_checks=False):
 
     source: a `.json` file in the form of data/prompts.json (its rows with this split), a `.jsonl` file whose rows have
     "prompt", any other file with one prompt a line, or `-`: standard input, lines or JSONL. Blank lines are skipped.
-    Raises UserError naming file and line, also when no prompt is there, or without checks where they are needed.
+    Raises UserError that names the file and the line: for a bad row, for no prompts, and for missing checks if
+    `need_checks`.
     """
     if source != "-" and str(source).endswith(".json"):
         return load_prompts(in_root(source), split, need_checks=need_checks)
@@ -28,7 +29,7 @@ def read_prompts(source, split="heldout", need_checks=False):
 
 
 def parse_prompts(content, where, need_checks=False, jsonl=False):
-    """The prompts in `content`, bytes: JSONL if told so or if it begins with a brace, else one a line."""
+    """The prompts in the bytes `content`: JSONL if `jsonl` or if it begins with a brace, else one prompt per line."""
     if not content.strip():
         raise UserError(f"{where}: there is no prompt in it")
     if not (jsonl or content.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")):
@@ -71,7 +72,7 @@ def _decoded(content, where):
 
 
 def text_of(value):
-    """The plain text of a prompt or a completion (a text, or a list of messages): for rewards and for the terminal."""
+    """The plain text of a prompt or a completion (a text, or a list of messages), for reward functions and printing."""
     return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
 
 
@@ -90,7 +91,7 @@ ARGUMENTS = {  # argument: (whether a value is allowed, what is allowed)
 
 
 def validate_checks(checks: list[dict], where: str) -> None:
-    """Raise UserError, which names `where` (a prompt's id) and what is allowed, unless every check can be called."""
+    """Raise UserError unless every check can be called. It names `where` (a prompt's id) and what is allowed."""
     if not isinstance(checks, list) or not checks:
         raise UserError(f'{where}: checks must be a list of at least one {{"name": ..., arguments}}, got {checks!r}')
     for check in checks:
@@ -117,13 +118,13 @@ def validate_checks(checks: list[dict], where: str) -> None:
 def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_checks: bool = True) -> list[dict]:
     """Read and validate a prompt file; return its prompts, or those of one split.
 
-    The default file is the repository's, from wherever a script runs; any other relative path starts at the
-    working directory. With `need_checks=False` (a reward function scores) "checks" may be absent or empty.
+    A relative path starts at the working directory if it is there, else at the root. With `need_checks=False` (a
+    reward function or a reward model scores) "checks" may be absent or empty.
     Raises UserError, naming the file and the prompt's id, for whatever is wrong.
     """
     if split is not None and split not in SPLITS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    file = Path(__file__).resolve().parent.parent / PROMPTS if str(path) == PROMPTS else Path(path)
+    file = in_root(path)
     if not file.is_file():
         raise UserError(f"no prompt file at {file.absolute()}")
     try:

@@ -1,4 +1,4 @@
-"""Reward functions that users bring: `module:function` on the command line."""
+"""Reward functions of users, given as `module:function` on the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from configs.config import UserError
 def load_reward(spec: str):
     """`module:function` -> a callable reward(prompt, completion) -> float.
 
-    The module is looked for in the working directory first, then among what Python can import. Raises UserError.
+    The module is searched in the working directory first, then on Python's import path. Raises UserError if the module
+    or the function cannot be loaded.
     """
     module_name, _, function_name = spec.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
@@ -45,7 +46,7 @@ def load_reward(spec: str):
 
 
 def call_reward(function, prompt: str, completion: str) -> float:
-    """The reward as a finite float; UserError, naming function, prompt and completion, for anything else it does."""
+    """The reward as a finite float. Raises UserError, naming function, prompt and completion, for any other result."""
     name = getattr(function, "__qualname__", repr(function))
     where = f"reward {name} on prompt {prompt!r} and completion {completion!r}"
     try:

@@ -1,12 +1,12 @@
-"""A DPO model beside its base: a completion of each, and the implicit reward of both completions.
+"""Compare a DPO model with its base: one completion of each, and the implicit rewards of both completions.
 
     python inference/dpo_inference.py                                       # models/dpo on held-out prompts
     python inference/dpo_inference.py --prompt "Why is the sky blue?"
 
-A DPO model is its own reward model (Rafailov et al. 2023, eq. 5, up to a constant of the prompt): completion y to prompt x
-is worth beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens (for IPO: their mean). It says towards
-which completions training moved the model, and how far. The mean over a model's own completions is beta * KL(pi || pi_ref),
-never negative; over the base's completions it is never positive.
+A DPO model is also a reward model (Rafailov et al. 2023, eq. 5, up to a constant per prompt). The implicit reward of
+completion y of prompt x is beta * (log pi(y|x) - log pi_ref(y|x)), the sum over the tokens of y (for IPO: their mean).
+It shows which completions training made more probable, and by how much. The expected implicit reward of the model's own
+completions is beta * KL(pi || pi_ref), which is never negative. For completions of the base it is never positive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ class Config(CompareConfig):
 
 
 def implicit_reward(logprobs, ref_logprobs, beta, per_token=False):
-    """beta * log(pi / pi_ref) of one completion. logprobs, ref_logprobs: lists in nats, one entry a token."""
+    """beta * log(pi / pi_ref) of one completion. logprobs, ref_logprobs: lists of nats, one per token.
+
+    per_token: the mean over the tokens instead of the sum.
+    """
     total = sum(logprobs) - sum(ref_logprobs)
     return beta * (total / len(logprobs) if per_token else total)
 
@@ -38,10 +41,10 @@ def main(config):
     beta = config.beta or run_value(both.folder, "beta")
     per_token = run_value(both.folder, "loss_type", "sigmoid") == "ipo"
 
-    # 1. a completion of each model to each prompt
+    # 1. a completion of each model for each prompt
     own, base = both.answers()
 
-    # 2. the implicit reward of each
+    # 2. the implicit reward of each completion
     rewards = []
     for groups in (own, base):
         rewards.append([implicit_reward(a, b, beta, per_token) for a, b in zip(*both.logprobs(groups))])

@@ -1,11 +1,11 @@
-"""A GRPO model beside its base: a group of completions to each prompt, the reward of each, mean@k and best@k.
+"""Compare a GRPO model with its base: a group of completions per prompt, their rewards, mean@k and best@k.
 
     python inference/grpo_inference.py                                      # models/grpo, 8 completions a prompt
     python inference/grpo_inference.py --prompt "Tell me a joke." --reward my_reward:reward
 
-mean@k is what GRPO maximises: the mean reward of k sampled completions. best@k is the reward of the best of them: what
-sampling k completions and keeping one would reach. Where mean@k rises and best@k does not, training made likely what the
-base already could (Shao et al. 2024, "DeepSeekMath", section 5.2.2).
+mean@k is the mean reward of k sampled completions; GRPO maximises it. best@k is the reward of the best of them. If
+mean@k rises and best@k does not, training made completions more likely that the base can already sample (Shao et al.
+2024, "DeepSeekMath", section 5.2.2).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(config):
     both = SideBySide(config, made_by="python rlhf/grpo_train.py", need_checks=reward is None)
     k = config.samples_per_prompt
 
-    # 1. a group of completions to each prompt from each model
+    # 1. a group of completions of each model for each prompt
     own, base = both.answers(k)
 
     # 2. the reward of each completion

@@ -6,8 +6,9 @@
     echo "Name three fruits." | python inference/inference.py
     python inference/inference.py --chat true
 
-model_name is an embedded model, a hub id, or a run's folder: a full model, or an adapter, whose base is found.
-The prompts of a batch are padded on the left, so that every row goes on from its own last token.
+model_name is an embedded model, a hub id, or the folder of a run with a full model or an adapter. The base of an
+adapter is found automatically. The prompts of a batch are padded on the left, so that each row continues from its own
+last token.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def main(config):
 
 
 def batch(config, model, tokenizer, rows):
-    """Answer all prompts, print them, and write them to config.out."""
+    """Sample a completion of each prompt, print them, and write them to config.out."""
     started = time.time()
     prompts = [row["prompt"] for row in rows]
     groups = sample_completions(model, tokenizer, prompts, config.max_new_tokens, **sampling(config))
@@ -100,7 +101,8 @@ def batch(config, model, tokenizer, rows):
         for line in answer.text.splitlines() or [""]:
             say(f"   {line}")
         say(
-            f"   ({len(answer.ids)} tokens, {'ended by itself' if answer.finish_reason == 'stop' else 'cut at its length'})"
+            f"   ({len(answer.ids)} tokens, "
+            f"{'ended by itself' if answer.finish_reason == 'stop' else 'cut at its length'})"
         )
     say(f"\n{len(rows)} completions, {rate(groups, seconds)}")
     write_rows(
@@ -119,7 +121,7 @@ def batch(config, model, tokenizer, rows):
 
 
 def chat(config, model, tokenizer):
-    """Read lines and stream completions until /quit or the end of the input; the whole conversation is the prompt."""
+    """Read lines and stream completions until /quit or the end of the input. The prompt is the whole conversation."""
     say("/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     sys.stdin.reconfigure(errors="replace")
     history, turn = [], 0
@@ -153,7 +155,7 @@ def chat(config, model, tokenizer):
 
 
 def fit(model, tokenizer, history, max_new_tokens):
-    """(history, prompt ids) without the oldest turns that leave no room for a completion; ([], []) if none is left."""
+    """(history, prompt ids), without the oldest turns if a completion does not fit; ([], []) if no turn is left."""
     room = context_length(model) or float("inf")
     while history:
         ids = prompt_ids(tokenizer, history)
@@ -166,7 +168,7 @@ def fit(model, tokenizer, history, max_new_tokens):
 
 
 def stream(config, model, tokenizer, ids, seed):
-    """Sample one completion and print it as it comes; Ctrl-C ends it early. Returns its text."""
+    """Sample one completion, print it token by token, and return its text. Ctrl-C ends it early."""
     pieces, printed = TextStream(tokenizer), []
 
     def show(_, token):
@@ -175,8 +177,15 @@ def stream(config, model, tokenizer, ids, seed):
 
     settings = {**sampling(config), "seed": seed}
     try:
-        generate(model, [ids], config.max_new_tokens, stop_ids=stop_ids(tokenizer),
-            never=never_sampled(tokenizer), on_token=show, **settings)
+        generate(
+            model,
+            [ids],
+            config.max_new_tokens,
+            stop_ids=stop_ids(tokenizer),
+            never=never_sampled(tokenizer),
+            on_token=show,
+            **settings,
+        )
     except KeyboardInterrupt:
         say(" (stopped)", end="")
     printed.append(pieces.end())
@@ -185,7 +194,7 @@ def stream(config, model, tokenizer, ids, seed):
 
 
 def asked(config):
-    """The prompts of this run: from the option, the file, a pipe, or else a few examples."""
+    """The prompts of this run: from the option, the file, or a pipe; else a few examples."""
     if config.prompt is not None:
         return [{"prompt": config.prompt}]
     if config.prompts is not None:
@@ -195,9 +204,10 @@ def asked(config):
 
 
 def piped_bytes(wait=1.0):
-    """The bytes that were piped or redirected into this process; none if nothing came within `wait` seconds.
+    """The bytes that are piped or redirected into this process. Empty if nothing comes within `wait` seconds.
 
-    Schedulers and notebooks leave a silent pipe open as standard input; `--prompts -` waits as long as it takes.
+    The wait is limited, because schedulers and notebooks leave a silent pipe open as standard input. `--prompts -`
+    waits without a limit.
     """
     if sys.stdin is None or sys.stdin.closed:
         return b""

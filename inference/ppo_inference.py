@@ -1,12 +1,12 @@
-"""A PPO model beside its base: a completion of each with the reward model's score, and how far from the base it went.
+"""Compare a PPO model with its base: one completion of each with the reward model's score, and the KL to the base.
 
     python inference/ppo_inference.py                                       # models/ppo and its reward model
     python inference/ppo_inference.py --reward_model models/reward --limit 20
 
 PPO maximises the score minus kl_coef * KL (Stiennon et al. 2020, section 3.4). The KL of a completion is estimated from
-its own tokens as in the training log: the sum of k3 = exp(-d) - 1 + d, d = log pi - log pi_ref, in nats.
-Where a prompt has checks, the share that a completion passes (the gold score) stands beside the score (the proxy): a score
-that rises alone belongs to a reward model that is being fooled.
+its own tokens, as in the training log: the sum of k3 = exp(-d) - 1 + d with d = log pi - log pi_ref, in nats.
+If a prompt has checks, the script also prints the share that a completion passes (the gold score). If the score of the
+reward model (the proxy) rises and the gold score does not, the policy exploits errors of the reward model.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def main(config):
     reward_model = RewardModel.load(reward_folder, dtype=both.dtype, device=both.device)
     same_tokens(both.tokenizer, reward_folder)
 
-    # 1. a completion of each model to each prompt
+    # 1. a completion of each model for each prompt
     own, base = both.answers()
 
-    # 2. what the reward model says of each
+    # 2. the reward model's score of each completion
     scores, base_scores = (
         score_completions(reward_model, *both.ids(g), both.tokenizer.pad_token_id) for g in (own, base)
     )
 
-    # 3. how far the model's completions are from the base
+    # 3. the KL to the base on the model's completions
     logprobs, ref_logprobs = both.logprobs(own)
     kl = [kl_estimate(torch.tensor(a), torch.tensor(b), "k3").sum().item() for a, b in zip(logprobs, ref_logprobs)]
 

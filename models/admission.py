@@ -1,11 +1,11 @@
-"""Which way of computing is right for a model, found out on that very model.
+"""Check on a model which fast ways to compute a batch give the right results for it.
 
-There are fast ways to compute a batch (samples packed into one row, completions that share their prompt, a left-padded
-batch with a cache) and slow ones that are right for every causal model: each sequence in a row of its own. Whether a
-fast way is right depends on the architecture: one may ignore position ids, carry a state from token to token, or look
-at a window. So the first time that a model is used for a kind of work, a check runs: a few dozen tokens by the plain
-forward pass of transformers, one sequence at a time, and by each way in turn. The first way that agrees is taken. A
-slower way is said; where none agrees the work is refused. There is no switch that turns this off.
+There are fast ways to compute a batch: samples packed into one row, completions that share their prompt, a left-padded
+batch with a cache. The slow way, each sequence in a separate row, is right for every causal model. Whether a fast way
+is right depends on the architecture: a model may ignore position ids, carry a state from token to token, or see only a
+window. So a check runs when a model is first used for a kind of work. It computes a few dozen tokens by the plain
+forward pass of transformers, one sequence at a time, and by each way. The first way with equal results is used. A
+message names a slower way. If no way is right, a UserError is raised. The check cannot be turned off.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.head import unwrapped
 from runtime.console import say
 
-# of the mean difference over the mean size of what is compared: far above rounding, far below any mistake seen
+# allowed mean difference / mean size of the compared numbers: far above rounding, far below all known errors
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-MOST_IN_FLOAT32 = 1_500_000_000  # weights of half precision that are cast for a check
-LAST = 8  # tokens of each sequence that are compared: the last ones, which see the most
+MOST_IN_FLOAT32 = 1_500_000_000  # a model with at most so many bf16 or fp16 weights is cast to float32 for a check
+LAST = 8  # the last tokens of each sequence are compared, because they see the most tokens
 
 
 @dataclass
 class Admitted:
-    """What a check found: the way to take, how far it is from the plain forward pass, and those that differed."""
+    """The result of a check: the way to use, its deviation from the plain forward pass, and the ways that differed."""
 
     kind: str
     way: str
@@ -44,11 +44,11 @@ _admitted: weakref.WeakKeyDictionary = (
 )  # model: {(kind, whether beyond its window): Admitted}
 
 
-_said: set[tuple] = set()  # what was said: a run loads some models twice
+_said: set[tuple] = set()  # messages that were printed: a run loads some models twice
 
 
 def window_of(model):
-    """The smallest number of tokens that a layer of the model looks back on, by its configuration; None: all of them."""
+    """The smallest attention window of the model's layers, in tokens, by its configuration. None without a window."""
     config = unwrapped(model).config.get_text_config().to_dict()
     if config.get("use_sliding_window") is False:
         return None
@@ -58,13 +58,13 @@ def window_of(model):
 
 
 def admit(model, kind, ways, check, longest, costs=None):
-    """The way to compute `kind` with `model`: the first of `ways` by which check(way, lengths) finds no difference.
+    """The first of `ways` to compute `kind` with `model` for which check(way, lengths) finds no difference.
 
-    check: runs in eval mode without gradients, and returns (found, expected): lists of tensors, one a sequence, of which
-        the last tokens are compared. lengths: of the sequences that it makes; one is longer than the model's window
-        where rows of `longest` tokens are.
-    costs: {way: what it costs, in words}, said when a way after the first is taken.
-    Raises UserError, naming the model, the check and the difference, if no way agrees.
+    check: runs in eval mode without gradients. It returns (found, expected), lists with one tensor per sequence; the
+        last tokens are compared. lengths: of its sequences; if rows of `longest` tokens exceed the model's window, one
+        of them does, too.
+    costs: {way: a text on its cost}, printed if it is not the first way.
+    Raises UserError that names the model, the check and the difference, if no way is right.
     """
     inner = unwrapped(model)
     window = window_of(model)
@@ -86,7 +86,7 @@ def admit(model, kind, ways, check, longest, costs=None):
 
 
 def admitted(model):
-    """What was found out about a model so far, for a manifest: a list of dicts."""
+    """The results of all checks of a model so far, as a list of dicts for a manifest."""
     return [vars(found) for found in _admitted.get(unwrapped(model), {}).values()]
 
 
@@ -115,9 +115,9 @@ def _try_ways(model, kind, ways, check, lengths):
 
 @contextlib.contextmanager
 def exact_weights(model):
-    """A model of half precision in float32, where that takes little memory: rounding then hides no mistake.
+    """A context with the bf16 and fp16 weights of a model in float32, so that rounding hides no error.
 
-    Afterwards the weights are bit for bit what they were.
+    Large models keep their dtype. Afterwards the weights are exactly the same as before.
     """
     half = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     kinds = [p.dtype for p in half]
@@ -132,7 +132,7 @@ def exact_weights(model):
 
 
 def _attempt(check, way, lengths):
-    """(found, expected) of a check; a way that an architecture does not take at all finds nothing."""
+    """(found, expected) of a check; (None, None) if the architecture does not support this way."""
     try:
         return check(way, lengths)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
@@ -142,33 +142,33 @@ def _attempt(check, way, lengths):
 
 
 def apart(found, expected):
-    """Mean difference over mean size, over the last tokens of each sequence; the largest of the sequences."""
+    """Mean difference / mean size over the last tokens of a sequence; the maximum over the sequences."""
     if found is None:
         return float("inf")
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         a, b = a[-LAST:].double(), b[-LAST:].double()
         far = ((a - b).abs().mean() / b.abs().mean().clamp(min=1e-30)).item()
-        worst = max(worst, far if far == far else float("inf"))  # NaN is no agreement
+        worst = max(worst, far if far == far else float("inf"))  # NaN counts as a difference
     return worst
 
 
 def check_tokens(model, lengths, seed=0):
-    """Sequences of token ids of these lengths, for a check: random, and the same each time."""
+    """Random token ids in sequences of these lengths, for a check. The same seed gives the same ids."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, max(4, weight.shape[0] - 4), (n,), generator=generator).tolist() for n in lengths]
 
 
 def masks_by_layer(model, mask):
-    """{kind of layer: its mask} of a bool mask (B, 1, T, T): layers with a window see less of it."""
+    """{kind of layer: its mask} from a bool mask (B, 1, T, T). Layers with a window see only the window."""
     window = window_of(model)
     kinds = kinds_of_layers(model)
     return {kind: windowed(mask, window) if "sliding" in kind and window else mask for kind in kinds}
 
 
 def kinds_of_layers(model):
-    """The kinds of attention layers of a model by name, where there are several; else none."""
+    """The names of the kinds of attention layers of a model; [] if it has only one kind."""
     kinds = unwrapped(model).config.get_text_config().to_dict().get("layer_types") or []
     return sorted(set(kinds)) if len(set(kinds)) > 1 else []
 
@@ -192,7 +192,7 @@ def plain_logits(model, sequences, last):
 
 @contextlib.contextmanager
 def plain_attention(model):
-    """The model with the attention of transformers in place of that of models/fast/attention.py."""
+    """A context in which the model uses the attention of transformers instead of matmul attention."""
     inner = unwrapped(model)
     ours = takes_ragged(inner)
     if ours:

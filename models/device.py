@@ -16,7 +16,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def pick_device():
-    """This process's GPU if there is one, else the CPU. Raises UserError if the machine has fewer GPUs than processes."""
+    """This process's GPU if there is one, else the CPU. Raises UserError if this machine has fewer GPUs than processes.
+
+    One GPU belongs to each process.
+    """
     if torch.cuda.is_available():
         rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if rank >= gpus:
@@ -47,7 +50,7 @@ def autocast(device, precision):
 
 
 def frozen_dtype(precision):
-    """The dtype of weights that are never trained. bf16 and fp16 halve their memory and need no cast per forward pass."""
+    """The dtype of weights that are never trained. bf16 and fp16 need half the memory, and no cast per forward pass."""
     return PRECISIONS[precision]
 
 

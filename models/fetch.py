@@ -292,7 +292,7 @@ def _why(name, source, output, received):
 
 
 class Progress:
-    """Prints the bytes so far, the rate and the time left: one updated line on a terminal, else a line per 5 seconds."""
+    """Prints bytes so far, rate and time left: one updated line on a terminal, else one line every 5 seconds."""
 
     def __init__(self, name, total):
         self.name, self.total = name, total

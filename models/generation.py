@@ -57,15 +57,17 @@ def generate(
     on_token=None,
     progress=None,
 ):
-    """Sample `samples_per_prompt` completions for each prompt; see `Generation` for what comes back.
+    """Sample `samples_per_prompt` completions for each prompt. Returns a `Generation`.
 
-    prompts: token ids, one list a prompt. temperature: 0 is greedy (the log-probs are then those at temperature 1).
-    top_k, top_p: 0 and 1.0 leave the distribution whole, as training on the samples needs it.
-    never: ids that are never drawn; see `never_sampled` of models/tokens.py. stop_ids: ids that end a completion. seed: None draws from torch's global generator.
-    uniforms: (rows, max_new_tokens) numbers in [0, 1) that decide each draw, in place of those the seed gives.
-    batch_size: rows that run at once. on_token(row, id): called for each token as it comes.
+    prompts: token ids, one list per prompt. temperature: 0 is greedy; the log-probs are then those at temperature 1.
+    top_k, top_p: 0 and 1.0 keep the whole distribution; training on the samples needs it.
+    never: ids that are never drawn; see `never_sampled` of models/tokens.py.
+    stop_ids: ids that end a completion. seed: None draws from torch's global generator.
+    uniforms: (rows, max_new_tokens) numbers in [0, 1) that decide each draw; default: drawn with the seed.
+    batch_size: rows that run at once. on_token(row, id): called for each sampled token.
     progress(rows_done, rows): called after each batch.
-    Raises UserError for an empty prompt and for one that leaves no room for `max_new_tokens` in the model's context.
+    Raises UserError for an empty prompt, for a prompt that leaves no room for `max_new_tokens` in the model's context,
+    and for an option out of range.
     """
     check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
     rows = len(prompts) * samples_per_prompt
@@ -102,7 +104,7 @@ def generate(
 
 
 def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_token, never=()):
-    """Draw tokens until every row of the batch is finished. `batch.results` gets (row, ids, logprobs, finish_reason)."""
+    """Draw tokens until every row of the batch is finished. Adds (row, ids, logprobs, reason) to `batch.results`."""
     limit = uniforms.shape[1]
     device = batch.logits.device
     stops = torch.tensor(sorted(stop_ids), device=device)
@@ -213,9 +215,9 @@ COSTS = {
 
 
 def batches_of(prompts, size, one_length=False):
-    """Indices of prompts in batches of `size`. Prompts of like length share a batch, so that little of it is padding.
+    """Indices of prompts in batches of `size`. Prompts of similar length share a batch, so that it has little padding.
 
-    one_length: only prompts of the same length share one.
+    one_length: only prompts of the same length share a batch.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if not one_length:
@@ -233,7 +235,7 @@ def _batch(way, model, prompts, samples, max_new_tokens, decoder=None):
 
 
 def _check(model, way, lengths):
-    """The logits of some tokens after prompts of different lengths, decoded one by one, and by the plain forward pass."""
+    """(found, expected) logits of some tokens after prompts of different lengths: by decoding, by one forward pass."""
     sequences, new = check_tokens(model, lengths), 4
     prompts = [ids[:-new] for ids in sequences]
     found = [[] for _ in sequences]
@@ -248,9 +250,9 @@ def _check(model, way, lengths):
 
 
 class _PlainBatch:
-    """Rows of prompts of one length, through the model's own cache or, without one, all tokens anew each time.
+    """Rows with prompts of one length. They use the model's own cache, or compute all tokens again in each step.
 
-    What `_Batch` offers; nothing is padded, so nothing has to be masked, whatever the architecture.
+    It has the methods of `_Batch`. There is no padding, so it needs no mask and works with every architecture.
     """
 
     recorded, closes_up = False, False

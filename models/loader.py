@@ -24,7 +24,7 @@ from runtime.files import in_root, read_json
 
 
 def resolve_model(name):
-    """The folder (a Path) or the hub id (a str) of a `model_name` in a configuration. Raises UserError for a bad name."""
+    """The folder (a Path) or the hub id (a str) of a `model_name`. Raises UserError for a name that is neither."""
     name = str(name)
     folder = in_root(name)
     if folder.is_dir() and name not in EMBEDDED_MODELS and name not in TINY_MODELS:
@@ -74,9 +74,9 @@ def load_model(name, dtype=torch.float32, device=None, merge_adapter=False, trai
 
 
 def load_tokenizer(name):
-    """The tokenizer of a model. A missing pad token is set to eos: all masks here come from lengths, not from token ids.
+    """The tokenizer of a model. A missing pad token is set to eos: masks come from lengths, not from token ids.
 
-    Raises UserError if it has no end-of-sequence token, or more ids than the model.
+    Raises UserError if it has no end-of-sequence token, or if the model reads no text.
     """
     from transformers import AutoTokenizer
 
@@ -254,7 +254,7 @@ def _first_line(error):
 
 
 def portable_name(path):
-    """The name of a base in an adapter: relative to the repository if it lies there, so that the repository can move."""
+    """The name of an adapter's base: relative to the repository if it lies inside, so that a moved copy still loads."""
     return shown(path) if isinstance(path, Path) else path
 
 

@@ -21,7 +21,8 @@ def partial_path(out):
 
 
 def generate_resumable(
-    path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show, never=(),
+    path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show,
+    never=(),
 ):  # fmt: skip
     """Call `generate`, and keep finished batches in the file `path` until `discard(path)`.
 

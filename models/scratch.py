@@ -50,8 +50,8 @@ def build_scratch(architecture, layers, width, heads, context, tokenizer, seed):
     """A causal language model with random float32 weights, initialised as transformers does for the architecture.
 
     architecture: "llama" (rotary positions, RMSNorm, SwiGLU of 8/3 width) or "gpt2" (learned positions, LayerNorm).
-    width: size of the hidden states. heads: attention heads. context: the longest text, in tokens. seed: of the weights.
-    The output embedding is tied to the input embedding.
+    width: size of the hidden states. heads: attention heads. context: the longest text, in tokens. seed: decides the
+    weights. The output embedding is tied to the input embedding.
     """
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 

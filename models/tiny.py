@@ -68,7 +68,7 @@ def save_whole(model, folder):
 
 
 def build_tiny(name):
-    """The folder of a tiny model. It is made if it is not there, atomically: other processes see all of it or nothing."""
+    """The folder of a tiny model. It is made on first use, atomically: other processes see all of it or nothing."""
     from transformers import AutoModelForCausalLM
 
     folder = ROOT / "models" / name

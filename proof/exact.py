@@ -1,16 +1,17 @@
-"""What the losses of RLHF do in expectation, exactly: every answer of a tiny policy is enumerated, nothing is sampled.
+"""What the losses of RLHF do in expectation, exactly: all completions of a tiny policy are enumerated, none is sampled.
 
     python proof/exact.py      # proof/EXACT.md and proof/figures/exact_*.png, about a minute on one core
 
-The optimum of E[reward] - beta * KL(policy || reference) is known in closed form, pi*(y) ~ pi_ref(y) exp(r(y) / beta),
-so the very functions that the trainers import can be measured against it: the KL estimators and their gradients, the
-policy gradients of PPO and GRPO, and where each method ends. What is enumerated, and how, is in exact_bed.py.
+The optimum of E[reward] - beta * KL(policy || reference) is known in closed form: pi*(y) ~ pi_ref(y) exp(r(y) / beta).
+So the very functions that train can be measured against it: the KL estimators and their gradients, the policy gradients
+of PPO and GRPO, and where each method ends. exact_bed.py says what is enumerated, and how.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,14 +30,17 @@ from proof.exact_gradients import (
 )
 from proof.exact_report import markdown
 from runtime.cli import cli
-from runtime.console import say
+from runtime.console import quiet_libraries, say
 from runtime.files import in_root, write_atomically
 
 
 @dataclass
 class Config:
+    RENAMED: ClassVar[dict] = {"group_size": "samples_per_prompt"}
     beta: float = option(0.3, "weight of the KL to the reference in the objective", above=0)
-    group_size: int = option(3, "answers in a group of GRPO and a batch of PPO; more take much longer", at_least=2)
+    samples_per_prompt: int = option(
+        3, "completions in a group of GRPO and in a batch of PPO; more take much longer", at_least=2
+    )
     steps: int = option(300, "steps of each method to its fixed point", at_least=20)
     transformer_steps: int = option(800, "the same for the transformer; 0 leaves it out", at_least=0)
     seed: int = option(0, "of the rewards, the reference and the policies", at_least=0)
@@ -44,24 +48,25 @@ class Config:
 
 
 def main(config):
+    quiet_libraries()
     began = time.monotonic()
-    bed = make_bed(beta=config.beta, seed=config.seed)
+    bed, group_size = make_bed(beta=config.beta, seed=config.seed), config.samples_per_prompt
     policies, sampler = some_policies(bed, config.seed)
-    say(f"{bed.rewards.shape[0]} prompts, {bed.rewards.shape[1]} answers of up to {bed.max_tokens} tokens")
+    say(f"{bed.rewards.shape[0]} prompts, {bed.rewards.shape[1]} completions of up to {bed.max_tokens} tokens")
     found = {"config": config, "kl": kl(policies["tabular"][1].detach(), bed.ref).mean().item()}
     found["estimators"] = {name: measure_estimators(bed, *policy, sampler) for name, policy in policies.items()}
     found["paths"] = bias_along_a_path(bed, True), bias_along_a_path(bed, False)
     say("KL estimators: done")
-    found["aggregations"], found["answers"] = measure_aggregations(bed, policies, config.group_size)
+    found["aggregations"], found["completions"] = measure_aggregations(bed, policies, group_size)
     found["critics"] = measure_critics(bed, *policies["tabular"])
-    found["old_samples"] = measure_old_samples(bed, *policies["tabular"], sampler, config.group_size)
+    found["old_samples"] = measure_old_samples(bed, *policies["tabular"], sampler, group_size)
     say("policy gradients: done")
-    found["fixed_points"] = measure_fixed_points(bed, config.group_size, config.steps)
+    found["fixed_points"] = measure_fixed_points(bed, group_size, config.steps)
     found["start"] = {**describe(bed, bed.ref), "to_best": kl(bed.ref, optimum(bed)).mean().item()}
     found["best"] = describe(bed, optimum(bed))
-    found["one_token"] = measure_one_token(config.beta, config.group_size, config.steps, config.seed)
-    steps, size = config.transformer_steps, config.group_size
-    found["transformer"] = measure_transformer(bed, size, steps, config.seed) if steps else []
+    found["one_token"] = measure_one_token(config.beta, group_size, config.steps, config.seed)
+    steps = config.transformer_steps
+    found["transformer"] = measure_transformer(bed, group_size, steps, config.seed) if steps else []
     rates = torch.linspace(0.02, 0.98, 49).tolist()
     found["rates"] = rates
     found["weights"] = {

@@ -1,8 +1,9 @@
-"""Policies small enough to enumerate: every answer, its exact probability, and every expectation as a finite sum.
+"""Policies small enough to enumerate: every completion, its exact probability, and every expectation as a finite sum.
 
-An answer is a few tokens over a tiny vocabulary; token 0 stops it. A policy is a table of log-probs (P, S, L) of the
-tokens of all S answers to P prompts, L tokens the longest, 0 after an answer's end. Such a table is made by a softmax
-of its own at each prefix, or by a real transformer. Losses are the trainers' own functions on rows of it.
+A completion is a few tokens over a tiny vocabulary; token 0 stops it. A policy is a table (P, S, L): for P prompts, the
+log-probs in nats of the tokens of all S completions, of which the longest has L tokens. After the end of a completion
+the table holds 0. A softmax of its own at each prefix makes such a table, or a real transformer does. Losses are the
+functions of the training scripts on rows of it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
 from rlhf.utils import masked_whiten
 
 STOP = 0
-ZERO = 1e-9  # relative: a smaller difference is rounding
+ZERO = 1e-9  # a smaller relative difference is rounding
 UNCLIPPED = math.inf  # as clip_high and clip_eps: the ratio is never clipped
 
 
 @dataclass(frozen=True)
 class Bed:
-    """All answers, what they are worth, and the reference policy."""
+    """All completions, what they are worth, and the reference policy."""
 
     tokens: torch.Tensor  # (S, L)
-    mask: torch.Tensor  # (S, L) 1 on the answer's tokens
+    mask: torch.Tensor  # (S, L) 1 on the completion's tokens
     prefix: torch.Tensor  # (S, L) index of the prefix after which each token is chosen
     prefixes: int
     vocabulary: int
@@ -49,26 +50,27 @@ class Bed:
         return self.mask.shape[1]
 
 
-def enumerate_answers(vocabulary, max_tokens):
-    """(tokens, mask, prefix), each (S, L): all answers that end with the stop token or at `max_tokens` tokens."""
+def enumerate_completions(vocabulary, max_tokens):
+    """(tokens, mask, prefix), each (S, L): all completions that end with the stop token or at `max_tokens` tokens."""
     words = range(1, vocabulary)
-    answers = []
+    completions = []
     for length in range(1, max_tokens + 1):
         last = range(vocabulary) if length == max_tokens else [STOP]
-        answers += [[*start, end] for start in itertools.product(words, repeat=length - 1) for end in last]
+        completions += [[*start, end] for start in itertools.product(words, repeat=length - 1) for end in last]
     prefix_id = {}
-    rows = [[prefix_id.setdefault(tuple(a[:t]), len(prefix_id)) for t in range(len(a))] for a in answers]
+    rows = [[prefix_id.setdefault(tuple(a[:t]), len(prefix_id)) for t in range(len(a))] for a in completions]
 
     def filled(lists):
         return torch.tensor([[*x, *[0] * (max_tokens - len(x))] for x in lists])
 
-    return filled(answers), filled([[1] * len(a) for a in answers]), filled(rows)
+    return filled(completions), filled([[1] * len(a) for a in completions]), filled(rows)
 
 
 def make_bed(vocabulary=3, max_tokens=3, beta=0.3, seed=0):
-    """Two prompts. The first is graded: rewards uniform on [0, 1]. The second is hard: two long answers are worth 1."""
+    """A `Bed` of two prompts. The first is graded: its rewards are uniform on [0, 1]. The second is hard: two long
+    completions are worth 1, all others 0."""
     generator = torch.Generator().manual_seed(seed)
-    tokens, mask, prefix = enumerate_answers(vocabulary, max_tokens)
+    tokens, mask, prefix = enumerate_completions(vocabulary, max_tokens)
     graded = torch.rand(len(tokens), generator=generator, dtype=torch.float64)
     hard = torch.zeros_like(graded)
     hard[[len(tokens) // 2, -1]] = 1.0
@@ -113,32 +115,33 @@ def tiny_transformer(bed, seed, scale=0.3):
     return model.eval()
 
 
-def prompts_and_answers(bed):
-    """Token ids of prompt and answer for each of the P * S rows; the prompts are (0, 1), (0, 2), ..."""
-    answers = [row[:n].tolist() for row, n in zip(bed.tokens, bed.lengths)]
-    prompts = [[STOP, 1 + p] for p in range(len(bed.rewards)) for _ in answers]
-    return prompts, answers * len(bed.rewards)
+def prompts_and_completions(bed):
+    """Token ids of prompt and completion for each of the P * S rows; the prompts are (0, 1), (0, 2), ..."""
+    completions = [row[:n].tolist() for row, n in zip(bed.tokens, bed.lengths)]
+    prompts = [[STOP, 1 + p] for p in range(len(bed.rewards)) for _ in completions]
+    return prompts, completions * len(bed.rewards)
 
 
 def transformer_table(bed, model):
-    """The table of a transformer's policy, by the packed forward pass that the trainers use."""
-    return packed_logprobs(model, pack(*prompts_and_answers(bed), STOP, "cpu")).view(bed.ref.shape)
+    """The table of a transformer's policy, by the packed forward pass of the training scripts."""
+    return packed_logprobs(model, pack(*prompts_and_completions(bed), STOP, "cpu")).view(bed.ref.shape)
 
 
 def probabilities(table):
-    """Probability (P, S) of each answer."""
+    """Probability (P, S) of each completion."""
     return table.sum(-1).exp()
 
 
 def kl(table, other):
-    """Exact KL (P,) of whole answers, nats."""
+    """Exact KL(table || other), (P,), of whole completions, in nats per sequence."""
     return (probabilities(table) * (table - other).sum(-1)).sum(-1)
 
 
 def token_kl(table, other, sampler, forward=False):
-    """Mean over prompts of the KL at each token, summed over the prefixes as `sampler` visits them; nats an answer.
+    """The KL of the next token, summed over the prefixes as often as `sampler` visits them: a scalar.
 
-    forward=False: KL(table || other) of the next token; True: KL(other || table). The gradient holds the visits fixed.
+    Nats per sequence, mean over prompts. forward=False: KL(table || other); True: KL(other || table). The gradient
+    holds the visits fixed.
     """
     first, second = (other, table) if forward else (table, other)
     before = sampler.detach().cumsum(-1) - sampler.detach()  # (P, S, L) log-prob of the prefix
@@ -147,25 +150,25 @@ def token_kl(table, other, sampler, forward=False):
 
 
 def objective(bed, table, beta=None):
-    """E[reward] - beta * KL(policy || reference), mean over the prompts: what RLHF maximises."""
+    """E[reward] - beta * KL(policy || reference), a scalar: what RLHF maximises. Mean over the prompts."""
     beta = bed.beta if beta is None else beta
     return ((probabilities(table) * bed.rewards).sum(-1) - beta * kl(table, bed.ref)).mean()
 
 
 def by_choice(bed, x):
-    """Sums of x (P, S, L) over the answers that share a choice, a token after a prefix: (P, prefixes, vocabulary)."""
+    """Sums (P, prefixes, vocabulary) of x (P, S, L) over completions that share a choice: a token after a prefix."""
     choice = (bed.prefix * bed.vocabulary + bed.tokens).expand(x.shape).flatten(1)
     sums = torch.zeros(len(x), bed.prefixes * bed.vocabulary, dtype=x.dtype)
     return sums.scatter_add(1, choice, (x * bed.mask).flatten(1)).unflatten(1, (bed.prefixes, bed.vocabulary))
 
 
 def visits(bed, table):
-    """Probability (P, prefixes, vocabulary) that an answer makes each choice."""
+    """Probability (P, prefixes, vocabulary) with which a completion makes each choice."""
     return by_choice(bed, probabilities(table)[..., None].expand(table.shape))
 
 
 def table_of(bed, scores):
-    """The table of the policy whose answers have probabilities proportional to exp(scores), scores (P, S)."""
+    """The table of the policy whose completions have probabilities proportional to exp(scores), scores (P, S)."""
     p = scores.softmax(-1)[..., None].expand(*scores.shape, bed.max_tokens)
     return tabular(bed, by_choice(bed, p).log())
 
@@ -175,17 +178,18 @@ def optimum(bed, rewards=None):
     return table_of(bed, bed.ref.sum(-1) + (bed.rewards if rewards is None else rewards) / bed.beta)
 
 
-def multisets(answers, size):
-    """All groups (N, size) of `size` of so many answers, up to order, and in how many orders each occurs (N,)."""
-    groups = list(itertools.combinations_with_replacement(range(answers), size))
+def multisets(completions, size):
+    """(groups (N, size), orders (N,)): all groups of `size` of so many completions, and how many orders each has."""
+    groups = list(itertools.combinations_with_replacement(range(completions), size))
     orders = [math.factorial(size) // math.prod(math.factorial(g.count(a)) for a in set(g)) for g in groups]
     return torch.tensor(groups), torch.tensor(orders, dtype=torch.float64)
 
 
 def batches(bed, sampler, size, together):
-    """(weights (M,), prompt (M, B), answer (M, B)): every batch that can be sampled, with its probability.
+    """(weights (M,), prompt (M, B), completion (M, B)): every batch that can be sampled, with its probability.
 
-    A batch is one group of `size` answers to one prompt, drawn at random; with `together` one group of each prompt.
+    A batch is one group of `size` completions to a prompt that is drawn at random. With `together` it is one group to
+    each prompt.
     """
     groups, orders = multisets(len(bed.tokens), size)
     weights = orders * probabilities(sampler.detach())[:, groups].prod(-1)  # (P, N)
@@ -199,24 +203,24 @@ def batches(bed, sampler, size, together):
 
 
 def expected_grpo(bed, table, sampler, group_size, together=False, old=None, scale_std=True, **options):
-    """Expectation of `grpo_loss` over all batches of groups that `sampler` may draw.
+    """Expectation of `grpo_loss`, a scalar, over all batches of groups that `sampler` may draw.
 
-    old: the log-probs that the ratio is taken to; default: the sampler's. options: those of grpo_loss.
+    table, sampler, old: (P, S, L). The ratio is that of table to old, by default the sampler. options: of `grpo_loss`.
     """
-    weights, prompt, answer = batches(bed, sampler, group_size, together)
+    weights, prompt, completion = batches(bed, sampler, group_size, together)
     old = (sampler if old is None else old).detach()
-    rewards = bed.rewards[prompt, answer]
+    rewards = bed.rewards[prompt, completion]
     advantages = group_advantages(rewards.view(-1, group_size), scale_std).view(rewards.shape)
 
     def loss(*rows):
         return grpo_loss(*rows, max_tokens=bed.max_tokens, **options)
 
-    rows = (table[prompt, answer], old[prompt, answer], bed.ref[prompt, answer], advantages, bed.mask[answer])
-    return weights @ vmap(loss)(*rows)
+    rows = (x[prompt, completion] for x in (table, old, bed.ref))
+    return weights @ vmap(loss)(*rows, advantages, bed.mask[completion])
 
 
 def ppo_advantages(bed, table, values, lam, kl_coef):
-    """(advantages, returns), each (P, S, L), of all answers under the policy `table`, by token_rewards and gae."""
+    """(advantages, returns), each (P, S, L), of all completions under the policy `table`, by token_rewards and gae."""
     rows = [x.detach().flatten(0, 1) for x in (table, bed.ref, values)]
     mask = bed.mask.repeat(len(table), 1)
     rewards = token_rewards(bed.rewards.flatten(), rows[0], rows[1], mask, kl_coef)
@@ -224,12 +228,13 @@ def ppo_advantages(bed, table, values, lam, kl_coef):
 
 
 def expected_ppo(bed, table, values, lam, size, together=False, whiten=False, constant=False, vf_coef=0.0):
-    """Expectation of PPO's loss on policy, KL in the reward, over all batches of `size` answers to a prompt.
+    """Expectation of PPO's loss on policy, a scalar, over all batches of `size` completions to a prompt.
 
-    values: (P, S, L), what the value head says before each token. whiten: advantages of mean 0 and variance 1 over the
-    batch. constant: divide by batch size * max_tokens in place of the batch's tokens. vf_coef adds the value loss.
+    The KL is in the reward. values: (P, S, L), the value before each token. whiten: advantages of mean 0 and variance 1
+    over the batch. constant: divide by batch size * max_tokens, not by the batch's tokens. vf_coef: weight of the value
+    loss.
     """
-    weights, prompt, answer = batches(bed, table, size, together)
+    weights, prompt, completion = batches(bed, table, size, together)
     advantages, returns = ppo_advantages(bed, table, values, lam, bed.beta)
     normalizer = prompt.shape[1] * bed.max_tokens if constant else None
 
@@ -242,11 +247,11 @@ def expected_ppo(bed, table, values, lam, size, together=False, whiten=False, co
         return both
 
     rows = (table, table.detach(), values, values.detach(), advantages, returns)
-    return weights @ vmap(loss)(*(x[prompt, answer] for x in rows), bed.mask[answer])
+    return weights @ vmap(loss)(*(x[prompt, completion] for x in rows), bed.mask[completion])
 
 
 def exact_values(bed, table, kl_coef):
-    """The value (P, S, L) before each token: expected reward still to come, less the KL still to be paid."""
+    """The value (P, S, L) before each token: the expected reward to come, less kl_coef times the KL to come."""
     table = table.detach()
     returns = ppo_advantages(bed, table, torch.zeros_like(table), 1.0, kl_coef)[1]
     p = probabilities(table)[..., None].expand(table.shape)
@@ -255,14 +260,15 @@ def exact_values(bed, table, kl_coef):
 
 
 def gradient(loss, parameters):
-    """The gradient of a scalar as one flat vector; the graph is kept."""
+    """The gradient of a scalar with respect to a list of parameters, as one flat vector. The graph is kept."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
 
 
 def expected_dpo(bed, table, loss_type="sigmoid", per_token=False):
-    """Expectation of `dpo_loss` over pairs of answers of the reference, labelled by Bradley and Terry's model.
+    """Expectation of `dpo_loss`, a scalar, over pairs of the reference's completions.
 
-    P(a is chosen, b rejected) = sigmoid(reward(a) - reward(b)). per_token: means over the answers' tokens, as for IPO.
+    Bradley and Terry's model labels them: P(a is chosen, b rejected) = sigmoid(reward(a) - reward(b)). per_token: take
+    means over tokens, as IPO does.
     """
     sums = table.sum(-1), bed.ref.sum(-1)
     logps, ref_logps = (x / bed.lengths for x in sums) if per_token else sums
@@ -274,10 +280,10 @@ def expected_dpo(bed, table, loss_type="sigmoid", per_token=False):
 
 
 def ipo_optimum(bed, per_token=False):
-    """The table of least expected IPO loss: pi_ref(y) * exp(n * (win(y) / beta + c)), c so that all sum to 1.
+    """The table of least expected IPO loss: pi_ref(y) * exp(n * (win(y) / beta + c)), where c makes the sum over y 1.
 
-    win(y): the probability that y is preferred to an answer of the reference. n: the tokens of y with per_token, else 1
-    (Azar et al. 2023, theorem 1, with psi the identity).
+    win(y): the probability that y is preferred to a completion of the reference. n: with per_token the number of y's
+    tokens, else 1. Azar et al. 2023, theorem 1, with psi the identity.
     """
     q = probabilities(bed.ref)
     win = torch.sigmoid(bed.rewards[:, :, None] - bed.rewards[:, None, :]) @ q[:, :, None]
@@ -291,11 +297,11 @@ def ipo_optimum(bed, per_token=False):
 
 
 def improved(bed, table, scale=1.0):
-    """The policy pi_ref(a|s) * exp(scale * Q(s, a) / beta) / Z(s), Q the expected reward after a choice under `table`.
+    """The table of pi_ref(a|s) * exp(scale * Q(s, a) / beta) / Z(s).
 
-    The KL of one token is weighed against all the reward to come, and the KL to come is left out: with it, Q would be
-    that of the soft Bellman equation, and repeating this would end at `optimum`. Without it, repeating this
-    `max_tokens` times ends at the policy that repeats itself.
+    Q: the expected reward after a choice under `table`. The KL of one token is weighed against all the reward to come,
+    and the KL to come is left out. With it, Q would be that of the soft Bellman equation, and repeating this would end
+    at `optimum`. Without it, the policy no longer changes after `max_tokens` repetitions.
     """
     p = probabilities(table)[..., None].expand(table.shape)
     q = by_choice(bed, p * bed.rewards[..., None]) / by_choice(bed, p)

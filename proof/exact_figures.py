@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from proof.exact_report import number
-from report.plots import STYLES, new_figure
+from report.methods import method_of
+from report.plots import new_figure
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe & Ito
 CURVES = {  # method: (colour, line)
-    "DPO": (STYLES["dpo"][0], "-"),
-    "PPO": (STYLES["ppo"][0], "-"),
+    "DPO": (method_of("dpo").color, "-"),
+    "PPO": (method_of("ppo").color, "-"),
     "GRPO, KL × (G-1)/G": ("#CC79A7", "--"),
-    "GRPO, constant, no std": (STYLES["grpo"][0], "--"),
+    "GRPO, constant, no std": (method_of("grpo").color, "--"),
     "IPO": ("#D55E00", "-"),
-    "GRPO": (STYLES["grpo"][0], "-"),
-    "offline GRPO": (STYLES["grpo_offline"][0], "-"),
+    "GRPO": (method_of("grpo").color, "-"),
+    "offline GRPO": (method_of("grpo_offline").color, "-"),
 }
 
 
 def estimators_figure(found, path):
-    """Relative error of the KL's gradient against the distance from the reference, and from the policy that sampled."""
+    """Draw the relative error of the KL's gradient against the distance from the reference, and from the sampler."""
     figure, axes = new_figure(10.5, 4.2, 2)
     markers = ("o", "P", "s", "^", "v")
     for ax, path_of in zip(axes, found["paths"]):
@@ -32,9 +33,9 @@ def estimators_figure(found, path):
         ax.set_ylabel("relative error of the gradient")
     axes[0].text(axes[0].get_xlim()[1], 1.5e-4, "exact (drawn at 1e-4)", ha="right", fontsize=8.5, color=COLORS[0])
     axes[0].set_title("On policy", fontsize=11)
-    axes[0].set_xlabel("KL(π‖ref), nats an answer")
+    axes[0].set_xlabel("KL(π‖ref), nats per sequence")
     axes[1].set_title("Samples of an earlier policy μ", fontsize=11)
-    axes[1].set_xlabel("KL(μ‖π), nats an answer")
+    axes[1].set_xlabel("KL(μ‖π), nats per sequence")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle("Expected gradient of the KL, estimates summed over tokens; exact sums", fontsize=10, color="0.35")
@@ -42,9 +43,11 @@ def estimators_figure(found, path):
 
 
 def gradients_figure(found, path):
-    """The advantage that an answer gets against its own, for two aggregations; a prompt's weight against its rate."""
+    """Draw the advantage that a completion gets against its own, for two aggregations; a prompt's weight against its
+    success rate."""
     figure, axes = new_figure(12.5, 4.4, 3)
-    exact, lengths, size = found["answers"]["exact"], found["answers"]["lengths"], found["config"].group_size
+    exact, lengths = found["completions"]["exact"], found["completions"]["lengths"]
+    size = found["config"].samples_per_prompt
     rows = {(r["aggregate"], r["scale_std"]): r for r in found["aggregations"]}
     for ax, aggregate in zip(axes, ("constant", "sequence")):
         advantages = rows[aggregate, False]["advantages"]
@@ -76,7 +79,7 @@ def gradients_figure(found, path):
 
 
 def fixed_points_figure(found, path):
-    """Exact KL to pi* against steps, and at the end."""
+    """Draw the exact KL to pi* against steps, and at the end."""
     figure, axes = new_figure(12.5, 4.6, 2)
     rows = {r["name"]: r for r in found["fixed_points"]}
     for name, (color, line) in CURVES.items():
@@ -85,7 +88,7 @@ def fixed_points_figure(found, path):
     axes[0].set_yscale("log")
     axes[0].set_ylim(1e-15, 3)
     axes[0].set_xlabel("steps of natural gradient descent")
-    axes[0].set_ylabel("KL(π‖π*), nats an answer")
+    axes[0].set_ylabel("KL(π‖π*), nats per sequence")
     axes[0].set_title("On the way", fontsize=11)
     axes[0].legend(frameon=False, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.45))
     names = list(rows)[::-1]
@@ -97,7 +100,7 @@ def fixed_points_figure(found, path):
     axes[1].axvline(found["start"]["to_best"], color="0.5", lw=1, ls=":")
     style = {"ha": "right", "va": "center", "fontsize": 9, "color": "0.4"}
     axes[1].text(found["start"]["to_best"] - 0.008, 0, "the reference", **style)
-    axes[1].set_xlabel("KL(π‖π*) at the end, nats an answer")
+    axes[1].set_xlabel("KL(π‖π*) at the end, nats per sequence")
     axes[1].set_title("At the end", fontsize=11)
     axes[1].grid(axis="y", visible=False)
     figure.suptitle("Each method on its exact expected loss; mean over two prompts", fontsize=10, color="0.35")

@@ -27,13 +27,14 @@ from train.updates import lr_at
 
 
 def methods(bed, group_size):
-    """{name: (loss, rate, options, closed form or None)}: what runs to its fixed point. loss: a function of the table.
+    """{name: (loss, rate, options, closed form)}: the methods that run to their fixed points.
 
-    rate: the step size of `descend`. critic=True: loss(table, values) with values that learn too. offline=True: the
-    answers are the reference's. decay=True: clipping leaves kinks, at which only a falling step size comes to rest.
+    loss: a function of the table. rate: the step size of `descend`, options: its other options. closed form: the table
+    at which the method ends, or None where it is not known.
     """
     beta = bed.beta
-    kept = (group_size - 1) / group_size  # a group's mean holds the answer itself: E[A | y] = kept * (reward - mean)
+    # a group's mean holds the completion itself: E[A | y] = kept * (reward - mean)
+    kept = (group_size - 1) / group_size
     rate = 0.5 * len(bed.rewards) / beta
     plain = {"scale_std": False, "aggregate": "constant"}
     unclipped = {"clip_low": UNCLIPPED, "clip_high": UNCLIPPED}
@@ -72,11 +73,14 @@ def methods(bed, group_size):
 
 
 def descend(bed, loss, rate, steps, critic=False, offline=False, decay=False):
-    """(table, trace, norms): a tabular policy from the reference down the exact expected loss.
+    """(table, trace, norms): where a tabular policy ends that starts at the reference and descends the expected loss.
 
-    Natural gradient descent: each choice's gradient is divided by how often the policy that samples makes that choice,
-    so that rare prefixes learn as fast as common ones; the fixed points are those of the plain gradient. trace: the
-    exact KL(policy || pi*) before each step, nats; norms: the plain gradient's norm at the first and the last step.
+    Natural gradient descent: the gradient of each choice is divided by how often the policy that samples makes that
+    choice. So rare prefixes learn as fast as common ones, and the fixed points are those of the plain gradient.
+    critic=True: loss(table, values), with values that learn, too. offline=True: the completions are the reference's.
+    decay=True: the step size falls. Clipping leaves kinks, at which the policy comes to rest only so.
+    trace: the exact KL(policy || pi*) before each step, in nats per sequence. norms: those of the plain gradient at
+    the first and at the last step.
     """
     best = optimum(bed)
     logits = prefix_logits(bed, bed.ref).requires_grad_()
@@ -98,7 +102,7 @@ def descend(bed, loss, rate, steps, critic=False, offline=False, decay=False):
 
 
 def measure_fixed_points(bed, group_size, steps):
-    """A row for each of `methods`: where it ends, what that is worth, and how far from pi* and from its closed form."""
+    """A dict for each of `methods`: where it ends, what that is worth, and how far from pi* and the closed form."""
     best, rows = optimum(bed), []
     for name, (loss, rate, options, closed) in methods(bed, group_size).items():
         table, trace, norms = descend(bed, loss, rate, steps, **options)
@@ -112,21 +116,21 @@ def measure_fixed_points(bed, group_size, steps):
 
 
 def describe(bed, table):
-    """Means over prompts of a policy's reward, KL to the reference (nats an answer), and length (tokens)."""
+    """A policy's reward, KL to the reference (nats per sequence) and length (tokens): means over prompts, as a dict."""
     p = probabilities(table)
     sums = {"reward": p * bed.rewards, "length": p * bed.lengths}
     return {**{k: x.sum(1).mean().item() for k, x in sums.items()}, "kl": kl(table, bed.ref).mean().item()}
 
 
 def measure_one_token(beta, group_size, steps, seed):
-    """KL to pi* where GRPO ends (constant, no std, KL * (G-1)/G) when every answer is one token of eight."""
+    """KL to pi* where GRPO ends (constant, no std, KL * (G-1)/G) if every completion is one token of eight. In nats."""
     bed = make_bed(vocabulary=8, max_tokens=1, beta=beta, seed=seed)
     loss, rate, options, _ = methods(bed, group_size)["GRPO, KL × (G-1)/G"]
     return kl(descend(bed, loss, rate, steps, **options)[0], optimum(bed)).mean().item()
 
 
 def train_transformer(bed, loss, steps, seed, lr=1e-2):
-    """The table at which a tiny transformer ends, by Adam with a cosine to 0, and its gradient norm there."""
+    """(table, norm): where a tiny transformer ends, and its gradient's norm there. By Adam, with a cosine to 0."""
     model = tiny_transformer(bed, seed + 1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     for step in range(1, steps + 1):
@@ -140,7 +144,7 @@ def train_transformer(bed, loss, steps, seed, lr=1e-2):
 
 
 def measure_transformer(bed, group_size, steps, seed):
-    """Rows: where the transformer ends with DPO, PPO with exact values, and GRPO, and how far from the closed form."""
+    """A dict each for DPO, PPO with exact values, and GRPO: how far from the closed form the transformer ends."""
     known, beta = methods(bed, group_size), bed.beta
     losses = {name: known[name][0] for name in ("DPO", "GRPO, constant, no std")}
     losses["PPO"] = lambda table: expected_ppo(bed, table, exact_values(bed, table, beta), 0.95, group_size)

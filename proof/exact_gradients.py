@@ -34,7 +34,7 @@ AGGREGATES = ("constant", "sequence", "token")
 
 
 def compare(found, exact):
-    """How a gradient differs from the exact one: cosine, ratio of norms, and relative error."""
+    """How a gradient differs from the exact one, as a dict: cosine, ratio of norms, and relative error."""
     return {
         "cosine": torch.cosine_similarity(found, exact, 0).item(),
         "norm": (found.norm() / exact.norm()).item(),
@@ -43,7 +43,7 @@ def compare(found, exact):
 
 
 def some_policies(bed, seed):
-    """(policies, sampler): {name: (parameters, table)} of a tabular policy and a transformer; a table that differs."""
+    """(policies, sampler): {name: (parameters, table)} of a tabular policy and a transformer; the table of another."""
     generator = torch.Generator().manual_seed(seed + 1)
     logits = (prefix_logits(bed, bed.ref) + random_logits(bed, 0.7, generator)).requires_grad_()
     sampler = tabular(bed, logits.detach() + random_logits(bed, 0.4, generator))
@@ -61,13 +61,14 @@ def some_policies(bed, seed):
 def estimate(bed, table, sampler, kind, ratio, unit):
     """(loss, reward_loss): the estimator's expectation, and a loss whose gradient is that of the estimator as a reward.
 
-    The answers come from `sampler`, a constant. ratio: with pi / sampler, differentiated too. unit: "token" sums the
-    estimates of an answer's tokens, as the trainers do; "answer" takes a whole answer as one choice. The reward is
-    -estimate at the time of sampling, as in PPO: reward_loss then descends on the KL where the estimator is unbiased.
+    The completions come from `sampler`, a constant. ratio: times pi / sampler, which is differentiated, too. unit:
+    "token" sums the estimates of a completion's tokens, as training does; "sequence" takes a whole completion as one
+    choice. The reward is -estimate at the time of sampling, as in PPO: reward_loss then descends on the KL where the
+    estimator is unbiased.
     """
     p, mask = probabilities(sampler.detach()), bed.mask
     rows = table, sampler.detach(), bed.ref
-    if unit == "answer":
+    if unit == "sequence":
         rows, mask = [x.sum(-1, keepdim=True) for x in rows], bed.mask[:, :1]
     logprobs, old, ref = rows
     weight = (logprobs - old).exp() if ratio else 1.0
@@ -79,14 +80,14 @@ def estimate(bed, table, sampler, kind, ratio, unit):
     logprobs = logprobs.flatten(0, 1)
     old = old.flatten(0, 1) if ratio else logprobs.detach()
 
-    def one_answer(*row):
+    def one_completion(*row):
         return policy_loss(*(x[None] for x in row), clip_eps=UNCLIPPED, normalizer=1)
 
-    return loss, p.flatten() @ vmap(one_answer)(logprobs, old, advantages, mask) / len(p)
+    return loss, p.flatten() @ vmap(one_completion)(logprobs, old, advantages, mask) / len(p)
 
 
 def kl_gradients(bed, parameters, table, sampler, unit):
-    """{name: gradient}: of the exact KL, and of what else an estimator's gradient may turn out to be."""
+    """{name: gradient}: that of the exact KL, and the others that an estimator's gradient may be equal to."""
     exact = {"∇KL(π‖ref)": kl(table, bed.ref), "∇KL(ref‖π)": kl(bed.ref, table)}
     exact["-∇KL(μ‖π)"] = -kl(sampler, table)
     exact["∇KL(π‖ref) - ∇KL(π‖μ)"] = kl(table, bed.ref) - kl(table, sampler)
@@ -97,7 +98,7 @@ def kl_gradients(bed, parameters, table, sampler, unit):
 
 
 def identify(found, candidates):
-    """The name of the gradient that this one equals, "0", or "" for none of them."""
+    """The name of the candidate that this gradient equals; "0" for no gradient, and "" for none of them."""
     scale = candidates["∇KL(π‖ref)"].norm()
     if found.norm() < ZERO * scale:
         return "0"
@@ -105,9 +106,9 @@ def identify(found, candidates):
 
 
 def measure_estimators(bed, parameters, table, sampler):
-    """A row for each unit, estimator and way of sampling: error of the value, of the gradient in loss and in reward."""
+    """A dict for each unit, estimator and sampler: errors of the value, and of the gradient in loss and in reward."""
     rows = []
-    for unit, kind, off, ratio in itertools.product(("token", "answer"), ("k1", "k2", "k3"), (0, 1), (0, 1)):
+    for unit, kind, off, ratio in itertools.product(("token", "sequence"), ("k1", "k2", "k3"), (0, 1), (0, 1)):
         source = sampler if off else table.detach()
         candidates = kl_gradients(bed, parameters, table, source, unit)
         loss, reward_loss = estimate(bed, table, source, kind, ratio, unit)
@@ -123,8 +124,9 @@ def measure_estimators(bed, parameters, table, sampler):
 def bias_along_a_path(bed, on_policy, points=13):
     """[(distance, {estimator: relative error of its gradient})] as the policy goes from the reference past pi*.
 
-    on_policy: the policy samples, distance = KL(policy || reference). Else a policy on the way samples, ratios are used
-    where there are any, and distance = KL(sampler || policy). Nats an answer; estimates are summed over tokens.
+    on_policy: the policy samples, and distance = KL(policy || reference). Else a policy on the way samples, ratios are
+    used where an estimator has one, and distance = KL(sampler || policy). Distances are in nats per sequence, and
+    estimates are summed over tokens.
     """
     start, end = prefix_logits(bed, bed.ref), prefix_logits(bed, optimum(bed))
     early = tabular(bed, torch.lerp(start, end, 0.5))
@@ -154,22 +156,24 @@ def bias_along_a_path(bed, on_policy, points=13):
 
 
 def effective_advantages(bed, table, loss, tokens):
-    """(P, S): the advantage that the expected gradient gives each answer, w in mean over prompts of E[w grad log pi].
+    """The advantage w (P, S) that the expected gradient gives each completion: the gradient is E[w grad log pi].
 
-    loss: a function of the table. tokens: what the loss divides by, so that w is in the units of the reward.
+    Mean over prompts. loss: a function of the table. tokens: what it divides by, so that w has the units of the reward.
     """
     leaf = table.detach().requires_grad_()
-    slope = torch.autograd.grad(loss(leaf), leaf)[0][:, :, 0]  # all tokens of an answer share its advantage
+    slope = torch.autograd.grad(loss(leaf), leaf)[0][:, :, 0]  # all tokens of a completion share its advantage
     return -len(leaf) * tokens * slope / probabilities(leaf.detach())
 
 
 def measure_aggregations(bed, policies, group_size):
-    """A row for each aggregation of GRPO, with and without the group's standard deviation, against grad E[reward].
+    """(rows, completions): each aggregation of GRPO, with and without the group's std, against grad E[reward].
 
-    One step holds a group of each prompt; no KL. tabular, transformer: `compare`, with the loss in units of tokens.
-    hard: how much the hard prompt counts, divided by how much the graded one does. short: the same for answers of one
-    token and the longest, slopes: both by themselves. advantages: `effective_advantages` of the tabular policy. And the
-    answers' exact advantages, lengths, and each prompt's standard deviation of the rewards.
+    One step holds a group of each prompt; there is no KL. Each row is a dict. tabular, transformer: `compare`, with the
+    loss in units of tokens. hard: how much the hard prompt counts, over how much the graded one does. short: the same
+    for completions of one token and the longest; slopes: these two by themselves. advantages: `effective_advantages` of
+    the tabular policy.
+    completions is a dict: their exact advantages (P, S), their lengths (S,), and the standard deviation of the rewards
+    of each prompt.
     """
     rows = []
     table = policies["tabular"][1].detach()
@@ -201,11 +205,11 @@ def measure_aggregations(bed, policies, group_size):
 
 
 def success_weight(rate, group_size, scale_std):
-    """How much the gradient of a prompt's success rate counts, for rewards 0 and 1: E[A | 1] - E[A | 0].
+    """How much the gradient of a prompt's success rate counts, a float, for rewards 0 and 1: E[A | 1] - E[A | 0].
 
-    Without a group's mean and deviation it would be 1. Enumerated: how many of the other answers are successes.
+    Without a group's mean and deviation it would be 1. The number of successes among the others is enumerated.
     """
-    count = torch.arange(group_size, dtype=torch.float64)  # of successes among the other answers
+    count = torch.arange(group_size, dtype=torch.float64)  # of successes among the other completions
     others = torch.arange(group_size - 1) < count[:, None]  # (G, G-1), in one of their orders
 
     def mean_advantage(reward):
@@ -218,9 +222,10 @@ def success_weight(rate, group_size, scale_std):
 
 
 def measure_critics(bed, parameters, table):
-    """Rows of PPO's expected gradient, KL in the reward, against that of the objective, by values and lambda.
+    """A dict for each kind of values, lambda and divisor: PPO's expected gradient against that of the objective.
 
-    divide: what the summed loss is divided by: a constant, or the tokens of a batch of two answers to each prompt.
+    The KL is in the reward. divide: what the summed loss is divided by, a constant or the tokens of a batch of two
+    completions to each prompt.
     """
     exact = gradient(objective(bed, table), parameters)
     right = exact_values(bed, table, bed.beta)
@@ -245,7 +250,7 @@ def measure_critics(bed, parameters, table):
 
 
 def measure_old_samples(bed, parameters, table, sampler, group_size):
-    """Rows of GRPO (constant, without deviation) on another policy's samples, against grad E[reward]."""
+    """GRPO (constant, no std) on samples of another policy, against grad E[reward]: a dict for each kind of ratio."""
     exact = gradient(objective(bed, table, beta=0.0), parameters)
     factor = bed.max_tokens * group_size / (group_size - 1)
     rows = []

@@ -1,7 +1,7 @@
 """Runs of the training scripts on tiny models, a second each: what the claims about whole runs are measured on.
 
-A run is a process of its own, or several that talk over gloo, in which a script is called as its command line calls it.
-All are forked from one server that has imported the libraries, so that a run costs a second and not ten. They run on
+A run is a process of its own, or several that talk over gloo. The script is called as its command line calls it. All
+processes are forked from one server that has imported the libraries: a run then takes a second, not ten. They run on
 the CPU, also where there is a GPU.
 """
 
@@ -33,66 +33,77 @@ from models.generation import generate
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer, tiny_config
 from models.tokens import completion_text, prompt_ids
-from rlhf import dpo_train, grpo_train, ppo_train, train_reward_model
+from report.methods import METHODS
+from rlhf import train_reward_model
 from runtime.cli import cli
-from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora
+from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, updates
 
 MODELS = ("tiny-gpt2", "tiny-llama")  # learned positions, rotary positions
 DROPOUT = "tiny-gpt2-dropout"
 SECONDS = 120  # after which a run counts as hung
 
-JUDGE = """def judge(prompt, completion):
+REWARD = """def reward(prompt, completion):
     return sum(map(ord, completion)) % 7 / 7
 """
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A script, options that make it a run of a second, and the same steps in one piece and in the smallest pieces."""
+    """A script, the options that make it a run of a second, and how large its micro-batches are."""
 
     script: ModuleType
     options: dict
-    whole: dict
-    pieces: dict
-    sgd_lr: float = 0.5  # where it takes the steps of plain SGD
+    whole: dict  # options with which a step is one micro-batch
+    pieces: dict  # options with which its micro-batches are as small as possible
+    sgd_lr: float = 0.5  # the learning rate where SGD takes the steps
+
+
+GROUP = 3  # completions in a stored group
+PAIRS = {"data": "pairs.jsonl", "batch_size": 3, "epochs": 2, "max_steps": 5, "warmup_steps": 1}
+ROLLOUTS = {"prompts": "prompts.json", "prompts_per_step": 3, "max_new_tokens": 8, "temperature": 0.7, "steps": 3}
+GROUPS = {"groups": "groups.jsonl", "prompts_per_step": 3, "steps": 3}
+LEARNS_FROM = {"pairs": PAIRS, "rollouts": ROLLOUTS, "groups": GROUPS}
 
 
 def _lm(script, sgd_lr=0.5, **options):
-    """An LM script, in the middle of its second epoch at the end."""
-    base = {"config": "smoke/train_base", "data": "text.jsonl", "batch_size": 2, "accumulation_steps": 2, "epochs": 2}
+    """An LM script. Its run ends in the middle of the second epoch."""
+    base = {"config": "smoke/train_base", "data": "text.jsonl", "batch_size": 4, "micro_batch_size": 2, "epochs": 2}
     base |= {"max_steps": 9, "log_every": 1, "max_grad_norm": 0.5, "sample_tokens": 2}
-    whole, pieces = ({"batch_size": n, "accumulation_steps": 4 // n} for n in (4, 1))
-    return Trainer(script, base | options, whole, pieces, sgd_lr)
+    return Trainer(script, base | options, {"micro_batch_size": 4}, {"micro_batch_size": 1}, sgd_lr)
 
 
-def _rlhf(script, config, whole, middle, smallest, **options):
-    """A script of rlhf/, by its answers (pairs) in one forward and backward pass: all, some, or the fewest possible."""
-    base = {"config": config, "max_grad_norm": 0.5, "micro_batch_size": middle}
-    return Trainer(script, base | options, {"micro_batch_size": whole}, {"micro_batch_size": smallest})
+def _rlhf(script, config, together=1, **options):
+    """A script of rlhf/, whose steps have three pairs or groups. together: the completions of a group, 1 for pairs."""
+    one, two, three = ({"micro_batch_size": n} for n in (1, 2 * together, 3 * together))
+    return Trainer(script, {"config": config, "max_grad_norm": 0.5} | two | options, whole=three, pieces=one)
 
 
-PAIRS = {"data": "pairs.jsonl", "batch_size": 3, "epochs": 2, "max_steps": 5, "warmup_steps": 1}
-ROLLOUTS = {"prompts": "prompts.json", "prompts_per_step": 3, "max_new_tokens": 8, "temperature": 0.7, "steps": 3}
-PPO = {"samples_per_prompt": 2, "inner_epochs": 1, "minibatches": 1}
+def _method(method):
+    """The script of a method of report/methods.py that learns from pairs, rollouts or groups."""
+    script = importlib.import_module(method.script.removesuffix(".py").replace("/", "."))
+    options = LEARNS_FROM[method.learns_from] | method.tiny
+    if method.learns_from == "rollouts" and hasattr(script.Config, "reward"):
+        options["reward"] = "reward:reward"  # the prompts have no checks
+    together = GROUP if method.learns_from == "groups" else options.get("samples_per_prompt", 1)
+    return _rlhf(script, f"smoke/{method.key}", together, **options)
+
+
+RLHF = {"reward": _rlhf(train_reward_model, "smoke/reward", **PAIRS)}
+RLHF |= {m.label.removesuffix(" online"): _method(m) for m in METHODS if m.learns_from in LEARNS_FROM}
 TRAINERS = {
     "LM": _lm(train_lm),
     "DDP": _lm(train_lm_ddp),
     "AMP": _lm(train_lm_amp_ckpt, precision="fp32", gradient_checkpointing=False, measure_steps=0),
     "LoRA": _lm(train_lm_lora, 0.05, precision="fp32", lora_r=4),
-    "reward": _rlhf(train_reward_model, "smoke/reward", 3, 2, 1, **PAIRS),
-    "DPO": _rlhf(dpo_train, "smoke/dpo", 3, 2, 1, **PAIRS),
-    "PPO": _rlhf(ppo_train, "smoke/ppo", 6, 4, 2, **ROLLOUTS, **PPO),
-    "GRPO": _rlhf(grpo_train, "smoke/grpo", 12, 8, 4, **ROLLOUTS, judge="judge:judge", inner_epochs=2),
-    "GRPO offline": _rlhf(grpo_train, "smoke/grpo_offline", 9, 6, 3, groups="groups.jsonl", prompts_per_step=3,
-        inner_epochs=2, steps=3),
-}  # fmt: skip
+    **RLHF,
+}
 
 
 def prepare(folder):
-    """Write into `folder` what the runs and the claims read: the models, texts, pairs, prompts, groups and a judge.
+    """Write into `folder` what runs and claims read: models, texts, pairs, prompts, groups and a reward function.
 
-    The models are those of `models/tiny.py` with weights ten times as large, so that attention looks somewhere and a
-    wrong position or mask shows, and an end-of-turn token that is often sampled, so that answers differ in length.
+    The models are those of `models/tiny.py`, but their weights are ten times as large: attention then looks somewhere,
+    and a wrong position or mask shows. The token that ends a turn is often sampled: completions then differ in length.
     """
     for name in (*MODELS, DROPOUT):
         tokenizer = byte_tokenizer(chat=name == "tiny-llama")
@@ -117,16 +128,16 @@ def prepare(folder):
     _write(folder / "text.jsonl", texts)
     _write(folder / "pairs.jsonl", pairs)
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    (folder / "judge.py").write_text(JUDGE)
+    (folder / "reward.py").write_text(REWARD)
 
 
 def _groups(model_folder):
-    """Groups of three answers that the model itself sampled, as the generator writes them."""
+    """Rows with groups of three completions that the model itself sampled, as the generator of groups writes them."""
     model, tokenizer = load_model(model_folder, device="cpu"), load_tokenizer(model_folder)
     rows = []
     for i in range(6):
         prompt, stops = f"group {i}", [tokenizer.eos_token_id]
-        g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=3, stop_ids=stops, seed=i)
+        g = generate(model, [prompt_ids(tokenizer, prompt)], 8, samples_per_prompt=GROUP, stop_ids=stops, seed=i)
         texts = [completion_text(tokenizer, c) for c in g.completions]
         rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1:], "scores": [1.0, 0.0, 0.5],
                      "completion_ids": g.completions, "logprobs": g.logprobs, "temperature": 1.0})  # fmt: skip
@@ -138,10 +149,10 @@ def _write(path, rows):
 
 
 def run(folder, trainer, model, name="left alone", processes=1, exact=None, **changes):
-    """The folder of a finished run of `trainer` on `model`, made if it is not there yet.
+    """The folder of a finished run of `trainer`, a key of TRAINERS, on `model`. Runs it if the folder is not there yet.
 
-    changes: options that differ from the trainer's own. exact: None for the script as it is, or "float32" or "float64":
-    see `_exact`. Raises AssertionError with the end of what the run said if it fails.
+    changes: options that differ from the trainer's own. exact: None for the script as it is; "float32" or "float64" for
+    steps that can be compared, see `_exact`. Raises AssertionError if the run fails, with the end of what it printed.
     """
     out = _folder(folder, trainer, model, name, exact)
     if not (out / "manifest.json").is_file():
@@ -156,8 +167,9 @@ def run(folder, trainer, model, name="left alone", processes=1, exact=None, **ch
 
 
 def interrupt(folder, trainer, model, name, **changes):
-    """Start a run and end it by SIGKILL once its first checkpoint is there. Returns whether that was before its end: a
-    busy machine may see the checkpoint late, so this is tried a few times.
+    """Start a run, and kill it by SIGKILL once its first checkpoint is there. Returns whether the run was killed.
+
+    A busy machine may see the checkpoint only after the run has ended, so this is tried five times.
     """
     out = _folder(folder, trainer, model, name, None)
     for _ in range(5):
@@ -178,16 +190,16 @@ def _folder(folder, trainer, model, name, exact):
 
 
 def start(folder, trainer, model, out, processes=1, exact=None, **changes):
-    """The started processes of a run into the folder `out`; see `run`."""
+    """Start the processes of a run into the folder `out`, and return them; see `run`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     options = TRAINERS[trainer].options | {"model_name": folder / model, "out": out}
-    if exact:  # few steps: rounding grows from step to step
+    if exact:  # few steps, because rounding grows from step to step
         options |= {"lr": TRAINERS[trainer].sgd_lr} | ({"max_steps": 4} if "max_steps" in options else {"steps": 2})
     options |= changes
     script = TRAINERS[trainer].script.__name__
-    if script.startswith("rlhf") and model.startswith("tiny-gpt2"):  # all weights train; of tiny-llama an adapter
+    if script.startswith("rlhf") and model.startswith("tiny-gpt2"):  # all its weights train; tiny-llama gets an adapter
         options = {"lora_r": 0} | options
-    if trainer == "PPO":
+    if getattr(TRAINERS[trainer].script.Config, "reward_model", None):  # a folder by default: PPO needs one
         options["reward_model"] = run(folder, "reward", model)
     options["config"] = ROOT / "configs" / f"{options['config']}.yaml"
     for key in ("data", "prompts", "groups"):
@@ -215,9 +227,9 @@ def _word(value):
 
 @functools.cache
 def server():
-    """Where the processes of runs are forked from; it sees no GPU. The first call starts it, which takes 10 seconds."""
+    """The server that forks the processes of runs; it sees no GPU. The first call starts it, which takes 10 seconds."""
     context = multiprocessing.get_context("forkserver")
-    late = ["datasets", "peft", "matplotlib.pyplot", "torch.optim.adamw"]  # what scripts import only when they need it
+    late = ["datasets", "peft", "matplotlib.pyplot", "torch.optim.adamw"]  # what scripts import late
     context.set_forkserver_preload(["proof.claims", *late])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -230,7 +242,10 @@ def server():
 
 
 def _command(script, words, environment, folder, log, exact):
-    """What `python SCRIPT.py WORDS` does, in a process that has imported everything. Output goes to the file `log`."""
+    """Do what `python SCRIPT.py WORDS` does, in a process that has imported everything. The file `log` gets the output.
+
+    The last line of the output is how often each kind of layer was computed.
+    """
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     os.environ.pop("OMP_NUM_THREADS", None)
     os.chdir(folder)
@@ -242,69 +257,70 @@ def _command(script, words, environment, folder, log, exact):
     sys.argv = [f"{script.replace('.', '/')}.py", *words]
     module = importlib.import_module(script)
     if exact:
-        _exact(module, exact)
+        _exact(exact)
     layers = collections.Counter()
     count = torch.nn.modules.module.register_module_forward_pre_hook
     count(lambda layer, _: layers.update([type(layer).__name__]))
-    cli(vars(module).get("main", vars(module).get("train")), module.Config)
+    cli(vars(module).get("main", vars(module).get("train")), module.Config, several="RANK" in environment)
     print(json.dumps(layers))
 
 
-def _exact(module, dtype):
-    """Make a script's steps comparable: plain SGD in place of AdamW, and for LM scripts weights of the given dtype.
+def _exact(dtype):
+    """Make a script's steps comparable: plain SGD in place of AdamW. With "float64" an LM script gets such weights.
 
-    AdamW divides a gradient by its own size: it hides a wrong scale, and where a gradient is 0 but for rounding it
+    AdamW divides a gradient by its own size. This hides a wrong scale. Where a gradient is 0 but for rounding, AdamW
     makes full steps of that rounding.
     """
-    module.make_optimizer = lambda parameters, lr, *_: torch.optim.SGD([p for p in parameters if p.requires_grad], lr)
+    updates.make_optimizer = lambda parameters, lr, *_: torch.optim.SGD([p for p in parameters if p.requires_grad], lr)
     if dtype == "float64":
         load = common.load_model
         common.load_model = lambda *given, **options: load(*given, **{**options, "dtype": torch.float64})
 
 
 def said(out):
-    """What a run printed."""
+    """What the run with this folder printed."""
     return Path(f"{out}.log").read_text(encoding="utf-8")
 
 
 def layers_computed(out):
-    """How often a layer of the transformer was computed in a run, in forward passes and again in backward passes."""
+    """How often a layer of the transformer was computed in a run: in forward passes, and again in backward passes."""
     counts = json.loads(said(out).splitlines()[-1])
-    return sum(count for name, count in counts.items() if name.endswith("MLP"))
+    return sum(count for name, count in counts.items() if name.endswith("MLP"))  # each layer has one
 
 
 def metrics(out):
-    """The logged lines of a run, without what depends on the clock."""
+    """The logged lines of a run as dicts, without what depends on the clock."""
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(x).items() if k not in ("seconds", "tok/s")} for x in lines]
 
 
 def weights(folder):
-    """All saved weights in a folder by name: of the model or the adapter, and of PPO's value head."""
+    """All saved weights in a folder, by name, in float64: of the model or the adapter, and of PPO's value head."""
     files = sorted(folder.glob("*.safetensors"))
     return {f"{path.stem}/{name}": value.double() for path in files for name, value in load_file(path).items()}
 
 
-def apart(found, expected, start, numbers):
-    """How far two runs ended from each other, the largest of three: the Euclidean distance of all weights as a share of
-    how far they moved, and the relative differences of the logged losses (absolute below 1 nat) and gradients' norms.
+def apart(found, expected, start, dtype):
+    """How far two runs ended from each other, a float: the largest of three. found, expected: their folders.
 
-    start: the folder of the model before. numbers: in float64 without the losses, which are added up in float32.
-    Adapters and value heads start at 0; the way of what starts at random (an adapter's A, the head of scores) is left
-    out.
+    The three are: the Euclidean distance of all weights, as a share of how far they moved from those in the folder
+    `start`; the relative differences of the logged losses (absolute below 1 nat); and those of the gradients' norms.
+    Losses are left out with dtype "float64", because they are added up in float32. Adapters and value heads start at 0.
+    What starts at random (an adapter's A, the head of scores) is left out of how far the weights moved.
+    Raises AssertionError if the runs have weights with other names.
     """
     a, b, before = weights(found), weights(expected), weights(start)
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
     moved = [value - before.get(name, 0) for name, value in b.items() if "lora_A" not in name and "score" not in name]
     distance = _norm(a[name] - value for name, value in b.items()) / _norm(moved)
     lines = list(zip(metrics(found), metrics(expected), strict=True))
-    keys = ("grad_norm",) if numbers == "float64" else ("loss", "grad_norm")
+    keys = ("grad_norm",) if dtype == "float64" else ("loss", "grad_norm")
     logged = [abs(x[k] - y[k]) / max(abs(y[k]), 1.0) for x, y in lines for k in keys if k in y]
     return largest([distance, *logged])
 
 
 def largest(deviations):
-    """The largest of some deviations; inf if one is NaN, which `max` may pass over."""
+    """The largest of some deviations, a float; inf if one is NaN, because `max` may pass over it."""
     deviations = [float(x) for x in deviations]
     return math.inf if any(map(math.isnan, deviations)) else max(deviations)
 
@@ -314,7 +330,10 @@ def _norm(tensors):
 
 
 def differ(found, expected):
-    """The largest difference between the saved weights and between the logged numbers of two runs; 0: bitwise equal."""
+    """The largest difference of the saved weights and of the logged numbers of two runs; 0 means bitwise equal.
+
+    found, expected: their folders. Raises AssertionError if the runs have weights or logged numbers with other names.
+    """
     a, b = weights(found), weights(expected)
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
     lines = list(zip(metrics(found), metrics(expected), strict=True))

@@ -2,12 +2,12 @@
 
     python proof/verify.py                         # all claims, in under 3 minutes on two cores
     python proof/verify.py --only packed           # those whose words contain this; nothing is written
-    python proof/verify.py --json PATH             # where the certificate goes; as Markdown beside it
+    python proof/verify.py --json PATH             # where the certificate goes, with Markdown beside it
 
-Each claim says that two ways to compute one thing agree, and compares them with the functions and scripts that train,
-on tiny models with learned and with rotary positions: in float64, where only a mistake in the mathematics could differ
-by more than 1e-12; in float32; and in bf16 and fp16 where the machine computes in them. Claims about whole runs are
-measured on runs of the scripts, in processes of their own, on the CPU. Exit status 1 if a claim does not hold.
+Each claim says that two ways to compute one thing agree. It is measured with the functions and scripts that train, on
+tiny models with learned and with rotary positions. In float64 only a mistake in the mathematics can differ by more than
+1e-12. Claims are measured in float32, too, and in bf16 and fp16 where the machine computes in them. Claims about whole
+runs are measured on runs of the scripts, in processes of their own, on the CPU. Exit status 1 if a claim does not hold.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEFAULT_JSON = "proof/verification.json"
 
 @dataclass
 class Config:
-    only: str | None = option(None, "measure only the claims whose words contain this, and write no certificate")
+    only: str | None = option(None, "measure only claims whose words contain this, and write no certificate")
     json: str | None = option(None, f"where the certificate goes [{DEFAULT_JSON}]")
 
     def check(self):
@@ -57,22 +57,22 @@ class Config:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, the function of proof/claims.py that measures it, and how far off it may be by numbers."""
+    """What is claimed (`words`), the function of proof/claims.py that measures it, and how far off it may be."""
 
     words: str
     measure: Callable
-    tolerance: dict[str, float]
-    why: str
+    tolerance: dict[str, float]  # the largest deviation with which it holds, by dtype
+    why: str  # the tolerance is what it is
     models: tuple[str, ...] = trainers.MODELS
-    whole_runs: bool = False
+    whole_runs: bool = False  # whether it is measured on runs of the scripts
 
 
 @dataclass
 class Row:
-    """A claim in one kind of numbers, measured. A deviation of inf: no comparison (NaN, other tokens, an error)."""
+    """A claim, measured in one dtype. A deviation of inf: the two cannot be compared (NaN, other tokens, an error)."""
 
     claim: str
-    numbers: str
+    dtype: str
     deviation: float
     tolerance: float
     passed: bool
@@ -82,28 +82,29 @@ class Row:
 
     @property
     def worst(self):
+        """The case with the largest deviation."""
         return max(self.cases, key=self.cases.get) if self.cases else ""
 
 
 ROUNDING = {"float64": 1e-12, "float32": 64 * EPS["float32"], "bf16": 8 * EPS["bf16"], "fp16": 8 * EPS["fp16"]}
 ROUNDING_WHY = (
     "Both sides add up the same terms in another order. In float64 1e-12 is thousands of roundings, and far below what "
-    "any mistake causes; 64 roundings of float32, or 8 of bf16 and fp16, are several times what is found."
+    "any mistake causes. 64 roundings of float32, or 8 of bf16 and fp16, are several times what is found."
 )
-SHORT = {numbers: ROUNDING[numbers] for numbers in ("float32", "bf16", "fp16")}
-SHORT_WHY = f"{ROUNDING_WHY} Not in float64: what is compared is kept in float32."
+SHORT = {dtype: ROUNDING[dtype] for dtype in ("float32", "bf16", "fp16")}
+SHORT_WHY = f"{ROUNDING_WHY} Not in float64, because what is compared is kept in float32."
 BITWISE = dict.fromkeys(SHORT, 0.0)
 BITWISE_WHY = "The same numbers enter the same arithmetic: any difference is a mistake."
 RUNS = {"float64": 1e-12, "float32": 256 * EPS["float32"]}
 RUNS_WHY = (
-    "Rounding grows over the steps: 256 roundings of float32. The language model scripts are measured in float64 too, "
-    "where 1e-12 is far below what any mistake causes. The steps are those of plain SGD with clipping: AdamW divides a "
-    "gradient by its own size, which hides a wrong scale and turns the rounding of a 0 into a full step."
+    "Rounding grows over the steps: 256 roundings of float32. The language model scripts are measured in float64, too, "
+    "where 1e-12 is far below what any mistake causes. The steps are those of plain SGD with clipping. AdamW divides a "
+    "gradient by its own size: that hides a wrong scale, and makes a full step of the rounding of a 0."
 )
 WHOLE = {"whole_runs": True}
 CLAIMS = (
     Claim("packed rows = each row alone", claims.packed_is_separate, ROUNDING, ROUNDING_WHY),
-    Claim("layers that keep less = those of transformers", claims.memory_efficient_is_plain, SHORT,
+    Claim("memory-efficient layers = those of transformers", claims.memory_efficient_is_plain, SHORT,
         f"{ROUNDING_WHY} Not in float64, where transformers takes norms in float32."),
     Claim("loss in chunks = loss in one piece", claims.chunked_is_plain, ROUNDING, ROUNDING_WHY),
     Claim("padded batch = single rows, in the forward pass", claims.padded_is_single, ROUNDING, ROUNDING_WHY),
@@ -131,38 +132,38 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def kinds_of_numbers(device):
-    """In which numbers claims are measured here: those that the machine's hardware computes in."""
+def dtypes_here(device):
+    """The dtypes in which claims are measured here, by name: those that the machine's hardware computes in."""
     if device.type == "cuda":
         return ("float64", "float32", "fp16", *(["bf16"] if torch.cuda.get_device_capability(device)[0] >= 8 else []))
     return ("float64", "float32", *(["bf16"] if pick_precision("auto", device) == "bf16" else []))
 
 
-def measure(claim, lab, numbers):
-    """The claim as a Row. What goes wrong while it is measured fails it: the others are measured all the same."""
+def measure(claim, lab, dtype):
+    """Measure the claim, and return its Row. An error fails this claim; the others are measured all the same."""
     cases, error, began = {}, None, time.time()
     try:
         for model in claim.models:
-            found = claim.measure(lab, model, numbers)
+            found = claim.measure(lab, model, dtype)
             assert found, "nothing was measured"
             cases |= {", ".join(filter(None, (case, model))): trainers.largest([x]) for case, x in found.items()}
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
     deviation = trainers.largest(cases.values()) if error is None else math.inf
-    tolerance = claim.tolerance[numbers]
+    tolerance = claim.tolerance[dtype]
     seconds = round(time.time() - began, 1)
-    return Row(claim.words, numbers, deviation, tolerance, deviation <= tolerance, cases, error, seconds)
+    return Row(claim.words, dtype, deviation, tolerance, deviation <= tolerance, cases, error, seconds)
 
 
-def measure_all(chosen, lab, numbers):
-    """Yield the Row of each claim in each kind of numbers; those on whole runs are measured beside the others."""
-    todo = [(claim, kind) for claim in chosen for kind in numbers if kind in claim.tolerance]
+def measure_all(chosen, lab, dtypes):
+    """Yield the Row of each claim in each dtype. Claims on whole runs are measured beside the others, and come last."""
+    todo = [(claim, dtype) for claim in chosen for dtype in dtypes if dtype in claim.tolerance]
     with ThreadPoolExecutor(1) as beside:
-        later = [beside.submit(measure, c, lab, kind) for c, kind in todo if c.whole_runs]
-        for claim, kind in todo:
+        later = [beside.submit(measure, claim, lab, dtype) for claim, dtype in todo if claim.whole_runs]
+        for claim, dtype in todo:
             if not claim.whole_runs:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    row = measure(claim, lab, kind)
+                    row = measure(claim, lab, dtype)
                 yield row
         yield from (row.result() for row in later)
 
@@ -175,15 +176,15 @@ def main(config):
         trainers.server()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny
-    numbers = kinds_of_numbers(device)
-    say(f"measuring {len(chosen)} claims on {device.type}, in {', '.join(numbers)}; whole runs on the CPU\n")
-    say(line("claim", "numbers", "deviation", "tolerance", ""))
+    dtypes = dtypes_here(device)
+    say(f"measuring {len(chosen)} claims on {device.type}, in {', '.join(dtypes)}; whole runs on the CPU\n")
+    say(line("claim", "dtype", "deviation", "tolerance", ""))
     rows = []
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         trainers.prepare(Path(folder))
-        for row in measure_all(chosen, Lab(Path(folder), device), numbers):
+        for row in measure_all(chosen, Lab(Path(folder), device), dtypes):
             rows.append(row)
-            say(line(row.claim, row.numbers, shape(row.deviation), shape(row.tolerance), verdict(row)))
+            say(line(row.claim, row.dtype, shape(row.deviation), shape(row.tolerance), verdict(row)))
             if not row.passed:
                 say(f"    {row.error or 'the largest: ' + row.worst}")
     torch.set_num_threads(threads)
@@ -196,8 +197,8 @@ def main(config):
     sys.exit(0 if all(row.passed for row in rows) else 1)
 
 
-def line(claim, numbers, deviation, tolerance, result):
-    return f"{claim:<50} {numbers:<8} {deviation:>9} {tolerance:>9}  {result}"
+def line(claim, dtype, deviation, tolerance, result):
+    return f"{claim:<50} {dtype:<8} {deviation:>9} {tolerance:>9}  {result}"
 
 
 def shape(value):
@@ -210,7 +211,7 @@ def verdict(row):
 
 
 def conclusion(rows):
-    """In a sentence: how many claims hold, or which do not."""
+    """One sentence: how many claims hold, or which do not."""
     measured = len({row.claim for row in rows})
     failed = list(dict.fromkeys(row.claim for row in rows if not row.passed))
     left_out = f" ({len(CLAIMS) - measured} others were not measured)" if measured < len(CLAIMS) else ""
@@ -220,13 +221,13 @@ def conclusion(rows):
 
 
 def certificate_paths(config):
-    """Of the JSON, and of the Markdown beside it."""
+    """(the path of the JSON, the path of the Markdown beside it)."""
     path = in_root(config.json or DEFAULT_JSON)
     return path, path.with_suffix(".md")
 
 
 def write(json_path, markdown_path, rows, device, seconds):
-    """The certificate. JSON knows no infinity: a deviation of inf is null there."""
+    """Write the certificate. JSON knows no infinity: a deviation of inf is null there. seconds: what measuring took."""
     by_words = {claim.words: claim for claim in CLAIMS}
     about = {"device": device.type, "machine": machine(), "versions": versions(), "git_commit": git_commit()}
     certificate = {"passed": all(row.passed for row in rows), "seconds": round(seconds, 1), **about}
@@ -251,7 +252,7 @@ def finite(deviation):
 
 
 def compared(claim):
-    """What the claim's function says that it compares, as one line."""
+    """The docstring of the claim's function, which says what is compared, as one line."""
     return " ".join(claim.measure.__doc__.split())
 
 
@@ -269,16 +270,16 @@ def markdown(rows, by_words, about, seconds):
         f"- Versions: {libraries}.",
         "- Models: a GPT-2 (learned positions) and a Llama (rotary positions, grouped heads) of a few thousand "
         "parameters, with random weights large enough for attention to look somewhere.",
-        "- Deviation: the largest difference over the largest expected entry; for whole runs, how far the weights "
-        "ended apart over how far they moved, or the largest difference of the logged losses and gradient norms where "
+        "- Deviation: the largest difference over the largest expected entry. For whole runs it is how far apart the "
+        "weights ended over how far they moved, or the largest difference of the logged losses and gradient norms if "
         "that is larger. 0 means bitwise equal. inf means that the two cannot be compared: NaN, or other tokens.",
-        "- bf16 and fp16: matrix products in that type, weights in float32, frozen weights in that type.",
+        "- bf16 and fp16: matrix products in that dtype, weights in float32, frozen weights in that dtype.",
         "",
-        "| claim | numbers | largest deviation | where | tolerance | |",
+        "| claim | dtype | largest deviation | where | tolerance | |",
         "|---|---|---|---|---|---|",
     ]
     text += [
-        f"| {r.claim} | {r.numbers} | {shape(r.deviation)} | {r.worst if r.deviation else f'all {len(r.cases)} cases'} "
+        f"| {r.claim} | {r.dtype} | {shape(r.deviation)} | {r.worst if r.deviation else f'all {len(r.cases)} cases'} "
         f"| {shape(r.tolerance)} | {verdict(r)} |"
         for r in rows
     ]

@@ -1,11 +1,11 @@
-"""Set the methods side by side: same start, same prompts, same seeds. Writes report/REPORT.md and its figures.
+"""Compare the methods: same start, same prompts, same seeds. Writes report/REPORT.md and its figures.
 
     python report/compare.py
-    python report/compare.py --allow_missing true       # whatever runs are there
+    python report/compare.py --allow_missing true       # only the runs that are there
     python report/compare.py --seeds 0,1,2              # models/dpo, models/dpo-seed1, models/dpo-seed2, ...
 
-Each method is measured by report/evaluate.py (what was measured already is read), its training by the run's own
-metrics.jsonl and manifest.json. Every sentence of the report is computed from the numbers beside it.
+report/evaluate.py measures each method; measurements that already exist are read. The data on training come from the
+metrics.jsonl and manifest.json of each run. Every sentence of the report is computed from the numbers in the report.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class Config(Measure):
 
 @dataclass
 class Row:
-    """One method in the report: its measurements (one a seed), the same pooled, and what its training took."""
+    """One method in the report: its measurements (one per seed), the pooled measurement, and the training cost."""
 
     key: str
     label: str
     runs: list[dict]
-    measured: dict  # see report/evaluate.py, summarise
-    seconds: float | None = None  # training, of one run
-    seconds_before: float | None = None  # making what it learns from
-    memory: float | None = None  # GB
+    measured: dict  # see `summarise` in report/intervals.py
+    seconds: float | None = None  # of the training of one run
+    seconds_before: float | None = None  # to make the data and models that it learns from
+    memory: float | None = None  # peak of training, GB
     curves: list[dict] | None = None  # lines of metrics.jsonl
     settings: dict | None = None  # config.yaml
 
@@ -84,7 +84,7 @@ def run_folder(config, method, seed):
 
 
 def find_runs(config):
-    """The methods that can be compared. Raises UserError, with the commands that make them, for missing runs."""
+    """The methods that can be compared. For missing runs, raises UserError with the commands that make them."""
     reward = bool(config.reward_model) and in_root(config.reward_model).is_dir()
     missing, methods = {}, []
     for method in METHODS:
@@ -110,9 +110,9 @@ def find_runs(config):
 
 
 def measure_all(config, methods):
-    """{method key: its measurements, one a seed}; says how far it is and how long the rest will take.
+    """{method key: its measurements, one per seed}. Prints the progress and the time left.
 
-    Best-of-n is chosen from the base's own completions, of which there are therefore a multiple of n.
+    Best-of-n is chosen from the completions of the base, so their number per prompt is a multiple of n.
     """
     shared = {f.name: getattr(config, f.name) for f in fields(Measure)}
     jobs = []
@@ -134,7 +134,7 @@ def measure_all(config, methods):
         clock = time.time()
         result = evaluate(job)
         if time.time() - clock > 0.5 * result["seconds"]["total"]:
-            work += sizes[k]  # measured now, not read back
+            work += sizes[k]  # measured now, not read from a file
         else:
             started += time.time() - clock
         found.setdefault(method.key, []).append(result)
@@ -149,7 +149,7 @@ def make_rows(config, methods, results):
     for method in methods:
         runs = results[method.key]
         measured = runs[0]["measured"]
-        if len(runs) > 1:  # the same prompts again: completions of all seeds are clustered by prompt
+        if len(runs) > 1:  # all seeds use the same prompts: their completions are clustered by prompt
             best_of = config.best_of if method.key == "best_of" else 1
             measured = summarise([a for run in runs for a in run["answers"]], runs[0]["unseen_types"], best_of)
         row = Row(method.key, method.label.format(n=config.best_of), runs, measured)
@@ -172,7 +172,7 @@ def make_rows(config, methods, results):
 
 
 def equal_variety(rows):
-    """Take each method's distinct-2 from as many completions, the first n to each prompt: it falls as texts get more."""
+    """Compute each method's distinct-2 from the first n completions per prompt, with one n: it falls with more text."""
     n = min(len(row.answers()) // row.gold["n"] for row in rows)
     for row in rows:
         texts = {}
@@ -183,9 +183,10 @@ def equal_variety(rows):
 
 
 def seconds_before(inputs, seen=None):
-    """Seconds that it took to make what a run learned from, and what that was made from: each run counted once.
+    """The seconds to make the inputs of a run, the inputs of these, and so on. Each is counted once.
 
-    inputs: the files and folders in a manifest. A method's own time alone would flatter one that needs others first.
+    inputs: the files and folders in a manifest. Without this time, a method that needs other runs first would look too
+    cheap.
     """
     seen = set() if seen is None else seen
     total = 0.0
@@ -200,7 +201,7 @@ def seconds_before(inputs, seen=None):
 
 
 def stale_inputs(rows, config):
-    """Sentences on runs that learned from data that is not the data that lies there now."""
+    """Sentences about runs that learned from data that have changed since."""
     found = []
     for row in rows:
         method = method_of(row.key)

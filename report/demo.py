@@ -1,10 +1,11 @@
-"""Every stage in order, from the fetched model to the comparison: what `make demo` runs.
+"""Run every stage in order, from the fetched model to the comparison. `make demo` runs this script.
 
     python report/demo.py
     python report/demo.py --smoke true      # the same stages on a tiny model with random weights
 
-Each stage is one of README's commands in a process of its own. A stage that is done already says so and ends at once:
-after a failure or an interruption the same command goes on from there. Nothing here trains or measures.
+Each stage is a command of the README in a separate process. A stage that is already done prints this and ends at once.
+So after a failure or an interruption, the same command continues from there. This file itself trains and measures
+nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from runtime.console import duration, say
 from runtime.files import in_root
 from runtime.memory import AT_START
 
-# Seconds that each stage took on two cores of an AMD EPYC with avx512_bf16. The pace of this machine rescales them.
+# Seconds of each stage on two cores of an AMD EPYC with avx512_bf16. They are rescaled by the pace of this machine.
 MEASURED = {"fetch": 26, "preferences": 108, "groups": 32, "lm": 41, "reward": 118, "compare": 220}
 MEASURED |= {method.key: method.seconds for method in METHODS if method.script}
-THERE = 444e9  # FLOP/s of those cores in a bf16 matrix product
-# The stages are not all matrix products: one core with 86e9 FLOP/s in fp32 took 1 / 0.43 of the time of 390e9 in bf16
+THERE = 444e9  # FLOP/s of those cores in a bf16 matmul
+# The stages are not only matmuls: one core with 86e9 FLOP/s in fp32 took 1 / 0.43 of the time of 390e9 in bf16
 GROWTH = math.log(0.43) / math.log(86 / 390)
-FIRST = 300  # seconds of the table for which the first estimate counts: a stage or two say little of all the others
-SMOKE_PACE = 0.1  # of the stages on a tiny model, until the first of them has been timed
-DONE_SECONDS = 6  # a stage that finds its work done only starts Python and reads a manifest
-ALREADY = ("this very ", ": already in ")  # what the scripts print then: "holds this very run", for one
+FIRST = 300  # seconds of the table; the weight of the first estimate, because one or two stages tell little
+SMOKE_PACE = 0.1  # the pace of the stages on a tiny model, until the first one has been timed
+DONE_SECONDS = 6  # a stage that is already done only starts Python and reads a manifest
+ALREADY = ("this very ", ": already in ")  # parts of what the scripts print then, such as "holds this very run"
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. `made`: the file whose presence says that the stage was finished before."""
+    """One command. made: a file; if it exists, the stage was finished before."""
 
     name: str
     title: str
@@ -56,7 +57,7 @@ def stages(smoke=False):
     where, data, models = ("configs/smoke", "data/smoke", "models/smoke") if smoke else ("configs", "data", "models")
 
     def stage(name, title, script, config, made, *edits, always=False):
-        """`--config` is written out where the script would not read it by itself."""
+        """A `Stage`. Its command has `--config` only if the script would not read this file by default."""
         given = ("--config", f"{where}/{config}.yaml") if smoke or always else ()
         return Stage(name, title, (script, *given, *edits), made)
 
@@ -83,8 +84,8 @@ def stages(smoke=False):
 
 
 def first_pace():
-    """The pace to expect of this machine before a stage has been timed: from its speed in matrix products."""
-    import torch  # late, as the stages have processes of their own
+    """The expected pace of this machine before any stage has been timed, from the speed of its matmuls."""
+    import torch  # imported here: only this function needs it
 
     from models.device import frozen_dtype, pick_device, pick_precision
 
@@ -99,12 +100,12 @@ def first_pace():
 
 
 def seconds_left(todo, pace):
-    """Seconds that these stages will take: the measured ones times `pace`; next to none for what is there already."""
+    """The seconds that these stages will take: the measured seconds times `pace`, or DONE_SECONDS if it is done."""
     return sum(DONE_SECONDS if s.made and in_root(s.made).is_file() else MEASURED[s.name] * pace for s in todo)
 
 
 def run_stage(stage):
-    """Run one stage and pass its output on line by line. Returns (exit status, whether it found its work done)."""
+    """Run one stage and print its output line by line. Returns (exit status, whether its work was already done)."""
     environment = {**AT_START, **os.environ, "PYTHONUNBUFFERED": "1"}
     already = False
     process = subprocess.Popen(
@@ -116,19 +117,19 @@ def run_stage(stage):
             already = already or any(words in line for words in ALREADY)
             say(line, end="")
         return process.wait(), already
-    except KeyboardInterrupt:  # the stage got it too: let it end in its own way
+    except KeyboardInterrupt:  # the stage got it, too: wait until it ends
         process.wait()
         raise
 
 
 def run_all(todo, again, pace=1.0):
-    """Run the stages one after the other. `again`: the command that goes on after a failure.
+    """Run the stages one after the other. again: the command that continues after a failure.
 
-    pace: how long stages are expected to take as a share of MEASURED, before any has been timed.
-    Raises UserError when a stage fails: the stages after it would learn from what is not there.
+    pace: the expected time of the stages as a share of MEASURED, before any has been timed.
+    Raises UserError if a stage fails, because the next stages need its results.
     """
     started = time.time()
-    spent, expected = FIRST * pace, FIRST  # and then by the stages that had work to do: how fast this machine is
+    spent, expected = FIRST * pace, FIRST  # seconds; stages that had work to do are added to both
     for k, stage in enumerate(todo):
         minutes = max(1, round(seconds_left(todo[k:], spent / expected) / 60))
         elapsed = duration(time.time() - started)

@@ -1,14 +1,14 @@
-"""Measure one checkpoint on the held-out prompts: what it gained, what that cost, and how sure both are.
+"""Measure one checkpoint on the held-out prompts: its scores, its distance from the base, and their intervals.
 
     python report/evaluate.py --model_name models/dpo
     python report/evaluate.py --model_name smollm2-135m --best_of 4     # the best of 4 completions by the reward model
 
-It samples completions, scores them with the checks (gold) and the reward model (proxy), takes the KL to the base from the
-sampler's log-probs and one forward pass of the base over the same tokens, and reads held-out text. Writes
-report/runs/NAME.json, completions included, and measures nothing that an equal measurement there already says.
+It samples completions and scores them with the checks (gold) and the reward model (proxy). It estimates the KL to the
+base from the sampler's log-probs and one forward pass of the base over the same tokens. It also reads held-out text.
+It writes report/runs/NAME.json with all completions. If an equal measurement is already there, it is read instead.
 
-Intervals hold 95 %. They are Student's, over the prompts' mean scores: the completions to one prompt are not independent,
-the prompts are. Left out: the spread over training seeds, which report/compare.py adds where there are several runs.
+Intervals are 95 % Student intervals over the mean scores of the prompts: prompts are independent, completions of one
+prompt are not. Left out: the spread over training seeds; report/compare.py adds it if there are several runs.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ BLOCKS_AT_ONCE = 8
 
 @dataclass
 class Measure:
-    """What is measured and how: the same for every model that is to be compared."""
+    """The options of a measurement. They are the same for all models that are compared."""
 
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     base: str = option("smollm2-135m", "the model that the KL is taken to: where training started", reads=True)
     reward_model: str | None = option(
         "models/reward", "folder of the reward model, the proxy; left out if not there", reads=True
     )
-    prompts: str = option(PROMPTS, "prompt file; its held-out prompts are answered", reads=True)
+    prompts: str = option(PROMPTS, "prompt file; completions of its held-out prompts are measured", reads=True)
     limit: int | None = option(None, "take only the first so many held-out prompts", at_least=2)
     samples_per_prompt: int = option(2, "completions measured for each prompt", at_least=1)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
@@ -95,7 +95,7 @@ class Config(Measure):
 
 
 def files_hash(name):
-    """A hash of a model's weight files, the base's included for an adapter; of a hub's model, of its weights."""
+    """A hash of the weight files of a model; for an adapter also of its base; for a hub model, of its weights."""
     path = resolve_model(name)
     if not isinstance(path, Path):
         return weights_hash(load_model(name, dtype=torch.float32))
@@ -113,7 +113,7 @@ def files_hash(name):
 
 
 def measurement_path(config):
-    """Where the measurement goes: `out`, or report/runs/NAME.json with models/smoke/dpo as smoke-dpo."""
+    """The path of the measurement: `out`, or report/runs/NAME.json; NAME of models/smoke/dpo is smoke-dpo."""
     if config.out:
         return in_root(config.out)
     name = shown(in_root(config.model_name)) if in_root(config.model_name).is_dir() else config.model_name
@@ -122,7 +122,7 @@ def measurement_path(config):
 
 
 def read_measurement(path):
-    """What an evaluation wrote. Raises UserError for a file that is something else, so that none is replaced."""
+    """The measurement in a file. Raises UserError if the file is something else, so that it is not replaced."""
     found = read_json(path)
     if not {"identity", "measured", "answers"} <= found.keys():
         raise UserError(f"{shown(path)} is there and no measurement: give another --out, or --overwrite true")
@@ -130,7 +130,10 @@ def read_measurement(path):
 
 
 def identity(config):
-    """What decides the figures: the settings, and hashes of the weights, the prompts and the checks' code."""
+    """Everything that decides the measured numbers: settings, and hashes of weights, prompts and the checks' code.
+
+    Raises UserError if the prompt file, or a reward model that best_of needs, is not there.
+    """
     free = names_with(config, identity=False)
     settings = {k: v for k, v in config_to_dict(config).items() if k not in free}
     settings["precision"] = pick_precision(config.precision, pick_device())
@@ -155,11 +158,12 @@ def identity(config):
 
 
 def evaluate(config):
-    """The measurement of config.model_name as a dict, which is also written to `measurement_path(config)`.
+    """Measure config.model_name. Returns a dict, and writes it to `measurement_path(config)`.
 
-    Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers,
-    seconds (of sampling, kl, reward_model, text, total), and where it was measured. An equal measurement is read back.
-    Raises UserError for models that do not share a tokenizer, and for what the loaders refuse.
+    Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers
+    (the completions), seconds (of sampling, kl, reward_model, text, total), git_commit, versions, machine. If an equal
+    measurement is already there, it is read instead.
+    Raises UserError for models with different tokenizers, and for everything that the loaders refuse.
     """
     started = time.time()
     path = measurement_path(config)
@@ -178,12 +182,12 @@ def evaluate(config):
     prompts, unseen = heldout_prompts(config)
     blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
     reward_model = None
-    if who["hashes"]["reward_model"]:  # before the completions are sampled, for what is wrong with it is said at once
+    if who["hashes"]["reward_model"]:  # before sampling, so that an error in it is reported at once
         same_tokens(tokenizer, config.reward_model)
         reward_model = RewardModel.load(config.reward_model, dtype=dtype, device=device)
     seconds = {}
 
-    # 1. completions. The adapter is folded in, in float32, and the sum cast: what is measured is what would be served
+    # 1. completions. An adapter is merged in float32 and the sum is cast, as for a model in use
     clock = time.time()
     model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
     check_head(model, config.model_name)
@@ -236,7 +240,7 @@ def evaluate(config):
         kls = completion_kls(generation.logprobs, config.base, dtype, *rows)
     seconds["kl"] = time.time() - clock
 
-    # 4. the checks, and all of it in numbers
+    # 4. the checks, and the summary
     answers = []
     for i, ids in enumerate(completions):
         row = prompts[i // per_prompt]
@@ -276,7 +280,7 @@ def evaluate(config):
 
 
 def heldout_prompts(config):
-    """(held-out prompts, check types that no training prompt has)."""
+    """(held-out prompts, check types that no training prompt has). Raises UserError if no prompt is held out."""
     path = PROMPTS if config.prompts == PROMPTS else in_root(config.prompts)
     rows = load_prompts(path)
     trained = {check["name"] for row in rows if row["split"] == "train" for check in row["checks"]}
@@ -288,9 +292,9 @@ def heldout_prompts(config):
 
 
 def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
-    """k1 of each completion in nats, log pi(completion) - log base(completion): an estimate of the KL without bias.
+    """k1 of each completion, log pi(completion) - log base(completion), in nats: an unbiased estimate of the KL.
 
-    logprobs: those of the sampler, a list for each completion.
+    logprobs: the sampler's log-probs, one list per completion.
     """
     reference = load_model(base, dtype=dtype, device=pick_device(), merge_adapter=True)
     ref_logprobs = completion_logprobs(reference, questions, completions, pad_id, temperature)
@@ -300,7 +304,7 @@ def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temper
 
 @functools.lru_cache(maxsize=2)
 def heldout_blocks(text, tokens, length, tokenizer_name):
-    """About `tokens` tokens of a corpus' held-out part as blocks of `length`: the same blocks for every model."""
+    """About `tokens` tokens of the held-out part of a corpus, in blocks of `length`. All models get the same blocks."""
     path = in_root(text)
     corpus = load_corpus(str(path) if path.exists() else text)
     if not corpus.heldout:
@@ -311,7 +315,7 @@ def heldout_blocks(text, tokens, length, tokenizer_name):
 
 
 def show(config, result):
-    """Print what was measured."""
+    """Print the measurement."""
     m = result["measured"]
     say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} held-out prompts; intervals hold 95 %")
     say(f"  gold score           {plus_minus(m['gold'])}")
@@ -322,7 +326,8 @@ def show(config, result):
     per_token = f", {m['kl_per_token']:.4f} a token" if m["kl_per_token"] is not None else ""
     say(f"  KL to the base       {plus_minus(m['kl'])} nats per sequence{per_token}{se}{bound}")
     say(
-        f"  ended by itself      {m['finish_stop']:.0%} of completions; {m['tokens']:.1f} tokens long; {m['looping']:.1%} loop"
+        f"  ended by itself      {m['finish_stop']:.0%} of completions; {m['tokens']:.1f} tokens long; "
+        f"{m['looping']:.1%} loop"
     )
     say(f"  distinct-1, -2       {m['distinct_1']:.3f}, {m['distinct_2']:.3f}")
     text = result["text"]

@@ -1,4 +1,4 @@
-"""Means with 95 % intervals, clustered by prompt, and the figures of a list of completions."""
+"""Means with 95 % intervals, clustered by prompt, and the summary of a list of completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data.checks import is_degenerate, words
 
 
 def t975(df):
-    """The 97.5 % quantile of Student's t: Abramowitz & Stegun 26.7.5, within 1 % from 3 degrees of freedom on."""
+    """The 97.5 % quantile of Student's t: Abramowitz & Stegun 26.7.5. The error is below 1 % for df >= 3."""
     z = 1.959964
     terms = (
         (z**3 + z) / 4,
@@ -22,7 +22,7 @@ def t975(df):
 
 
 def interval(values):
-    """{"mean", "se", "half", "n"} of independent values: the mean, its standard error, half of its 95 % interval.
+    """{"mean", "se", "half", "n"} of independent values: mean, standard error, half of the 95 % interval, number.
 
     se and half are None for fewer than two values.
     """
@@ -34,7 +34,7 @@ def interval(values):
 
 
 def prompt_means(answers, value):
-    """{prompt id: mean of value(completion) over its completions}."""
+    """{prompt id: mean of value(completion) over the completions of the prompt}."""
     groups = {}
     for answer in answers:
         groups.setdefault(answer["id"], []).append(value(answer))
@@ -42,14 +42,14 @@ def prompt_means(answers, value):
 
 
 def clustered(answers, value):
-    """`interval` of value(completion), clustered by prompt: over the prompts' means."""
+    """`interval` of value(completion), clustered by prompt: the interval of the means of the prompts."""
     return interval(list(prompt_means(answers, value).values()))
 
 
 def distinct(texts, n):
-    """Distinct-n of Li et al. 2016: different word n-grams / all word n-grams, over all texts together; 0 without any.
+    """Distinct-n (Li et al. 2016): different word n-grams / all word n-grams, over all texts; 0 if there are none.
 
-    It falls as texts get longer or more: compare it between models only at like lengths.
+    It falls with longer texts and with more texts. Compare models only at similar lengths.
     """
     grams = []
     for text in texts:
@@ -59,29 +59,29 @@ def distinct(texts, n):
 
 
 def best_of_kl(n):
-    """Nats a completion by which best-of-n can differ from its base at most: log n - (n - 1) / n (Beirami et al. 2024)."""
+    """Upper bound of the KL of best-of-n to its base, nats per sequence: log n - (n - 1) / n (Beirami et al. 2024)."""
     return math.log(n) - (n - 1) / n
 
 
 def keep_best(answers, n):
-    """Of each n completions that follow each other, all to one prompt, the one that the reward model scores highest."""
+    """For each n consecutive completions of one prompt, the completion that the reward model scores highest."""
     groups = [answers[i : i + n] for i in range(0, len(answers), n)]
     return [{**max(group, key=lambda answer: answer["proxy"]), "kl": None} for group in groups]
 
 
 def best_of_measured(result, n):
-    """The measurement of best-of-n from that of the model itself, whose completions a prompt are a multiple of n."""
+    """The measurement of best-of-n, from a measurement of the model with a multiple of n completions per prompt."""
     answers = keep_best(result["answers"], n)
     return result | {"answers": answers, "measured": summarise(answers, result["unseen_types"], n)}
 
 
 def summarise(answers, unseen, best_of=1):
-    """The figures of a list of completions; `unseen`: the check types that occur in no training prompt.
+    """The summary of a list of completions, as a dict of numbers and of `interval`s.
 
-    best_of: the completions are each the best of so many, whose KL has a bound alone.
-
-    A completion is {"id", "text", "gold", "proxy" or None, "kl" or None (nats), "tokens", "finish_reason", "checks"}, the last a
-    list of [name, passed]. Gold, proxy and KL are per completion, with intervals; kl_per_token is in nats.
+    answers: completions as dicts {"id" (of the prompt), "text", "gold", "proxy" or None, "kl" or None (nats), "tokens",
+    "finish_reason", "checks" (a list of [name, passed])}. unseen: check types that occur in no training prompt.
+    best_of: each completion is the best of so many; if it is above 1, "kl" is the upper bound `best_of_kl`.
+    Gold, proxy and KL are means per completion with intervals; kl_per_token is in nats per token.
     """
     by_check = {}
     for answer in answers:
@@ -111,10 +111,10 @@ def summarise(answers, unseen, best_of=1):
 
 
 def pair_accuracy(answers):
-    """How often the proxy prefers the better of two completions to one prompt, over all such pairs that differ in gold.
+    """How often the proxy prefers the better of two completions of one prompt, over all pairs that differ in gold.
 
-    Returns `clustered`'s interval with the number of `pairs` beside it, or None where no two completions to one prompt
-    differ. Equal proxies count half.
+    Returns the interval of `clustered` with the number of `pairs`, or None if there are no such pairs. Equal proxies
+    count half.
     """
     groups, pairs = {}, []
     for answer in answers:
@@ -128,7 +128,7 @@ def pair_accuracy(answers):
 
 
 def plus_minus(x, digits=3):
-    """`0.412 +- 0.051`; a dash for what was not measured."""
+    """An interval as a text, `0.412 +- 0.051`; a dash for None."""
     if x is None:
         return "-"
     return f"{x['mean']:.{digits}f}" + (f" +- {x['half']:.{digits}f}" if x["half"] is not None else "")

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Method:
-    """How a method is called, what trains it, and how it is drawn.
+    """The name of a method, the script that trains it, and its colour and marker in figures.
 
-    key: the name of its YAML, and of its run's folder below models/.
-    script: what trains it; None for the base itself, and for what only chooses among the base's completions.
-    learns_from: "text", "pairs", "rollouts" or "groups": which figures it has, and what its runs need.
-    own_config: whether the script reads configs/KEY.yaml by itself; else its command says --config.
+    key: the name of its YAML, and of its run's folder in models/.
+    script: the script that trains it; None for the base, and for best-of-n, which only chooses completions of the base.
+    learns_from: "text", "pairs", "rollouts" or "groups". This decides its figures and what its runs need.
+    own_config: whether the script reads configs/KEY.yaml by default; else its command has --config.
     seconds: of its stage in the demo, on two cores of an AMD EPYC with avx512_bf16.
-    tiny: options of the runs of a second by which the certificate tests the script.
+    tiny: options of the one-second runs by which the certificate tests the script.
     """
 
     key: str
@@ -36,7 +36,7 @@ class Method:
         return f"python {self.script}" + ("" if self.own_config else f" --config configs/{self.key}.yaml")
 
 
-# Okabe & Ito's colours (2008), which the colour-blind tell apart, and a marker of its own for each method
+# the colours of Okabe & Ito (2008), which colour-blind people can distinguish, and a different marker for each method
 METHODS = (
     Method("base", "base", "#000000", "s"),
     Method("sft", "SFT on chosen", "#999999", "D", "train/train_lm_lora.py", "text", own_config=False, seconds=62),
@@ -55,7 +55,7 @@ METHODS = (
         tiny={"samples_per_prompt": 4, "inner_epochs": 2},
     ),
 )  # fmt: skip
-REWARD_MODEL = "python rlhf/train_reward_model.py"  # makes what best-of-n chooses by
+REWARD_MODEL = "python rlhf/train_reward_model.py"  # makes the reward model that best-of-n needs
 
 
 def method_of(key):

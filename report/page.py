@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def table(rows):
-    """The comparison as lists of words, the header first."""
+    """The comparison as lists of cells (texts). The first list is the header."""
     base, _ = split_base(rows)
     found = [list(COLUMNS)]
     for row in rows:
@@ -73,14 +73,14 @@ def text_table(lines):
 
 
 def plain(text, limit=300):
-    """A completion as one line in which Markdown sees nothing to format."""
+    """A completion as one line, with all Markdown characters escaped."""
     text = " / ".join(line.strip() for line in text.splitlines() if line.strip())
     text = text[:limit] + (" ..." if len(text) > limit else "")
     return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", text) or "(nothing)"
 
 
 def samples_section(rows, count=5):
-    """The first completion of each method to `count` held-out prompts, evenly spaced in the file: not chosen by hand."""
+    """The first completion of each method for `count` held-out prompts. The prompts are evenly spaced in the file."""
     first = {row.key: {} for row in rows}
     for row in rows:
         for answer in row.runs[0]["answers"]:
@@ -99,7 +99,7 @@ def samples_section(rows, count=5):
 
 
 def spread_section(rows, config):
-    """The gold score of each seed, where there are several."""
+    """The gold score by seed if there are several seeds, else a sentence."""
     if len(config.seed_list()) < 2:
         return "One training seed: the intervals hold for these checkpoints, not for another run of the same recipe."
     lines = [["method", *[f"seed {seed}" for seed in config.seed_list()], "mean", "standard deviation"]]
@@ -112,7 +112,7 @@ def spread_section(rows, config):
 
 
 def answers_a_prompt(rows):
-    """How many completions to a prompt were measured, in words: '2 (base: 4, best of 4: 1)'."""
+    """The number of measured completions per prompt, as a text: '2 (base: 4, best of 4: 1)'."""
     counts = {row.label: len(row.runs[0]["answers"]) // row.gold["n"] for row in rows}
     usual = statistics.mode(list(counts.values())[::-1])
     others = ", ".join(f"{label}: {count}" for label, count in counts.items() if count != usual)
@@ -120,7 +120,7 @@ def answers_a_prompt(rows):
 
 
 def write_report(config, rows, notes=()):
-    """Write REPORT.md and figures/ into config.out; returns the report's path."""
+    """Write REPORT.md and figures/ into config.out. Returns the path of the report."""
     out = in_root(config.out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     scores_figure(rows, out / "figures" / "scores.png")

@@ -1,4 +1,4 @@
-"""The report's figures: PNG, readable at the width of a README, in colours that the colour-blind can tell apart."""
+"""The figures of the report: PNG, readable at the width of a README, in colours for colour-blind people, too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = {"*": 13, "P": 9}
 
 
 def new_figure(width, height, columns):
-    """A figure that needs no display and no global state, with `columns` axes side by side."""
+    """(figure, axes): `columns` axes side by side. The figure needs no display and no global state."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
@@ -25,7 +25,7 @@ def new_figure(width, height, columns):
 
 
 def point(ax, row, x, y):
-    """One method with both its intervals; x and y are dicts of report/evaluate.py's `interval`."""
+    """Draw one method with both its intervals. x, y: dicts of `interval` in report/intervals.py."""
     color, marker = method_of(row.key).color, method_of(row.key).marker
     ax.errorbar(
         x["mean"], y["mean"], xerr=x["half"] or 0, yerr=y["half"] or 0, fmt=marker, color=color,
@@ -34,7 +34,7 @@ def point(ax, row, x, y):
 
 
 def scores_figure(rows, path):
-    """Gold score against KL to the base, and against the reward model's score, with 95 % intervals."""
+    """Draw gold score against KL to the base, and against the reward model's score, with 95 % intervals."""
     proxied = all(row.measured["proxy"] for row in rows)
     figure, axes = new_figure(10.5 if proxied else 6.5, 4.6, 2 if proxied else 1)
     for row in rows:
@@ -59,12 +59,15 @@ def scores_figure(rows, path):
 
 
 def running_mean(values, width):
-    """Mean of each value with those before it, at most `width` of them."""
+    """The running mean: for each value, the mean of the last `width` values up to it."""
     return [float(np.mean(values[max(0, i + 1 - width) : i + 1])) for i in range(len(values))]
 
 
 def curve(ax, row, key, per_step, **style):
-    """One logged value of a run against what it had seen, thin, and its running mean, thick."""
+    """Draw one logged value of a run as a thin line, and its running mean as a thick line. Returns whether it exists.
+
+    per_step: what a step sees (completions or pairs); the x axis is step * per_step.
+    """
     points = [(line["step"] * per_step, line[key]) for line in row.curves or () if key in line]
     if not points:
         return False
@@ -80,7 +83,7 @@ def rows_that_learn_from(what, rows):
 
 
 def curves_figure(rows, path):
-    """Gold score of what PPO and GRPO sampled, PPO's reward and KL, DPO's accuracy and loss, against what they saw."""
+    """Draw learning curves: gold score of PPO and GRPO, reward and KL of PPO, accuracy and loss of DPO."""
     figure, axes = new_figure(11.5, 4.0, 3)
     drawn = [False] * 3
     for row in rows_that_learn_from("rollouts", rows):
@@ -111,7 +114,7 @@ def curves_figure(rows, path):
 
 
 def checks_figure(rows, path):
-    """A map of the share of completions that pass each check type; the types that occur only held-out stand apart."""
+    """Draw the share of completions that pass each check type, as a map. Types that are only held out are separate."""
     base = next(row for row in rows if row.key == "base")
     unseen = base.runs[0]["unseen_types"]
     checks = base.measured["checks"]

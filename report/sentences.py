@@ -1,4 +1,4 @@
-"""Every sentence of the report, computed from the numbers beside it."""
+"""The sentences of the report, computed from its numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from report.intervals import interval, pair_accuracy, plus_minus, prompt_means
 
 
 def gain(row, base, value=lambda a: a["gold"]):
-    """`interval` of the difference to the base, prompt by prompt: sharper than two intervals, as prompts differ."""
+    """The `interval` of the difference to the base, prompt by prompt (paired).
+
+    It is narrower than the difference of two intervals, because prompts differ.
+    """
     theirs, mine = prompt_means(base.answers(), value), prompt_means(row.answers(), value)
     return interval([mine[key] - theirs[key] for key in mine if key in theirs])
 
 
 def sure(difference):
-    """1 or -1 where the interval of a difference lies above or below 0, else 0."""
+    """1 if the interval of a difference is above 0, -1 if it is below 0, else 0."""
     if difference["half"] is None or abs(difference["mean"]) <= difference["half"]:
         return 0
     return 1 if difference["mean"] > 0 else -1
@@ -37,7 +40,7 @@ def split_base(rows):
 
 
 def headline(rows):
-    """Who is best, and whose interval does and does not overlap with the base's."""
+    """The best method, and the methods whose intervals overlap or do not overlap with that of the base."""
     base, others = split_base(rows)
     if not others:
         return f"Only the base was measured: gold score {plus_minus(base.gold)}."
@@ -58,7 +61,7 @@ def headline(rows):
 
 
 def kl_sentence(rows):
-    """How far from the base the gold score was bought."""
+    """The gold score and the KL to the base of the best, the most efficient and the furthest method."""
     base, others = split_base(rows)
     far = [r for r in others if r.measured["kl"] and r.measured["kl"]["mean"] > 0.01]
     better = [r for r in far if r.gold["mean"] > base.gold["mean"]]
@@ -76,7 +79,7 @@ def kl_sentence(rows):
 
 
 def proxy_sentence(rows):
-    """Which methods gained the thing itself, and which only the proxy, by the intervals of the paired differences."""
+    """The methods whose gold score rose, and those whose proxy alone rose, by the intervals of paired differences."""
     base, others = split_base(rows)
     if any(row.measured["proxy"] is None for row in rows):
         return "There was no reward model: the proxy was not measured."
@@ -96,7 +99,7 @@ def proxy_sentence(rows):
 
 
 def reward_sentence(rows):
-    """How often the reward model is right where none of its training pairs come from: on the held-out prompts."""
+    """How often the reward model is right on the held-out prompts. None of its training pairs come from them."""
     base, _ = split_base(rows)
     if any(answer["proxy"] is None for answer in base.answers()):
         return ""
@@ -107,8 +110,8 @@ def reward_sentence(rows):
         return "No two completions of the base to one held-out prompt differ in gold: the reward model was not tested."
     half, count = everywhere["half"] or 0, f"{everywhere['pairs']} pairs of {everywhere['n']} prompts"
     text = (
-        "Of two completions of the base to one held-out prompt that differ in gold, the reward model prefers the better in "
-        f"{everywhere['mean']:.0%} +- {half:.0%} ({count})"
+        "Of two completions of the base to one held-out prompt that differ in gold, the reward model prefers the "
+        f"better in {everywhere['mean']:.0%} +- {half:.0%} ({count})"
     )
     if not familiar or familiar["pairs"] == everywhere["pairs"]:
         return f"{text}."
@@ -117,7 +120,7 @@ def reward_sentence(rows):
 
 
 def curves_sentence(rows):
-    """First against last fifth of each run's log lines."""
+    """The scores in the first and in the last fifth of the log lines of each run."""
     found = []
     for row in rows:
         for key, name in (("gold", "gold score"), ("reward", "reward-model score"), ("accuracy", "accuracy on pairs")):
@@ -133,7 +136,7 @@ def curves_sentence(rows):
 
 
 def checks_sentence(rows):
-    """Where the best method gained and lost most, and what reached the check types that nobody trained on."""
+    """The check types on which the best method gained most and least, and the scores on the unseen check types."""
     base, others = split_base(rows)
     if not others:
         return "Only the base was measured."
@@ -157,7 +160,7 @@ def checks_sentence(rows):
 
 
 def unseen_gain(row, base):
-    """`gain` on the checks of the types that no training prompt has."""
+    """`gain` on the check types that no training prompt has."""
     types = base.runs[0]["unseen_types"]
 
     def asked(answers):
@@ -168,7 +171,7 @@ def unseen_gain(row, base):
 
 
 def cost_sentence(rows):
-    """What alignment cost in language modelling and in variety."""
+    """The cost of alignment: loss on held-out text, and variety (distinct-2)."""
     base, others = split_base(rows)
     moved = [row for row in others if row.key != "best_of"]
     if not moved:

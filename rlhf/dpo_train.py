@@ -1,12 +1,12 @@
-"""DPO: make chosen completions more probable than rejected ones, relative to a reference, without a reward model.
+"""DPO: make chosen completions more probable than rejected ones, compared with a reference. It needs no reward model.
 
     python rlhf/dpo_train.py                                     # pairs of data/preferences.jsonl
     python rlhf/dpo_train.py --loss_type ipo --beta 0.2
     torchrun --nproc_per_node=2 rlhf/dpo_train.py                # the same run on two processes
 
-The model's implicit reward of a completion is beta * log(pi / pi_ref); the loss is a logistic regression on the
-difference of the rewards of a pair. Rafailov et al. 2023, eq. 7; IPO: Azar et al. 2023, eq. 17; label smoothing:
-Mitchell 2023, "cDPO"; hinge: Zhao et al. 2023 (SLiC). Left out: an SFT term, and references that move.
+The implicit reward of a completion is beta * log(pi / pi_ref). The loss is a logistic regression on the difference of
+the two rewards of a pair. Rafailov et al. 2023, eq. 7; IPO: Azar et al. 2023, eq. 17; label smoothing: Mitchell 2023,
+"cDPO"; hinge: Zhao et al. 2023 (SLiC). Left out: an SFT term, and a reference that changes during training.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ def dpo_loss(
     loss_type="sigmoid",
     label_smoothing=0.0,
 ):
-    """(losses, chosen_rewards, rejected_rewards), each (B,). The log-probs are those of whole completions, (B,), in nats.
+    """(losses, chosen_rewards, rejected_rewards), each (B,). The log-probs (B,) are of whole completions, in nats.
 
     With h = log(pi/ref)(chosen) - log(pi/ref)(rejected):
     "sigmoid": -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h), e = label_smoothing (Rafailov et al. 2023, eq. 7)
     "hinge":   max(0, 1 - beta h)                                   (Zhao et al. 2023)
     "ipo":     (h - 1 / (2 beta))^2                                 (Azar et al. 2023, eq. 17)
-    Sums over the tokens of a completion, except for IPO, which takes means over them: its authors corrected their
-    implementation to that. The rewards are beta * log(pi/ref), without gradient.
+    A log-prob is the sum over the tokens of a completion; for IPO it is their mean, as in the corrected implementation
+    of its authors. The rewards are beta * log(pi/ref), without gradient.
+    Raises UserError for another loss_type, and for label_smoothing with a loss_type that is not "sigmoid".
     """
     chosen, rejected = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     h = chosen - rejected
@@ -85,7 +86,7 @@ def main(config):
     meter = RunningMeter(stage.processes)
     checkpoints = stage.checkpoints(model=policy.model, updates=updates, meter=meter, reference=reference)
 
-    # 1. what the reference makes of each completion, once
+    # 1. the reference's log-probs of each completion, computed once
     if config.precompute_reference:
         reference.precompute(pairs.used())
     if not checkpoints.done:
@@ -105,7 +106,7 @@ def main(config):
             measure(meter, losses, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach())
         updates.step(step, pairs.where(step))
 
-        # 4. what happened
+        # 4. logging
         if stage.log_due(step):
             stage.log(step, meter.collect_and_reset(), updates)
         checkpoints.save_if_due(step)
@@ -118,9 +119,9 @@ def main(config):
 
 
 def pair_logps(model, pairs, tokenizer, device, per_token):
-    """Log-probs of both completions of each pair, (B,) and (B,): sums over their tokens, or means with `per_token`.
+    """(chosen, rejected) log-probs in nats, (B,) each: sums over the tokens, or means with `per_token`.
 
-    One forward pass for both, in which the prompt that they share is computed once.
+    One forward pass computes both completions of a pair, and their common prompt once.
     """
     packed = pack_pairs(pairs, tokenizer.pad_token_id, device)
     logps = packed_logprobs(model, packed).sum(1)
@@ -130,17 +131,17 @@ def pair_logps(model, pairs, tokenizer, device, per_token):
 
 
 def policy_logps(policy, pairs, config, stage):
-    """`pair_logps` of the policy, in the run's precision; IPO takes means."""
+    """`pair_logps` of the policy, in the run's precision: means over the tokens for IPO, else sums."""
     with stage.autocast():
         return pair_logps(policy.model, pairs, policy.tokenizer, stage.device, config.loss_type == "ipo")
 
 
 class Reference:
-    """The reference's log-probs of both completions of each pair: known before training, or computed in each step."""
+    """The reference's log-probs of both completions of each pair: computed before training, or in each step."""
 
     def __init__(self, config, stage, policy):
         self.config, self.stage, self.policy = config, stage, policy
-        self.known = None  # (pairs, 2) of the pairs of `precompute`, in their order
+        self.known = None  # (pairs, 2), nats, for the pairs of `precompute`, in their order
 
     def logps(self, pairs):
         """(chosen, rejected), (B,) each, without gradients."""
@@ -155,9 +156,9 @@ class Reference:
             return pair_logps(model, pairs, policy.tokenizer, self.stage.device, per_token)
 
     def precompute(self, pairs):
-        """Compute all of these once (or take them from the checkpoint), and let go of the reference's weights."""
+        """Compute the log-probs of all `pairs` once, or take them from the checkpoint. Frees the reference's memory."""
         self.known = cache_reference(self.compute, pairs, self.config.micro_batch_size, self.known)
-        self.policy.reference = None  # its memory is free for the steps
+        self.policy.reference = None  # frees its memory for the steps
 
     def state_dict(self):
         return {"known": self.known}
@@ -167,9 +168,9 @@ class Reference:
 
 
 def cache_reference(reference_logps, pairs, batch_size, known=None):
-    """Store the reference's log-probs of both completions in each pair; returns all, (pairs, 2).
+    """Store the reference's log-probs of both completions in each pair. Returns all of them, (pairs, 2), in nats.
 
-    known: what was returned before an interruption, to be stored again.
+    known: the result from before an interruption; it is stored again without computing it.
     """
     done = 0
     for number, batch in enumerate(in_batches(pairs, batch_size) if known is None else [], 1):
@@ -185,7 +186,7 @@ def cache_reference(reference_logps, pairs, batch_size, known=None):
 
 
 def measure(meter, losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """Means over pairs; the log-probs of chosen and rejected apart, since both falling is DPO's known failure."""
+    """Add the means over pairs to the meter. Chosen and rejected log-probs are separate: DPO may lower both."""
     meter.mean(
         len(losses),
         loss=losses.mean().item(),
@@ -200,7 +201,7 @@ def measure(meter, losses, chosen_rewards, rejected_rewards, chosen_logps, rejec
 
 @torch.no_grad()
 def evaluate(policy, reference, pairs, config, stage):
-    """The same means on held-out pairs, each counted once over the processes; {} without any."""
+    """The same means on held-out pairs, as a dict. Each pair is read by one process. {} if there are no pairs."""
     meter = Meter()
     for batch in in_batches(stage.processes.share(sorted(pairs, key=pair_length)), config.micro_batch_size):
         chosen, rejected = policy_logps(policy, batch, config, stage)
@@ -216,4 +217,4 @@ def summary(means):
 
 
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(main, Config, several=True)

@@ -1,10 +1,10 @@
-"""GRPO: sample a group of completions for each prompt, and make those more probable that scored above their group.
+"""GRPO: sample a group of completions for each prompt, and make the completions above the group's mean more probable.
 
     python rlhf/grpo_train.py                                       # online: sample, score by the checks, learn
     python rlhf/grpo_train.py --config configs/grpo_offline.yaml    # offline: learn from stored groups
     torchrun --nproc_per_node=2 rlhf/grpo_train.py                  # the same run on two processes
 
-No value model and, with the checks or a reward function, no reward model: the group's mean is the baseline.
+GRPO needs no value model: the group's mean is the baseline. With checks or a reward function it needs no reward model.
 Shao et al. 2024, "DeepSeekMath", eq. 3 and 4; clipping with two bounds from Yu et al. 2025 (DAPO); the `constant`
 aggregation and scale_std=false from Liu et al. 2025 ("Dr. GRPO"). Left out: an iteratively updated reference.
 """
@@ -34,11 +34,11 @@ class Config(RolloutConfig):
     mode: Literal["online", "offline"] = option("online", "sample groups at each step, or learn from stored ones")
     groups: str = option("data/groups.jsonl", "offline: stored groups", reads=True)
     max_length: int = option(512, "offline: longest prompt and completion together, in tokens", at_least=8)
-    samples_per_prompt: int = option(8, "online: completions a prompt, its group", at_least=2)
-    reward: str | None = option(None, "online: module:function, a reward function in place of the checks")
+    samples_per_prompt: int = option(8, "online: completions per prompt (the size of a group)", at_least=2)
+    reward: str | None = option(None, "online: module:function, a reward function in place of the checks", reads="code")
     reward_model: str | None = option(None, "online: folder of a reward model in place of the checks", reads=True)
     kl_coef: float = option(0.02, "weight of the KL to the reference in the loss", at_least=0)
-    kl_kind: Literal["ratio_k3", "k2", "k3"] = option("ratio_k3", "which estimator of it")
+    kl_kind: Literal["ratio_k3", "k2", "k3"] = option("ratio_k3", "which estimator of the KL")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this", above=0, at_most=1)
     clip_high: float = option(0.2, "and above 1 + this", above=0)
     aggregate: Literal["token", "sequence", "constant"] = option("token", "how token losses become one number")
@@ -59,10 +59,11 @@ class Config(RolloutConfig):
 
 
 def group_advantages(rewards, scale_std=True):
-    """Advantages (N, G) of N groups' rewards (N, G): minus the group's mean, over its sample standard deviation + 1e-4.
+    """Advantages (N, G) from the rewards (N, G) of N groups: (reward - mean) / (sample standard deviation + 1e-4).
 
-    Eq. 3 of Shao et al. 2024. scale_std=False only subtracts the mean (Liu et al. 2025: dividing favours prompts whose
-    completions hardly differ). Raises UserError for groups of one, whose advantage would always be 0.
+    Mean and deviation are those of the group; eq. 3 of Shao et al. 2024. scale_std=False only subtracts the mean,
+    because the division favours prompts whose completions hardly differ (Liu et al. 2025). Raises UserError for groups
+    of one completion: their advantage would always be 0.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise UserError(f"rewards of shape {tuple(rewards.shape)}: a group needs at least two completions")
@@ -71,9 +72,10 @@ def group_advantages(rewards, scale_std=True):
 
 
 def advantages_of_step(groups, config):
-    """The advantages of all groups of a step, over all processes: a tensor (G,) for the rewards (G,) of each.
+    """The advantages of all groups of a step, over all processes: one tensor (G,) for the rewards (G,) of each group.
 
-    Each group is its own baseline. A method whose advantage looks at the whole step changes this function alone.
+    The baseline of a group is its own mean. A method whose advantage depends on the whole step changes only this
+    function.
     """
     return [group_advantages(rewards[None], config.scale_std)[0] for rewards in groups]
 
@@ -93,29 +95,33 @@ def grpo_loss(
     tokens=None,
     sequences=None,
 ):
-    """The loss of one (micro-)batch: a scalar. Eq. 3 of Shao et al. 2024, with the aggregation by name.
+    """The loss of one (micro-)batch, a scalar. Eq. 3 of Shao et al. 2024; clipping with two bounds: Yu et al. 2025.
 
-    logprobs, old_logprobs, ref_logprobs, mask: (B, T-1), nats; advantages: (B,), one a sequence. ref_logprobs may be
-    None when kl_coef is 0. Masked entries may hold anything.
-    aggregate: "token": sum over counted tokens / their number in the whole step; "sequence": mean over sequences of
-    their own means; "constant": sum / (B * max_tokens) (Liu et al. 2025).
-    kl_kind: "k2" or "k3" of `kl_estimate`, or "ratio_k3", ratio * k3 with gradients through both, whose expected
-    gradient is that of each token's reverse KL. "k1" is refused: as a loss its expected gradient is 0.
-    tokens, sequences: how many there are in the whole optimizer step, over all micro-batches and processes; default:
-    those of this batch. The losses of micro-batches then add up to the step's loss.
-    Raises UserError for another kl_kind or aggregate.
+    logprobs, old_logprobs, ref_logprobs: (B, T-1), nats. mask: (B, T-1). advantages: (B,), one per sequence.
+    ref_logprobs may be None if kl_coef is 0. Masked entries may have any value.
+    aggregate: "token": sum over the counted tokens / their number in the whole step; "sequence": mean over the
+    sequences of the mean over their tokens; "constant": sum / (B * max_tokens) (Liu et al. 2025).
+    kl_kind: "k2" or "k3" of `kl_estimate`, or "ratio_k3": ratio * k3 with gradients through both factors. The expected
+    gradient of ratio_k3 is that of the reverse KL of each token. "k1" raises UserError, because its expected gradient
+    as a loss is 0.
+    tokens, sequences: their numbers in the whole optimizer step, over all micro-batches and processes; default: those
+    of this batch. With them, the losses of the micro-batches add up to the loss of the step.
+    Raises UserError for another kl_kind or aggregate, and for "constant" without max_tokens.
     """
     if kl_kind not in ("ratio_k3", "k2", "k3"):
         raise UserError(f"kl_kind = {kl_kind!r}: must be ratio_k3, k2 or k3 (k1 as a loss has expected gradient 0)")
     counted = mask.bool()
-    log_ratio = torch.where(counted, logprobs - old_logprobs, 0.0)  # masked before exp, so that padding cannot poison
+    log_ratio = torch.where(counted, logprobs - old_logprobs, 0.0)  # masked before exp, so padding gives no inf or NaN
     ratio = log_ratio.exp()
     a = advantages[:, None]
     losses = -torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
     if kl_coef:
         d = torch.where(counted, logprobs - ref_logprobs, 0.0)
-        kl = kl_estimate(d, torch.zeros_like(d), "k2" if kl_kind == "k2" else "k3")
-        losses = losses + kl_coef * (ratio * kl if kl_kind == "ratio_k3" else kl)
+        if kl_kind == "ratio_k3":  # ratio * k3 without the difference of two huge numbers far from the reference
+            kl = torch.where(counted, ref_logprobs - old_logprobs, 0.0).exp() + ratio * (d - 1)
+        else:
+            kl = kl_estimate(d, torch.zeros_like(d), kl_kind)
+        losses = losses + kl_coef * kl
     losses = torch.where(counted, losses, 0.0)
     if aggregate == "token":
         return losses.sum() / (tokens or counted.sum().clamp(min=1))
@@ -144,19 +150,19 @@ def main(config):
         # 1. a group of completions for each prompt, and their rewards
         rollout = rollouts.at(step)
 
-        # 2. advantages: how much better than the mean of its group each completion is
+        # 2. the advantage of each completion over the mean of its group
         advantages = rollout.map_groups(lambda groups: advantages_of_step(groups, config), stage.processes)
 
-        # 3. what each update trains on: whole groups. Where the advantage is 0 only the KL has a gradient
+        # 3. minibatches of whole groups. A completion with advantage 0 has a gradient only from the KL
         minibatches = policy.minibatches(rollout, learn=[bool(config.kl_coef or a) for a in advantages.tolist()])
 
-        # 4. what stays fixed while the policy moves
+        # 4. values that stay fixed while the policy changes
         for batch in all_batches(minibatches):
             batch.advantages = advantages[batch.rows].to(stage.device)  # (N,)
             batch.old_logprobs = old_logprobs(batch, config, policy)
             batch.ref_logprobs = policy.ref_logprobs(batch) if config.kl_coef else None
 
-        # 5. updates on the clipped objective; the losses of a minibatch add up
+        # 5. updates on the clipped objective; the losses of the batches of a minibatch are summed
         meter = Meter()
         for minibatch in minibatches * config.inner_epochs:
             for batch in minibatch.batches:
@@ -171,7 +177,7 @@ def main(config):
                 measure(meter, batch, loss.item(), logprobs.detach(), old, entropy, config)
             updates.step(step, rollout.where)
 
-        # 6. what happened
+        # 6. logging
         measure_rollout(meter, rollout)
         if stage.log_due(step):
             stage.log(step, meter.collect(stage.processes), updates)
@@ -183,19 +189,19 @@ def main(config):
 
 
 def online(config, stage, policy):
-    """Rollouts that the policy samples, scored by the reward function, the reward model, or the checks."""
-    need_checks = config.reward is None
+    """The `SampledRollouts` of the policy, scored by the reward function, the reward model, or the checks."""
+    need_checks = config.reward is None and config.reward_model is None
     scorer = Scorer(config.reward, config.reward_model, policy.tokenizer, stage.device)
     return SampledRollouts(config, stage, policy, config.samples_per_prompt, scorer, need_checks)
 
 
 def old_logprobs(batch, config, policy):
-    """Log-probs (N, L) of the policy that sampled, for the ratio; None: the current policy's, at every update.
+    """Log-probs (N, L), nats, of the sampling policy, for the ratio. None: use those of the current policy (ratio 1).
 
-    Offline they are the stored ones; a file without them is learned from with ratio 1. Online the policy has not moved
-    since it sampled: with one update a rollout its log-probs are those of the update's own pass. With several they are
-    computed before the first, and not taken from the sampler: the sampler rounds otherwise than training does
-    (`sampler_kl` in the log), and the ratio would take that for a step of the policy.
+    Offline they are the stored log-probs; None for a file without them. Online, with one update per rollout, the policy
+    has not changed since it sampled, so the update's own forward pass gives them (None). With several updates they are
+    computed before the first one. They are not those of the sampler: the sampler rounds differently from training
+    (`sampler_kl` in the log), and the ratio would treat the difference as a change of the policy.
     """
     if config.mode == "offline":
         return batch.sampler_logprobs
@@ -206,7 +212,7 @@ def old_logprobs(batch, config, policy):
 
 
 def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config):
-    """Means of one batch over the completions that it trains on; the KL is measured where it is in the loss."""
+    """Add the means of one batch over its completions to the meter. The KL is measured only if it is in the loss."""
     mask, tokens = batch.mask, batch.mask.sum()
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
     a = batch.advantages[:, None]
@@ -227,11 +233,11 @@ def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config):
 
 
 def measure_rollout(meter, rollout):
-    """Means over all completions of the rollout, and the share of groups that teach nothing: all rewards are equal."""
+    """Add means over all completions of the rollout, and the share of groups whose rewards are all equal."""
     rollout.measure(meter)
     for rewards in rollout.grouped(rollout.rewards):
         meter.mean(frac_reward_zero_std=float(max(rewards) == min(rewards)))
 
 
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(main, Config, several=True)

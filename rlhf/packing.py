@@ -1,10 +1,10 @@
-"""Completions to the same prompt in one row, so that the prompt is computed once: the layout of every RLHF forward pass.
+"""Packing: all completions of a prompt are in one row, so the prompt is computed once. All RLHF forward passes use it.
 
-A row is [prompt, completion 1, completion 2, ...]. Each completion sees the prompt and itself, and its positions go on where the
-prompt ends, so every number is the one that the completion gets in a row of its own; with 8 short completions a prompt there
-are half as many tokens to compute. What all prompts begin with, a chat template's first tokens or a system message, is
-computed once for all rows. The rows lie end to end, so that only attention pads them to one width. What comes out is
-per completion again: (N, L), N completions, L tokens of the longest one.
+A row is [prompt, completion 1, completion 2, ...]. Each completion sees the prompt and itself, and its positions
+continue after the prompt. So every result is the same as for a row with only this completion. With 8 short completions
+per prompt, half as many tokens are computed. The common prefix of all prompts (a system message, or the first tokens
+of a chat template) is computed once for all rows. The rows form a ragged batch: only attention pads them. Results have
+one row per completion again: (N, L), for N completions and L tokens of the longest one.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from models.generation import common_prefix
 
 @dataclass
 class Packed:
-    """N completions in R rows, of `tokens` tokens together; T is the width to which attention pads the rows.
+    """N completions in R rows with `tokens` tokens in total. Attention pads the rows to T tokens.
 
-    End to end there are fewer: what all rows begin with lies there once.
+    The ragged batch has fewer tokens than `tokens`, because it contains the common prefix of all rows once.
     """
 
-    input_ids: torch.Tensor  # (1, end to end)
-    position_ids: torch.Tensor  # (1, end to end)
+    input_ids: torch.Tensor  # (1, tokens of the ragged batch)
+    position_ids: torch.Tensor  # (1, tokens of the ragged batch)
     rows: Ragged
     attention_mask: torch.Tensor  # (R, 1, T, T), True where a token (third axis) sees another (fourth)
-    targets: torch.Tensor  # (N, L) the completions' ids
-    mask: torch.Tensor  # (N, L) 1 on the completions' tokens
-    predictor: torch.Tensor  # (N, L) index among the tokens end to end of the one that predicts each target
-    last: torch.Tensor  # (N,) index of each completion's last token
+    targets: torch.Tensor  # (N, L) the ids of the completions
+    mask: torch.Tensor  # (N, L) 1 on the tokens of the completions
+    predictor: torch.Tensor  # (N, L) index in the ragged batch of the token that predicts each target
+    last: torch.Tensor  # (N,) index in the ragged batch of the last token of each completion
     tokens: int
-    sequences: list[tuple[list[int], list[int]]]  # prompt and completion of each of the N
-    origin: torch.Tensor  # (2, tokens of the ragged batch): in which of these sequences each stands, and where in it
+    sequences: list[tuple[list[int], list[int]]]  # (prompt, completion), N of them
+    origin: torch.Tensor  # (2, tokens of the ragged batch): the sequence of each token, and its place in the sequence
 
     def to_completions(self, values):
-        """Values of the counted tokens, in the order of `mask`, as (N, L) with zeros elsewhere."""
+        """Put the values of the counted tokens, in the order of `mask`, into (N, L). Other entries are 0."""
         empty = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
         return empty.masked_scatter(self.mask.bool(), values)
 
     def align(self, lists):
-        """A list of numbers for each completion as (N, L)."""
+        """Put a list of numbers for each completion into (N, L), float32."""
         numbers = [x for row in lists for x in row]
         return self.to_completions(torch.tensor(numbers, dtype=torch.float32, device=self.mask.device))
 
 
 def pack(prompts, completions, pad_id, device):
-    """Pack completions; consecutive ones with the same prompt share a row, and all rows what all prompts begin with.
+    """Pack completions. Consecutive completions of the same prompt share a row; all rows share their common prefix.
 
-    prompts, completions: lists of token ids, one each a completion. Completions come back in the order given. Padding is told
-    by length, never by token id.
+    prompts, completions: lists of token ids, one of each per completion. The order of the completions is kept.
+    Padding is recognised by lengths, never by token ids.
     """
     rows, segments, positions, predictor, last, origin = [], [], [], [], [], []
     shared = common_prefix([p for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]])
     tokens = end_of_prompt = 0
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         if i == 0 or prompt != prompts[i - 1]:
-            first = shared if rows else 0  # those that are shared are there with the first row
+            first = shared if rows else 0  # the shared tokens are stored with the first row
             tokens += len(prompt) - first
             origin += [(i, place) for place in range(first, len(prompt))]
             rows.append(list(prompt))
@@ -117,7 +117,7 @@ COSTS = {
 
 
 def token_states(model, packed):
-    """The hidden states (tokens of the ragged batch, H), each as the sequence gets it alone; see models/admission.py."""
+    """The hidden states (tokens of the ragged batch, H), equal to those of each sequence alone; see `admit`."""
     padded = (PADDED, *([LAYERS] if kinds_of_layers(model) else []), APART)
     ways = (RAGGED, *padded) if takes_ragged(unwrapped(model)) else padded
     longest = packed.rows.shape[1]
@@ -137,7 +137,7 @@ def _states(model, packed, way):
 
 
 def _apart(model, packed):
-    """Each completion after its own copy of the prompt, padded on the right: a causal model never looks there."""
+    """Each completion in a separate row after its prompt, padded on the right. A causal model ignores this padding."""
     device, width = packed.input_ids.device, max(len(p) + len(c) for p, c in packed.sequences)
     ids = torch.zeros(len(packed.sequences), width, dtype=torch.long)
     for i, (prompt, completion) in enumerate(packed.sequences):
@@ -148,7 +148,7 @@ def _apart(model, packed):
 
 
 def _check(model, way, lengths):
-    """Two completions of one prompt, the first of which is long, and one of another; with what they get alone."""
+    """(found, expected) hidden states of two completions of one prompt, the first one long, and of another pair."""
     device = model.get_input_embeddings().weight.device
     long, other, last = check_tokens(model, lengths)
     shared, head = check_tokens(model, (7, 5), seed=1)
@@ -161,10 +161,11 @@ def _check(model, way, lengths):
 
 
 def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
-    """Log-probs (N, L) of the completions' tokens in float32, at the sampling temperature; entries outside the mask are 0.
+    """Log-probs (N, L), float32, nats, of the tokens of the completions at the sampling temperature.
 
-    entropy=True also returns the entropies (N, L) in nats, without gradient. With a value head, a module
-    (..., H) -> (..., 1), also the values (N, L) of the states in which each token is chosen, and (N,) after the last.
+    Entries outside the mask are 0. entropy=True also returns the entropies (N, L) in nats, without gradient.
+    value_head: a module (..., H) -> (..., 1). With it, the function also returns the values (N, L) of the states before
+    each token, and the values (N,) after the last token.
     """
     hidden = token_states(model, packed)
     at = packed.mask.bool()
@@ -178,14 +179,17 @@ def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=No
 
 
 def packed_scores(model, packed, head):
-    """Scores (N,) of a reward model: its head on the last token of each completion."""
+    """Scores (N,) of a reward model: its head at the last token of each completion."""
     hidden = token_states(model, packed)
     return head(hidden[packed.last]).float().squeeze(-1)
 
 
 @torch.no_grad()
 def score_completions(reward_model, prompts, completions, pad_id, batch_size=64):
-    """Scores by a RewardModel, as floats in the order given; completions to one prompt should stand together."""
+    """The scores of a RewardModel, a list of floats in the given order.
+
+    Completions of one prompt should be consecutive, so that their prompt is computed once.
+    """
     device = next(reward_model.parameters()).device
     scores = []
     for start in range(0, len(prompts), batch_size):
@@ -197,9 +201,10 @@ def score_completions(reward_model, prompts, completions, pad_id, batch_size=64)
 
 @torch.no_grad()
 def completion_logprobs(model, prompts, completions, pad_id, temperature=1.0, batch_size=64, progress=None):
-    """Log-prob of each completion token given its prompt: a list of lists, in the order given.
+    """The log-prob in nats of each completion token given its prompt: a list of lists, in the given order.
 
-    Completions to one prompt should stand together. Runs in the caller's autocast context. progress(done, all).
+    Completions of one prompt should be consecutive. Runs in the autocast context of the caller. progress(done, all) is
+    called after each batch.
     """
     device = model.get_input_embeddings().weight.device
     found = []

@@ -1,4 +1,4 @@
-"""Pairs of a chosen and a rejected completion: what DPO and the reward model train on, step by step."""
+"""Pairs of a chosen and a rejected completion: the training data of DPO and of the reward model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.steps import in_words
 
 @dataclass
 class PairsConfig(TrainingConfig):
-    """The options that DPO and the reward model share."""
+    """The common options of DPO and of the reward model."""
 
     data: str = option(
         "data/preferences.jsonl", "pairs with prompt, chosen, rejected: JSONL or hub dataset", reads=True
@@ -26,18 +26,18 @@ class PairsConfig(TrainingConfig):
     truncation: Literal["left", "drop"] = option("left", "cut a long prompt from the left, or drop the row")
     epochs: int = option(1, "passes over the pairs", at_least=1)
     max_steps: int = option(0, "stop after this many optimizer steps; 0 takes all", at_least=0)
-    batch_size: int = option(16, "pairs an optimizer step, over all processes", at_least=1)
+    batch_size: int = option(16, "pairs per optimizer step, over all processes", at_least=1)
     micro_batch_size: int = option(8, "pairs in one forward and backward pass", at_least=1)
     warmup_steps: int = 3
 
 
 class Pairs:
-    """The pairs of a run: `train` and `heldout`, split by prompt; `inputs`, the hash of what was read, by name."""
+    """The pairs of a run: `train` and `heldout`, split by prompt. `inputs`: {name: hash} of the data."""
 
     def __init__(self, config, stage, model, tokenizer):
-        """Reads config.data, says what a person needs to know of it, and sets the number of steps of the run.
+        """Read config.data, print a summary of it, and set the number of steps of the run.
 
-        Raises UserError for rows that cannot be used, and for a model that reads less than config.max_length.
+        Raises UserError for rows that cannot be used, and if the model's context is shorter than config.max_length.
         """
         self.config, self.stage = config, stage
         pairs, counts, sha256 = load_pairs(config.data, tokenizer, config.max_length, config.truncation)
@@ -48,34 +48,34 @@ class Pairs:
         stage.run.total_steps = count_steps(config, len(self.train))
 
     def indices(self, step):
-        """Which pairs of `train` step `step` (from 1) takes, over all processes: each once an epoch."""
+        """The indices in `train` of the pairs of step `step` (from 1), over all processes. Each pair once per epoch."""
         return step_indices(len(self.train), self.config.batch_size, step, self.config.seed)
 
     def batches(self, step):
-        """This process's pairs of the step in lists of micro_batch_size; pairs of like length share one."""
+        """Yield this process's pairs of the step in lists of micro_batch_size, sorted by length."""
         mine = [self.train[i] for i in self.stage.processes.share(self.indices(step))]
         for batch in in_batches(mine, self.config.micro_batch_size):
             self.stage.run.count_tokens(sum(map(pair_length, batch)))
             yield batch
 
     def where(self, step):
-        """The rows of a step in words, for a message about them."""
+        """A text that names the rows of a step, for messages."""
         return in_words(self.train[i]["where"] for i in self.indices(step))
 
     def used(self):
-        """All pairs that the run looks at: those of its steps, and the held-out ones."""
+        """All pairs that the run reads: the pairs of its steps, and the held-out pairs."""
         steps = range(1, self.stage.run.total_steps + 1)
         return [self.train[i] for i in {i for step in steps for i in self.indices(step)}] + self.heldout
 
 
 def in_batches(pairs, size):
-    """Lists of `size` pairs, ordered by length, so that little of a batch is padding."""
+    """Lists of `size` pairs, sorted by length, so that a batch has little padding."""
     ordered = sorted(pairs, key=pair_length)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def pack_pairs(pairs, pad_id, device):
-    """Both completions of each pair in one `Packed`, chosen and rejected in turn; the prompt they share is there once."""
+    """Both completions of each pair in one `Packed`: chosen, rejected, chosen, ... Each prompt is there once."""
     prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
     completions = [completion for pair in pairs for completion in (pair["chosen"], pair["rejected"])]
     return pack(prompts, completions, pad_id, device)

@@ -1,4 +1,4 @@
-"""The policy that trains, and the reference that it is compared with."""
+"""The policy that trains, and its reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.processes import on_main
 
 
 class Policy:
-    """The model that trains (`model`, `parameters`, `tokenizer`), and the reference that it must stay near."""
+    """The policy that trains (`model`, `parameters`, `tokenizer`), and the `reference` to which its KL is measured."""
 
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
@@ -29,19 +29,20 @@ class Policy:
         self.model, self.reference, self.tokenizer, self.parameters = loaded
 
     def logprobs(self, batch, entropy=False, value_head=None):
-        """Of a batch's completions, (N, L), at the sampling temperature; with more: see `packed_logprobs`."""
+        """Log-probs (N, L) of a batch's completions, in nats, at the sampling temperature; see `packed_logprobs`."""
         with self.stage.autocast():
             return packed_logprobs(self.model, batch.packed, self.config.temperature, entropy, value_head)
 
     def ref_logprobs(self, batch):
-        """The same under the reference, without gradients."""
+        """The same log-probs under the reference, without gradients."""
         with self.stage.autocast(), as_reference(self.model, self.reference) as reference:
             return packed_logprobs(reference, batch.packed, self.config.temperature)
 
     def minibatches(self, rollout, learn=None):
-        """What the updates of an epoch train on: whole groups, dealt out to config.minibatches `Minibatch`es.
+        """Divide the rollout into config.minibatches `Minibatch`es of whole groups.
 
-        learn: whether each row is computed (default: all are); one that is not still counts in the means.
+        learn: for each row, whether it is computed (default: all rows). A row that is not computed still counts in the
+        means.
         """
         config, stage, found = self.config, self.stage, []
         for rows in rollout.split_groups(config.minibatches):
@@ -58,9 +59,9 @@ class Policy:
 
 @contextlib.contextmanager
 def as_reference(model, reference=None):
-    """The reference policy, without gradients: a frozen copy if one is given, else `model` with its adapter off.
+    """The reference policy, without gradients: `reference` if it is given, else `model` with its adapter disabled.
 
-    In eval mode, so that dropout in the configuration does not touch it.
+    The model is in eval mode, so dropout has no effect on it.
     """
     if reference is not None:
         with torch.no_grad():
@@ -76,7 +77,7 @@ def as_reference(model, reference=None):
 
 
 def disable_dropout(model):
-    """Set every dropout probability to 0: the policy that is trained must be the one that is compared and sampled."""
+    """Set every dropout probability to 0: training, comparison and sampling must use the same policy."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -86,12 +87,12 @@ def disable_dropout(model):
 
 
 def load_policy(config, device, precision, out):
-    """(model, reference, tokenizer, parameters): the policy to train and what it is compared with.
+    """(model, reference, tokenizer, parameters): the policy to train, and its reference.
 
-    With lora_r > 0 the base is frozen in the precision's dtype, the adapter trains in float32, and the reference is the
-    base itself, adapter off (`reference` is None). With lora_r = 0 all weights train in float32 and the reference is a
-    frozen copy. An adapter given as model_name is merged first; its merged weights are kept in `out`/base, so that the
-    new adapter has a base that can be loaded.
+    With lora_r > 0, the base is frozen in the dtype of the precision, the adapter trains in float32, and the reference
+    is the base with the adapter disabled (`reference` is None). With lora_r = 0, all weights train in float32, and the
+    reference is a frozen copy. If model_name is an adapter, it is merged first. Its merged weights are saved in
+    `out`/base, so that the new adapter has a base that can be loaded.
     """
     tokenizer = load_tokenizer(config.model_name)
     path = resolve_model(config.model_name)
@@ -118,7 +119,11 @@ def load_policy(config, device, precision, out):
 
 
 def prepare_training(model, config, task_type, **lora_options):
-    """Dropout off; with config.lora_r an adapter on a frozen base; gradient checkpointing where configured."""
+    """Prepare `model` for training and return it.
+
+    Disables dropout. With config.lora_r, freezes the model and adds an adapter. With config.gradient_checkpointing,
+    turns on gradient checkpointing.
+    """
     disable_dropout(model)
     if config.lora_r:
         model.requires_grad_(False)
@@ -132,11 +137,11 @@ def prepare_training(model, config, task_type, **lora_options):
         model = use_memory_efficient_adapters(get_peft_model(model, adapter))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora_r:  # no weight before the checkpointed blocks trains: without this, no gradient would enter them
+        if config.lora_r:  # no weight before the checkpointed blocks trains; without this they would get no gradient
             model.enable_input_require_grads()
-    return model.train()  # transformers checkpoints activations in this mode alone; there is no dropout left to differ
+    return model.train()  # transformers checkpoints activations only in train mode; all dropout is disabled
 
 
 def save_policy(model, tokenizer, folder):
-    """The weights (an adapter that names its base, or the full model) and the tokenizer."""
+    """Write the weights (an adapter that names its base, or the full model) and the tokenizer. Process 0 writes."""
     on_main(lambda: save_model(model, tokenizer, folder))

@@ -1,10 +1,11 @@
-"""PPO: sample completions, score them with the reward model, and move the policy by a clipped step to what scored well.
+"""PPO: sample completions, score them with the reward model, and make good completions more probable in clipped steps.
 
     python rlhf/ppo_train.py                                  # needs models/reward (python rlhf/train_reward_model.py)
     torchrun --nproc_per_node=2 rlhf/ppo_train.py             # the same run on two processes
 
-Four models: the policy, its value head, the reference (the KL to it is part of the reward) and the reward model. With
-LoRA they share one backbone: the reference is the base with adapters off, the reward model a second adapter.
+There are four models: the policy, its value head, the reference (the KL to it is part of the reward) and the reward
+model. With LoRA they share one backbone: the reference is the base with its adapters disabled, and the reward model is
+a second adapter.
 Schulman et al. 2017 (the clipped objective), Schulman et al. 2016 (GAE), Ziegler et al. 2019 (KL in the reward,
 adaptive coefficient), Ouyang et al. 2022 (the whole). Left out: a separate value network, mixing in pretraining text.
 """
@@ -37,7 +38,7 @@ class Config(RolloutConfig):
     steps: int = 20
     prompts_per_step: int = 16
     missing_eos_penalty: float = option(1.0, "subtracted from the score of a completion cut by its length", at_least=0)
-    bootstrap_cut: bool = option(False, "a completion cut by its length goes on at its last value, or ends there")
+    bootstrap_cut: bool = option(False, "after a completion that was cut, count the value after its last token, not 0")
     gamma: float = option(1.0, "discount", above=0, at_most=1)
     lam: float = option(0.95, "lambda of GAE", at_least=0, at_most=1)
     clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this, the values to the old ones +- this", above=0)
@@ -65,8 +66,9 @@ class Config(RolloutConfig):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_values=None):
     """(advantages, returns), each (B, T-1): generalised advantage estimation, eq. 16 of Schulman et al. 2016.
 
-    mask: 1 on the response, one run of ones a row, with zeros before and after; masked entries come out 0, whatever
-    they held. last_values: (B,), the value after the last token of a response that the length limit cut; default 0.
+    rewards, values: (B, T-1). mask: (B, T-1), 1 on the completion; the ones of a row are consecutive. Masked entries
+    may have any value and become 0. last_values: (B,), the value after the last token of a completion that was cut at
+    the length limit; default 0.
     """
     counted = mask.bool()
     rewards, values = torch.where(counted, rewards, 0.0), torch.where(counted, values, 0.0)
@@ -83,9 +85,10 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_values=None):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, normalizer=None):
-    """Clipped surrogate, eq. 7 of Schulman et al. 2017, as a loss: the mean over counted tokens of the larger of both.
+    """The clipped surrogate objective, eq. 7 of Schulman et al. 2017, as a loss: a mean over the counted tokens.
 
-    All (B, T-1). normalizer: number of counted tokens in the whole optimizer step; default: those of this batch.
+    For each token it takes the larger of the unclipped and the clipped loss. All arguments are (B, T-1); log-probs in
+    nats. normalizer: the number of counted tokens in the whole optimizer step; default: those of this batch.
     """
     counted = mask.bool()
     ratio = torch.where(counted, logprobs - old_logprobs, 0.0).exp()  # masked before exp
@@ -95,7 +98,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, normaliz
 
 
 def value_loss(values, old_values, returns, mask, clip_eps=0.2, normalizer=None):
-    """0.5 * mean over counted tokens of the larger squared error: of the value, and of the one kept near the old."""
+    """0.5 * the mean over counted tokens of the larger of two squared errors. All arguments are (B, T-1).
+
+    One is the error of the value, the other that of the value clipped to old value +- clip_eps.
+    normalizer: the number of counted tokens in the whole optimizer step; default: those of this batch.
+    """
     counted = mask.bool()
     values, old_values, returns = (torch.where(counted, x, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
@@ -104,7 +111,10 @@ def value_loss(values, old_values, returns, mask, clip_eps=0.2, normalizer=None)
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Rewards (B, T-1): -kl_coef * k1 on each token of the response, and the score (B,) on its last one."""
+    """Rewards (B, T-1): -kl_coef * k1 on each token of the completion, plus the score (B,) on its last token.
+
+    k1 = logprobs - ref_logprobs, in nats (Ziegler et al. 2019).
+    """
     counted = mask.bool()
     rewards = torch.where(counted, -kl_coef * kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)
     rows = torch.arange(len(mask), device=mask.device)
@@ -113,19 +123,22 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def adapt_kl_coef(kl_coef, kl, target, completions, horizon):
-    """The next coefficient: proportional control towards `target` nats per sequence (Ziegler et al. 2019, sec. 2.2)."""
+    """The next KL coefficient: proportional control towards `target`, Ziegler et al. 2019, sec. 2.2.
+
+    kl, target: nats per sequence. completions: their number in this rollout. horizon: in completions.
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * completions / horizon)
 
 
 class KLController:
-    """The coefficient of the KL in the reward: fixed, or steered towards config.kl_target after each rollout."""
+    """The coefficient of the KL in the reward: fixed, or adapted after each rollout so that the KL nears kl_target."""
 
     def __init__(self, config):
         self.config, self.coef = config, config.kl_coef
 
     def update(self, kl):
-        """kl: of the rollout, nats per sequence."""
+        """Adapt the coefficient. kl: of the rollout, in nats per sequence."""
         config = self.config
         if config.kl_controller == "adaptive":
             completions = config.prompts_per_step * config.samples_per_prompt
@@ -139,7 +152,7 @@ class KLController:
 
 
 def main(config):
-    find_reward_model(config.reward_model)  # before the folder of this run is taken
+    find_reward_model(config.reward_model)  # a UserError here comes before the run changes its folder
     stage = Stage(config, total_steps=config.steps)  # device, precision, processes, seed, the run's folder
     policy = Policy(config, stage)  # the model that trains, its reference, its tokenizer
     reward_scores = place_reward_model(policy.model, config.reward_model, config.lora_r, stage.device)
@@ -153,10 +166,10 @@ def main(config):
     checkpoints = stage.checkpoints(model=policy.model, value_head=value_head, updates=updates, kl=kl)
 
     for step in checkpoints.remaining():
-        # 1. completions to the prompts of this step
+        # 1. completions of the prompts of this step
         rollout = rollouts.at(step)
 
-        # 2. what the four models say of them, in the very batches that will be trained on
+        # 2. scores, log-probs, values and reference log-probs, in the batches of the updates
         minibatches = policy.minibatches(rollout)
         for batch in all_batches(minibatches):
             with torch.no_grad():
@@ -165,7 +178,7 @@ def main(config):
                 batch.old_logprobs, batch.values, last_values = policy.logprobs(batch, value_head=value_head)
                 batch.ref_logprobs = policy.ref_logprobs(batch)
 
-            # 3. the reward of each token, and how much better than expected it went
+            # 3. the reward and the advantage of each token
             cut = torch.tensor([rollout.finish_reasons[i] == "length" for i in batch.rows], device=stage.device)
             penalised = batch.scores - config.missing_eos_penalty * cut
             rewards = token_rewards(penalised, batch.old_logprobs, batch.ref_logprobs, batch.mask, kl.coef)
@@ -175,7 +188,7 @@ def main(config):
             )
         whiten_advantages(all_batches(minibatches), stage.processes)
 
-        # 4. clipped updates of policy and values; the losses of a minibatch add up
+        # 4. clipped updates of policy and values; the losses of the batches of a minibatch are summed
         meter = Meter()
         for minibatch in minibatches * config.inner_epochs:
             for batch in minibatch.batches:
@@ -189,7 +202,7 @@ def main(config):
                 measure(meter, batch, loss.item(), vf_loss.item(), logprobs.detach(), entropy, config)
             updates.step(step, rollout.where)
 
-        # 5. what happened, and the KL coefficient of the next rollout
+        # 5. logging, and the KL coefficient of the next rollout
         measure_rollout(meter, rollout, all_batches(minibatches))
         means = meter.collect(stage.processes)
         if stage.log_due(step):
@@ -206,7 +219,7 @@ def main(config):
 
 
 def new_value_head(model, device):
-    """A Linear (..., H) -> (..., 1) of zeros: values start at 0, so the first advantages are the returns."""
+    """A zero Linear (..., H) -> (..., 1): all values start at 0, so the first advantages are the returns."""
     head = torch.nn.Linear(state_size(model), 1).to(device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
@@ -214,7 +227,7 @@ def new_value_head(model, device):
 
 
 def whiten_advantages(batches, processes):
-    """Advantages of mean 0 and variance 1 over all counted tokens of the rollout, on all processes together."""
+    """Give the advantages mean 0 and variance 1 over all counted tokens of the rollout, over all processes."""
     flat = torch.cat([batch.advantages[batch.mask.bool()] for batch in batches])
     white = masked_whiten(flat, torch.ones_like(flat), reduce=processes.sum)
     for batch, piece in zip(batches, white.split([int(batch.mask.sum()) for batch in batches])):
@@ -222,7 +235,7 @@ def whiten_advantages(batches, processes):
 
 
 def measure(meter, batch, loss, vf_loss, logprobs, entropy, config):
-    """Means per token of one batch in one update."""
+    """Add the losses and the per-token means of one batch in one update to the meter."""
     mask, updates_a_step = batch.mask, config.inner_epochs * config.minibatches
     log_ratio = torch.where(mask.bool(), logprobs - batch.old_logprobs, 0.0)
     clipped = (log_ratio.exp() - 1).abs() > config.clip_eps
@@ -237,7 +250,7 @@ def measure(meter, batch, loss, vf_loss, logprobs, entropy, config):
 
 
 def measure_rollout(meter, rollout, batches):
-    """Means over all completions of the rollout: the reward model's score is the reward that is logged."""
+    """Add means over all completions of the rollout. The logged "reward" is the score of the reward model."""
     rollout.rewards = [0.0] * len(rollout.prompts)
     for batch in batches:
         for i, score in zip(batch.rows, batch.scores.tolist()):
@@ -248,4 +261,4 @@ def measure_rollout(meter, rollout, batches):
 
 
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(main, Config, several=True)

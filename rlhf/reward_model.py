@@ -1,8 +1,8 @@
-"""The reward model: a transformer with one number on top, and the loss that makes the number prefer what people chose.
+"""The reward model: a transformer with a head of one score, and its loss, which makes chosen completions score higher.
 
-Bradley-Terry (Stiennon et al. 2020, eq. 1): the probability that `chosen` is preferred is sigmoid of the difference of
-scores. A margin (Touvron et al. 2023, eq. 2) asks for a larger difference where the preference was stronger; centering
-(Eisenstein et al. 2023) pulls the sum of both scores to 0, which Bradley-Terry itself leaves free.
+Bradley-Terry (Stiennon et al. 2020, eq. 1): the probability that `chosen` is preferred is the sigmoid of the difference
+of the scores. A margin (Touvron et al. 2023, eq. 2) asks for a larger difference where the preference is stronger.
+Centering (Eisenstein et al. 2023) pulls the sum of both scores to 0; the Bradley-Terry loss does not depend on it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from rlhf.packing import packed_scores
 from runtime.console import say
 from runtime.files import in_root, read_json
 
-ADAPTER = "adapter"  # subfolder of a reward model trained with LoRA: the adapter alone, for sharing a backbone
+ADAPTER = "adapter"  # subfolder of a reward model trained with LoRA: only the adapter, to share the policy's backbone
 
 
 def reward_loss(chosen_scores, rejected_scores, margin=None, center_coef=0.0):
-    """Mean over pairs of -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2; all (B,)."""
+    """The mean over pairs of -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2.
+
+    All arguments except center_coef are (B,). margin: None is 0.
+    """
     difference = chosen_scores - rejected_scores
     if margin is not None:
         difference = difference - margin
@@ -38,26 +41,26 @@ def reward_loss(chosen_scores, rejected_scores, margin=None, center_coef=0.0):
 
 
 def last_token(attention_mask):
-    """Index (B,) of each row's last real token, whichever side the padding is on."""
+    """The index (B,) of the last real token of each row, with padding on either side."""
     index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (attention_mask.bool() * index).argmax(-1)
 
 
 def score_at_end(hidden, attention_mask, head):
-    """Scores (B,) in float32 from body outputs (B, T, H), read at each row's last real token."""
+    """Scores (B,), float32, from the body's outputs (B, T, H) at the last real token of each row."""
     rows = torch.arange(len(hidden), device=hidden.device)
     return head(hidden[rows, last_token(attention_mask)]).float().squeeze(-1)
 
 
 def find_reward_model(name):
-    """The reward model's folder; UserError with the command that makes it if it is not there."""
+    """The folder of the reward model. If it is not there, raises UserError with the command that makes it."""
     if not in_root(name).exists():
         raise UserError(f"reward_model = {name!r} is not there. This makes it: python rlhf/train_reward_model.py")
     return resolve_model(name)
 
 
 class RewardModel(torch.nn.Module):
-    """A sequence classifier of transformers with one label, whose score is read by the mask, not by the pad token."""
+    """A transformers sequence classifier with one label. The mask, not the pad token, tells where the score is read."""
 
     def __init__(self, model):
         super().__init__()
@@ -65,9 +68,11 @@ class RewardModel(torch.nn.Module):
 
     @classmethod
     def load(cls, name, dtype=torch.float32, device=None, new_head=False):
-        """From a folder that `save` wrote or a one-label sequence classifier; with new_head, from a language model too.
+        """Load a folder that `save` wrote, or a sequence classifier with one label.
 
-        Raises UserError for a model with another head, with none where new_head is False, and for an adapter.
+        new_head: also accept a language model, and give it a new head.
+        Raises UserError for a model with another head, for a model without a head if new_head is False, and for an
+        adapter.
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -87,7 +92,7 @@ class RewardModel(torch.nn.Module):
         model = read_weights(AutoModelForSequenceClassification, path, name, new, num_labels=1, dtype=dtype)
         if "score" not in dict(model.named_children()):
             raise UserError(f"{name} is a {architecture}: this takes a causal language model with a `score` head")
-        if new:  # small, so that training starts from indifference: Stiennon et al. 2020, appendix B.1
+        if new:  # small weights, so that all scores start near 0: Stiennon et al. 2020, appendix B.1
             torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[-1] + 1) ** -0.5)
         return cls(model.to(device or pick_device()).eval())
 
@@ -99,13 +104,13 @@ class RewardModel(torch.nn.Module):
         return self.score(input_ids, attention_mask)
 
     def score(self, input_ids, attention_mask):
-        """Scores (B,) of rows (B, T); padding on either side, or none, gives the same."""
+        """Scores (B,) of rows (B, T). Padding on either side does not change them."""
         return score_at_end(hidden_states(self.model, input_ids, attention_mask), attention_mask, self.head)
 
     def save(self, folder, tokenizer, base):
-        """Write a folder that AutoModelForSequenceClassification loads; with LoRA also the adapter alone in `adapter/`.
+        """Write a folder that AutoModelForSequenceClassification loads. With LoRA, `adapter/` holds only the adapter.
 
-        transformers finds the end of a row by its pad token, so the saved pad is a token that no text holds.
+        transformers finds the end of a row by the pad token, so the saved pad token is one that no text contains.
         """
         folder = Path(folder)
         model = self.model
@@ -123,8 +128,11 @@ class RewardModel(torch.nn.Module):
 
 
 def place_reward_model(model, name, lora_r, device):
-    """A function packed -> scores (N,): the reward model as a second adapter on the policy's backbone
-    where it was trained with LoRA on the same base, else as a model of its own."""
+    """A function from a `Packed` to scores (N,) of the reward model `name`.
+
+    If the reward model was trained with LoRA on the base of the policy, it becomes a second adapter on the policy's
+    backbone. Else it is loaded as a separate model. Raises UserError if it is not there or damaged.
+    """
     folder = find_reward_model(name)
     adapter = folder / ADAPTER
     shared = False
@@ -161,7 +169,7 @@ def place_reward_model(model, name, lora_r, device):
 
 @contextlib.contextmanager
 def adapter_in_use(model, name):
-    """The model with another of its adapters active; eval mode, and the policy's adapter again afterwards."""
+    """A context with the adapter `name` active, in eval mode. Afterwards the policy's adapter is active again."""
     was_training = model.training
     model.eval()
     model.set_adapter(name)

@@ -1,4 +1,4 @@
-"""Rollouts: the completions that a step of PPO or GRPO learns from, and the batches in which they are computed."""
+"""Rollouts: the completions from which a step of PPO or GRPO learns, and the batches in which they are computed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from runtime.files import in_root, sha256_file
 
 @dataclass
 class RolloutConfig(TrainingConfig):
-    """The options that PPO and GRPO share."""
+    """The common options of PPO and GRPO."""
 
     RENAMED: ClassVar[dict] = {"group_size": "samples_per_prompt", "rollout_batch_size": "sampling_batch_size"}
     prompts: str = option("data/prompts.json", "prompts; their checks give the gold score", reads=True)
     steps: int = option(30, "rollouts; each is followed by inner_epochs * minibatches updates", at_least=1)
-    prompts_per_step: int = option(8, "prompts a rollout, over all processes", at_least=1)
-    samples_per_prompt: int = option(4, "completions a prompt; they share the prompt's computation", at_least=1)
+    prompts_per_step: int = option(8, "prompts per rollout, over all processes", at_least=1)
+    samples_per_prompt: int = option(4, "completions per prompt; the prompt is computed once for all", at_least=1)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of sampling and of the log-probs", above=0)
     inner_epochs: int = option(1, "passes over each rollout", at_least=1)
-    minibatches: int = option(1, "updates a pass", at_least=1)
+    minibatches: int = option(1, "updates per pass", at_least=1)
     micro_batch_size: int = option(16, "completions in one forward and backward pass", at_least=1)
     sampling_batch_size: int = option(64, "completions sampled at once", at_least=1)
 
@@ -48,15 +48,15 @@ class RolloutConfig(TrainingConfig):
 
 @dataclass
 class Batch:
-    """Completions that go through the model in one pass; N completions, L tokens of the longest one.
+    """N completions of one forward pass; L is the number of tokens of the longest one. Per-token tensors are (N, L).
 
-    Those of one prompt share a row (`packed`), in which the prompt is computed once. Everything per token is (N, L).
+    Completions of one prompt share a row of `packed`, so the prompt is computed once.
     """
 
     packed: Packed
-    rows: list[int]  # of the rollout: which completion each of the N is
-    sampler_logprobs: torch.Tensor | None = None  # (N, L) as the sampler, or a file of groups, gave them
-    old_logprobs: torch.Tensor | None = None  # (N, L) of the policy before the updates; None: the current ones
+    rows: list[int]  # (N,) the row of each completion in the rollout
+    sampler_logprobs: torch.Tensor | None = None  # (N, L) of the sampler, or of a file of groups
+    old_logprobs: torch.Tensor | None = None  # (N, L) of the policy before the updates; None: those of the current one
     ref_logprobs: torch.Tensor | None = None  # (N, L) of the reference
     advantages: torch.Tensor | None = None  # (N,) in GRPO, (N, L) in PPO
     scores: torch.Tensor | None = None  # (N,) of the reward model, in PPO
@@ -71,10 +71,10 @@ class Batch:
 
 @dataclass
 class Minibatch:
-    """What one optimizer step trains on: batches of this process, whose losses add up, and counts over all processes.
+    """The data of one optimizer step: the batches of this process, whose losses are summed, and counts.
 
-    tokens, sequences: what a mean over the step is divided by. Completions whose gradient is 0, and which are therefore
-    in no batch, are counted.
+    tokens, sequences: their numbers over all processes; a mean over the step divides by them. Completions with gradient
+    0 are in no batch, but they are counted.
     """
 
     batches: list[Batch]
@@ -89,27 +89,30 @@ def all_batches(minibatches):
 
 @dataclass
 class Rollout:
-    """Completions of one step: entry i of each list is one row; those of one prompt, a group, are consecutive rows."""
+    """The completions of one step. Entry i of each list belongs to row i; group_sizes and places are per group.
+
+    The rows of a group (the completions of one prompt) are consecutive.
+    """
 
     prompts: list[list[int]]
     completions: list[list[int]]
-    logprobs: list[list[float]] | None  # the sampler's, of each sampled id
-    finish_reasons: list[str]  # "stop": it ended by itself; "length": the limit cut it
+    logprobs: list[list[float]] | None  # the sampler's, in nats, of each sampled id
+    finish_reasons: list[str]  # "stop": the policy sampled a stop token; "length": cut at max_new_tokens
     texts: list[str]
     questions: list[str]
     group_sizes: list[int]  # rows of each prompt
     places: list[int]  # of each group among those of the step, over all processes
     checks: list[list[dict]] | None = None
-    rewards: list[float] | None = None  # what is maximised
-    gold: list[float] | None = None  # the score by the program that defines the task; None where prompts have none
+    rewards: list[float] | None = None  # what training maximises
+    gold: list[float] | None = None  # the share of checks passed; None if the prompts have no checks
 
     @property
     def where(self):
-        """The prompts in words, for a message about them."""
+        """A text that names the prompts, for messages."""
         return in_words(self.questions)
 
     def grouped(self, values):
-        """A list with one value a row as a list of groups."""
+        """Split a list with one value per row into a list of groups."""
         found, start = [], 0
         for size in self.group_sizes:
             found.append(values[start : start + size])
@@ -117,9 +120,9 @@ class Rollout:
         return found
 
     def split_groups(self, parts):
-        """Rows of all groups, dealt out to `parts` lists by the place of each group in the step.
+        """The rows of all groups in `parts` lists. The place of a group in the step decides its list.
 
-        So every number of processes makes the same parts together, each process its share of every part.
+        So the lists of all processes together are the same for any number of processes.
         """
         found = [[] for _ in range(parts)]
         for place, group in zip(self.places, self.grouped(range(len(self.prompts)))):
@@ -127,20 +130,20 @@ class Rollout:
         return found
 
     def map_groups(self, function, processes):
-        """What `function` makes of all groups of the step, over all processes; of that, this process's, as one tensor.
+        """Apply `function` to all groups of the step, over all processes. Returns this process's part as one tensor.
 
-        function: takes a list with the rewards (G,) of each group, and returns a list with a tensor (G,) for each.
+        function: takes a list with the rewards (G,) of each group, and returns a list with one tensor (G,) per group.
         """
-        mine = [torch.tensor(group) for group in self.grouped(self.rewards)]
+        mine = [torch.tensor(group, dtype=torch.float64) for group in self.grouped(self.rewards)]  # 1e8 + 1 is no 1e8
         everywhere = processes.gather(mine)
         found = function([group for groups in everywhere for group in groups])
         start = sum(len(groups) for groups in everywhere[: processes.rank])
-        return torch.cat(found[start : start + len(mine)])
+        return torch.cat(found[start : start + len(mine)]).float()
 
     def batches(self, rows, size, pad_id, device):
-        """These rows as `Batch`es of about `size` completions, groups kept together: a prompt is computed once a batch.
+        """These rows as `Batch`es of at most `size` completions. A batch computes each of its prompts once.
 
-        Groups of like length share a batch, so that little of it is padding.
+        Groups of similar length share a batch, so that it has little padding.
         """
         found = []
         for piece in self.micro_batches(rows, size):
@@ -151,7 +154,7 @@ class Rollout:
         return found
 
     def micro_batches(self, rows, size):
-        """The rows of each of these batches. A group larger than `size` is cut: its prompt is computed once a piece."""
+        """The rows of each batch. A group larger than `size` is cut into pieces, and each piece computes its prompt."""
         chosen = set(rows)
         groups = [[i for i in group if i in chosen] for group in self.grouped(range(len(self.prompts)))]
         groups = [group for group in groups if group]
@@ -174,7 +177,7 @@ class Rollout:
         return processes.sum(torch.tensor(mine, dtype=torch.float32, device=device)).tolist()
 
     def measure(self, meter):
-        """Means over completions: reward, gold score, length in tokens, share that the length limit cut."""
+        """Add means over completions to the meter: reward, gold score, length in tokens, share cut at the limit."""
         for i, completion in enumerate(self.completions):
             cut = self.finish_reasons[i] == "length"
             meter.mean(reward=self.rewards[i], mean_length=len(completion), clipped_ratio=cut)
@@ -188,9 +191,9 @@ class Rollout:
 
 
 class PromptStream:
-    """Prompts of the training split in an order that is a pure function of (seed, step), each once an epoch.
+    """The prompts of the training split. Their order depends on (seed, step) only; each comes once per epoch.
 
-    A step's prompts are dealt out to the processes: see `my_places`.
+    The prompts of a step are divided among the processes: see `my_places`.
     """
 
     def __init__(self, path, tokenizer, prompts_per_step, seed, processes, need_checks=True, minibatches=1):
@@ -212,16 +215,16 @@ class PromptStream:
 
 
 def my_places(count, minibatches, processes):
-    """Which of a step's `count` places (prompts) are this process's: an equal share of each minibatch, in order.
+    """The places (prompts) of this process among the `count` places of a step: an equal share of each minibatch.
 
-    Minibatch m has the places m, m + minibatches, ...: see `Rollout.split_groups`.
+    They are sorted. Minibatch m has the places m, m + minibatches, ...: see `Rollout.split_groups`.
     """
     by_minibatch = [place for m in range(minibatches) for place in range(m, count, minibatches)]
     return sorted(processes.share(by_minibatch))
 
 
 def check_room(stream, model, max_new_tokens):
-    """Raise UserError for a prompt after which the model has no room for a completion: now, not when it is its turn."""
+    """Raise UserError if a prompt leaves no room for a completion in the model's context. Call it before training."""
     context = context_length(model)
     if context is None:
         return
@@ -234,9 +237,9 @@ def check_room(stream, model, max_new_tokens):
 
 
 class SampledRollouts:
-    """Rollouts that the policy samples: `samples` completions to each prompt of a step.
+    """Rollouts that the policy samples: `samples` completions of each prompt of a step.
 
-    score: a function rollout -> rewards, one a row; None where they come later.
+    score: a function that takes a rollout and returns one reward per row; None if the rewards are set later.
     """
 
     def __init__(self, config, stage, policy, samples, score=None, need_checks=True):
@@ -251,7 +254,7 @@ class SampledRollouts:
         self.inputs = {config.prompts: self.stream.sha256}
 
     def at(self, step):
-        """This process's part of the rollout of `step`, a function of (seed, step) and of the policy's weights."""
+        """This process's part of the rollout of `step`. It depends on (seed, step) and the policy's weights only."""
         with self.stage.autocast():
             share = self.stream.at(step)
             generation = self.sampler.sample(self.tokenizer, self.stream, step, self.config, self.samples)
@@ -274,9 +277,9 @@ class SampledRollouts:
 
 
 class StoredRollouts:
-    """Rollouts from a file of groups, each group once an epoch.
+    """Rollouts from a file of groups; each group comes once per epoch.
 
-    `stored` says whether the groups hold the log-probs of the policy that sampled them.
+    `stored`: whether the groups have the log-probs of the policy that sampled them.
     """
 
     def __init__(self, config, stage, policy):

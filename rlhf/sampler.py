@@ -1,4 +1,4 @@
-"""The model that samples while the policy trains: a copy of the policy, brought up to date before each rollout."""
+"""The sampler: a copy of the policy that samples while the policy trains. It is updated before each rollout."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from runtime.console import say
 
 
 def merged_weight(layer, kind):
-    """The parameter `kind` of a layer of the policy as its adapters change it, in float32 where one does.
+    """The parameter `kind` of a layer of the policy, merged with its adapter. With an adapter it is float32.
 
-    A layer may be wrapped several times: peft wraps the experts of a mixture once for each parameter.
+    A layer may have several wrappers: peft wraps the experts of a mixture once for each parameter.
     """
     delta = None
     while isinstance(layer, LoraLayer):
@@ -32,12 +32,12 @@ def merged_weight(layer, kind):
 
 
 class Sampler:
-    """The model that samples: a copy of the policy in the dtype of the passes, brought up to date before each rollout.
+    """The model that samples: a copy of the policy in the dtype of the forward passes, updated before each rollout.
 
-    With LoRA the copy is the base with the adapter merged in: an adapter beside each layer doubles the time of a token.
-    With all weights training in float32 it saves the cast of every weight for every token; where the passes are in
-    float32, too, the policy itself samples. What rounding the merged weights to bf16 changes is measured in the tests
-    (1e-4 nats per token and less). The copy has weights only while it samples: they make room for the passes.
+    With LoRA, the copy is the base with the merged adapter, because separate adapters double the time per token. If all
+    weights train in float32, the copy saves the cast of every weight for every token. If the forward passes are also
+    in float32, the policy itself samples. Rounding the merged weights to bf16 changes at most 1e-4 nats per token,
+    measured in the tests. The copy has weights only while it samples, so that training can use their memory.
     """
 
     def __init__(self, policy, config, precision):
@@ -54,7 +54,7 @@ class Sampler:
 
     @torch.no_grad()
     def model(self):
-        """The policy as it is now, ready to sample."""
+        """A model with the current weights of the policy, ready to sample."""
         if self.copy is self.policy:
             return self.copy
         policy = unwrapped(self.policy)
@@ -65,7 +65,7 @@ class Sampler:
 
     @torch.no_grad()
     def _is_the_policy(self):
-        """Whether the copy says what the policy says, also once its adapters have moved: they are moved for the check."""
+        """Whether copy and policy give the same logits. For this check, the adapters are changed and then restored."""
         moved = [p for p in self.policy.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in moved]
         generator = torch.Generator().manual_seed(0)
@@ -89,15 +89,16 @@ class Sampler:
         return apart([mine], [theirs]) <= TOLERANCE[self.dtype]
 
     def rest(self):
-        """Let go of the copy's weights until the next rollout."""
+        """Free the weights of the copy until the next rollout."""
         if self.copy is not self.policy:
             for weight in self.copy.parameters():
                 weight.data = weight.new_empty(0)
 
     def sample(self, tokenizer, stream, step, config, samples):
-        """`samples` completions to each of this process's prompts of the step: what `generate` returns.
+        """The `Generation` with `samples` completions of each prompt of this process in the step.
 
-        The random numbers belong to the place in the step, so that one process and several draw the same completions.
+        The random numbers depend on the place of a prompt in the step, so any number of processes draws the same
+        completions.
         """
         share = stream.at(step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)

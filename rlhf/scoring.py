@@ -1,4 +1,4 @@
-"""What completions are worth: by the checks of their prompts, by a reward model, or by a reward function of the user."""
+"""Scores of completions: by the checks of their prompts, by a reward model, or by a reward function of the user."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rlhf.reward_model import RewardModel, find_reward_model
 
 
 def gold_scores(rollout):
-    """The share of checks that each completion passes; None where the prompts have no checks."""
+    """The gold score of each completion: the share of checks it passes. None if the prompts have no checks."""
     if rollout.checks is None:
         return None
     return [score(text, checks) for text, checks in zip(rollout.texts, rollout.checks)]
 
 
 class Scorer:
-    """The rewards of a rollout: by a reward function, by a reward model's folder, or else by the checks."""
+    """The rewards of a rollout, by a reward function, by a reward model (given by its folder), or by the checks."""
 
     def __init__(self, reward, reward_model, tokenizer, device):
         self.reward = load_reward(reward) if reward else None
@@ -28,7 +28,7 @@ class Scorer:
         self.pad_id = tokenizer.pad_token_id
 
     def __call__(self, rollout):
-        """A float for each row."""
+        """One reward (a float) for each row of the rollout."""
         if self.reward:
             return [call_reward(self.reward, q, text) for q, text in zip(rollout.questions, rollout.texts)]
         if self.reward_model:

@@ -1,4 +1,4 @@
-"""A trained model beside the base that it started from, on the same prompts: what three inference scripts share."""
+"""Compare a trained model with its base on the same prompts. Three inference scripts share this file."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class CompareConfig:
 
 
 class SideBySide:
-    """The model of a run, its base, and the prompts that both completion.
+    """The model of a run, its base, and the prompts that both complete.
 
-    The base is the model with its adapter switched off; for a full model it is loaded by the name that the run's
-    config.yaml gives as model_name.
+    The base is the model with its adapter disabled. For a full model, the base is the model_name in the config.yaml of
+    the run.
     """
 
     def __init__(self, config, made_by, need_checks=False):
-        """made_by: the command that makes the folder, for the UserError that says it is not there."""
+        """made_by: the command that makes the folder, for the UserError if the folder is not there."""
         quiet_libraries()
         self.config, self.name = config, config.model_name
         self.folder = run_folder(config.model_name, made_by)
@@ -66,7 +66,7 @@ class SideBySide:
             self.reference = load_model(self.base, dtype=self.dtype, device=self.device)
 
     def answers(self, samples=1):
-        """(the model's completions, the base's), each a list with `samples` Completions for each prompt."""
+        """(completions of the model, completions of the base), each a list with `samples` Completions per prompt."""
         config = self.config
         each = f"{samples} completions" if samples > 1 else "a completion"
         say(f"{self.name} and its base {self.base}: {each} to each of {len(self.prompts)} prompts,", end=" ")
@@ -77,12 +77,12 @@ class SideBySide:
             return own, sample_completions(ref, *settings, **sampling(config))
 
     def ids(self, groups):
-        """(prompt ids, completion ids) of all completions, one entry a completion; those to one prompt stand together."""
+        """(prompt ids, completion ids), one entry per completion. Completions of one prompt are consecutive."""
         rows = [(prompt_ids(self.tokenizer, p), a.ids) for p, group in zip(self.prompts, groups) for a in group]
         return [p for p, _ in rows], [c for _, c in rows]
 
     def logprobs(self, groups):
-        """(log-probs under the model, under the base), each a list with one list of nats per token for each completion."""
+        """(log-probs under the model, log-probs under the base): for each completion a list of nats, one per token."""
         settings = (*self.ids(groups), self.tokenizer.pad_token_id, self.config.temperature)
         own = completion_logprobs(self.model, *settings)
         with as_reference(self.model, self.reference) as ref:
@@ -90,14 +90,14 @@ class SideBySide:
 
 
 def run_folder(name, made_by):
-    """The folder of a finished run. Raises UserError, with the command that makes it, if it is not there."""
+    """The folder of a finished run. If it is not there, raises UserError with the command that makes it."""
     if not in_root(name).is_dir():
         raise UserError(f"{name} is not there. This makes it: {made_by}")
     return resolve_model(name)
 
 
 def run_value(folder, key, default=None):
-    """What the run in `folder` was configured with; UserError if neither its config.yaml nor `default` says it."""
+    """The value of `key` in the config.yaml of the run in `folder`, else `default`. Raises UserError without both."""
     path = folder / "config.yaml"
     value = read_yaml(path).get(key, default) if path.is_file() else default
     if value is None:
@@ -106,7 +106,7 @@ def run_value(folder, key, default=None):
 
 
 def read_some(config, need_checks=False):
-    """The prompts that a comparison is made on: config.prompt alone, or the first config.limit of config.prompts."""
+    """The prompts of a comparison: config.prompt, or the first config.limit prompts of the file config.prompts."""
     if config.prompt is None:
         return read_prompts(config.prompts, "heldout", need_checks)[: config.limit]
     if need_checks:

@@ -1,4 +1,4 @@
-"""What every script of rlhf/ sets up before its loop: options, device, precision, processes, seed, the run's folder."""
+"""The setup of every script of rlhf/ before its loop: options, device, precision, processes, seed, the run's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.run import Run
 
 @dataclass
 class TrainingConfig(Saving):
-    """The options that the scripts of rlhf/ share; each adds those of its algorithm."""
+    """The common options of the scripts of rlhf/. Each script adds the options of its algorithm."""
 
     model_name: str = option("smollm2-135m", "the model that training starts from", reads=True)
     lr: float = option(1e-4, "peak learning rate", above=0)
@@ -35,9 +35,10 @@ class TrainingConfig(Saving):
 
 
 class Stage:
-    """One process of one run of such a script.
+    """The setup of one process of a run.
 
-    device, precision ("fp32", "bf16" or "fp16"), processes (`Processes`) and run (`Run`) are those of this process.
+    It has the `device` of this process, the `precision` ("fp32", "bf16" or "fp16"), the `processes` (`Processes`) and
+    the `run` (`Run`).
     """
 
     def __init__(self, config, total_steps=None):
@@ -50,27 +51,27 @@ class Stage:
         self.run = Run(config, config.out, total_steps=total_steps)
 
     def autocast(self):
-        """The context of forward passes: matrix products in the run's precision."""
+        """A context for forward passes: matmuls run in the run's precision."""
         return autocast(self.device, self.precision)
 
     def checkpoints(self, **parts):
-        """The run's `Checkpoints`; the parts are as they were where the run was interrupted, if it was."""
+        """The run's `Checkpoints`. If the run was interrupted, the parts get their state from the last checkpoint."""
         found = Checkpoints(self.run, **parts)
         found.load()
         return found
 
     def log_due(self, step):
-        """Whether `step` is one of those that are logged: the first, the last, and every log_every-th."""
+        """Whether `step` is logged: the first step, the last step, and every log_every-th step."""
         return step % self.config.log_every == 0 or step in (1, self.run.total_steps)
 
     def log(self, step, means, updates, **more):
-        """Log a dict of means with the learning rate and the gradient's norm of the last update."""
+        """Log a dict of means, with the learning rate and the gradient norm of the last update."""
         self.run.log(step, **means, **more, lr=updates.lr, grad_norm=updates.grad_norm)
 
     def finish(self, result, inputs, next_command):
-        """Write the manifest: what was reached, and the hashes of what was read, by name."""
+        """Write the manifest. result: {name: number}. inputs: {name: hash} of the data and models that were read."""
         self.run.finish({"steps": self.run.total_steps, **result}, inputs, next_command)
 
     def reached(self, *keys):
-        """Those of these numbers that the last logged line has."""
+        """{key: number} of the last logged line, for the keys that it has."""
         return {key: self.run.last[key] for key in keys if key in self.run.last}

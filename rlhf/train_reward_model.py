@@ -1,12 +1,13 @@
-"""Reward model: learn one number for a completion from pairs of a chosen and a rejected one.
+"""Reward model: learn a score for completions from pairs of a chosen and a rejected completion.
 
     python rlhf/train_reward_model.py                   # pairs of data/preferences.jsonl
     python rlhf/train_reward_model.py --margin true --center_coef 0.01
     torchrun --nproc_per_node=2 rlhf/train_reward_model.py       # the same run on two processes
 
-A transformer with a linear head of one output, read at the last real token; the Bradley-Terry loss of `reward_loss`.
-PPO maximises what this model says: how often it is right on held-out pairs, and whether it merely measures length, is
-printed and drawn at the end. Stiennon et al. 2020, section 3.4. Left out: ensembles, and scores per token.
+The model is a transformer with a linear head of one output, read at the last real token. The loss is `reward_loss`
+(Bradley-Terry). PPO maximises the score of this model. So the script prints at the end how often the score is right on
+held-out pairs, and whether it only measures length, and draws a calibration figure. Stiennon et al. 2020, section 3.4.
+Left out: ensembles, and scores per token.
 """
 
 from __future__ import annotations
@@ -57,19 +58,19 @@ def main(config):
             # 1. the scores of both completions of each pair, (B,) each
             chosen, rejected = pair_scores(reward_model, batch, tokenizer, stage)
 
-            # 2. the loss, as its share of the mean over the pairs of the whole step
+            # 2. the loss: the part of this batch in the mean over all pairs of the step
             margin = torch.tensor([pair["margin"] for pair in batch], device=stage.device) if config.margin else None
             loss = reward_loss(chosen, rejected, margin, config.center_coef)
             updates.backward(loss * (len(batch) / config.batch_size))
             measure(meter, loss.item(), chosen.detach(), rejected.detach())
         updates.step(step, pairs.where(step))
 
-        # 3. what happened
+        # 3. logging
         if stage.log_due(step):
             stage.log(step, meter.collect_and_reset(), updates)
         checkpoints.save_if_due(step)
 
-    # 4. how often it is right on pairs it has not seen, and whether it only measures length
+    # 4. accuracy on held-out pairs, and whether the score only measures length
     differences = heldout_differences(reward_model, pairs.heldout, tokenizer, stage)
     result = accuracy_report(pairs.heldout, differences)
     if stage.processes.is_main:
@@ -80,7 +81,7 @@ def main(config):
 
 
 def pair_scores(reward_model, pairs, tokenizer, stage):
-    """Chosen and rejected scores, (B,) each: both in one pass, the prompt that they share computed once."""
+    """(chosen scores, rejected scores), (B,) each. One forward pass computes both, and their common prompt once."""
     packed = pack_pairs(pairs, tokenizer.pad_token_id, stage.device)
     with stage.autocast():
         found = packed_scores(reward_model.model, packed, reward_model.head)
@@ -88,14 +89,14 @@ def pair_scores(reward_model, pairs, tokenizer, stage):
 
 
 def check_margins(config, pairs):
-    """Raise UserError for config.margin with a pair that has no scores."""
+    """Raise UserError if config.margin is set and a pair has no scores."""
     missing = next((pair for pair in pairs if pair["margin"] is None), None)
     if config.margin and missing:
         raise UserError(f"margin = true needs chosen_score and rejected_score, which {missing['where']} lacks")
 
 
 def measure(meter, loss, chosen, rejected):
-    """Means over pairs: how often the chosen completion scores higher, by how much, and where scores lie."""
+    """Add means over pairs: how often the chosen completion scores higher, the difference, and the mean score."""
     meter.mean(
         len(chosen),
         loss=loss,
@@ -107,7 +108,7 @@ def measure(meter, loss, chosen, rejected):
 
 @torch.no_grad()
 def heldout_differences(reward_model, pairs, tokenizer, stage):
-    """Chosen minus rejected score of each held-out pair, in their order."""
+    """Chosen score minus rejected score of each held-out pair, in their order."""
     reward_model.eval()
     found, size = [], stage.config.micro_batch_size
     for start in range(0, len(pairs), size):
@@ -117,7 +118,7 @@ def heldout_differences(reward_model, pairs, tokenizer, stage):
 
 
 def build(config, device, precision):
-    """The reward model to train: a frozen base with an adapter and a trained head, or all weights in float32."""
+    """The reward model to train: a frozen base with an adapter and a new head, or all weights in float32."""
     dtype = frozen_dtype(precision) if config.lora_r else torch.float32
     reward_model = RewardModel.load(config.model_name, dtype=dtype, device=device, new_head=True)
     reward_model.model = prepare_training(reward_model.model, config, "SEQ_CLS", modules_to_save=["score"])
@@ -128,7 +129,11 @@ def build(config, device, precision):
 
 
 def accuracy_report(pairs, differences):
-    """Print and return the accuracy on held-out pairs: in all, and where the chosen completion is shorter, like, longer."""
+    """Print the accuracy on held-out pairs: over all, and by whether the chosen completion is shorter or longer.
+
+    Returns {"heldout_accuracy", "heldout_pairs", "length_rule_accuracy"}. The last is the accuracy of the better of the
+    two rules "the shorter wins" and "the longer wins".
+    """
     right = [d > 0 for d in differences]
     gaps = [len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs]
     parts = {
@@ -149,7 +154,7 @@ def accuracy_report(pairs, differences):
 
 
 def calibration_figure(differences, path, bins=6):
-    """Draw how often the higher-scored completion was the chosen one, against how sure the model was."""
+    """Draw how often the chosen completion scores higher, against the probability that the model gives its choice."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,4 +176,4 @@ def calibration_figure(differences, path, bins=6):
 
 
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(main, Config, several=True)

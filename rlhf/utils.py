@@ -1,6 +1,6 @@
-"""What two or more of the RLHF scripts use: log-probs, masked statistics, KL estimators, steps over several processes.
+"""Shared functions of the RLHF scripts: log-probs, masked statistics, KL estimators, padded batches.
 
-Everything per token has shape (B, T-1) and is aligned with `input_ids[:, 1:]`: entry t speaks of token t+1.
+All per-token tensors have shape (B, T-1) and are aligned with `input_ids[:, 1:]`: entry t belongs to token t+1.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from models.fast.head import head_logprobs, hidden_states, output_head
 
 
 def token_logprobs(model, input_ids, attention_mask, temperature=1.0, where=None, entropy=False):
-    """Log-prob of each token given those before it, (B, T-1) float32, at the sampling temperature.
+    """Log-prob of each token given the tokens before it, (B, T-1), float32, nats, at the sampling temperature.
 
     Positions come from the mask, so left-padded, right-padded and unpadded rows get the same values.
-    where: (B, T-1), 1 for the tokens that count; the head runs there alone and other entries are 0. Without it, every
-    real token that follows a real token counts.
+    where: (B, T-1), 1 for the tokens that count. The head runs only for these tokens; other entries are 0. Without
+    `where`, every real token that follows a real token counts.
     entropy=True also returns the entropies (B, T-1) in nats, without gradient.
     """
     if where is None:
@@ -31,7 +31,7 @@ def token_logprobs(model, input_ids, attention_mask, temperature=1.0, where=None
 
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is 1; 0 where nothing counts. Masked entries may hold anything, inf and NaN included."""
+    """Mean of x over the entries with mask 1; 0 if there are none. Masked entries may be anything, inf and NaN too."""
     x = torch.where(mask.bool(), x, 0.0)
     if dim is None:
         return x.sum() / mask.sum().clamp(min=1)
@@ -39,10 +39,10 @@ def masked_mean(x, mask, dim=None):
 
 
 def masked_whiten(x, mask, shift_mean=True, reduce=None):
-    """(x - mean) / std over counted entries (population variance + 1e-8); masked entries come out 0.
+    """(x - mean) / sqrt(population variance + 1e-8) over the counted entries. Masked entries become 0.
 
-    shift_mean=False keeps the mean. reduce: a function that sums a tensor over all ranks, so that the statistics are
-    those of all counted tokens everywhere.
+    shift_mean=False keeps the mean. reduce: a function that sums a tensor over all processes; then mean and variance
+    are those of the counted tokens of all processes.
     """
     mask = mask.bool()
     x = torch.where(mask, x, 0.0)
@@ -61,11 +61,12 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     """Per-token estimates (B, T-1) of KL(policy || reference) on tokens that the policy sampled.
 
     With d = logprobs - ref_logprobs:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d
-    (Schulman, "Approximating KL divergence", 2020). Their values estimate the KL (k1 and k3 without bias); their
-    gradients do not: as a loss, on-policy, k1 has expected gradient 0, k2 that of the reverse KL, k3 that of the
-    forward KL; ratio * k3 has that of the reverse KL (`grpo_loss` offers it as "ratio_k3"). Of the KL of each next
-    token, that is, with the tokens before it held fixed: that a token decides what follows, and with it the KL to come,
-    is in the gradient only with k1 in the reward (`token_rewards` in ppo_train.py). proof/EXACT.md has the numbers.
+    (Schulman, "Approximating KL divergence", 2020). The values of k1 and k3 are unbiased estimates of the KL; k2 is
+    biased. Their gradients are different. As an on-policy loss, the expected gradient is 0 for k1, that of the reverse
+    KL for k2, and that of the forward KL for k3. It is that of the reverse KL for ratio * k3 ("ratio_k3" of
+    `grpo_loss`). These are gradients of the KL of each next token, with the earlier tokens fixed. But a token also
+    decides the tokens after it and their KL. Only k1 in the reward (`token_rewards` in ppo_train.py) includes this
+    effect in the gradient. proof/EXACT.md has the numbers. Raises UserError for another kind.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -78,7 +79,10 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 
 def pad_rows(rows, value, device, left=False):
-    """Lists of numbers as one tensor (B, longest), padded on the right with `value`, and the mask of what is real."""
+    """(tensor (B, longest), mask) of lists of numbers, padded with `value` on the right, or on the left with `left`.
+
+    The mask is 1 on real entries. A float `value` gives a float32 tensor, an int gives int64.
+    """
     width = max(map(len, rows))
     dtype = torch.float32 if isinstance(value, float) else torch.long
     filled, mask = [], []
@@ -90,9 +94,9 @@ def pad_rows(rows, value, device, left=False):
 
 
 def completion_batch(prompts, completions, pad_id, device, width=None):
-    """Prompt and completion as right-padded (input_ids, attention_mask, mask); mask (B, T-1) is 1 on the completion.
+    """Prompts and completions as right-padded (input_ids, attention_mask, mask). mask (B, T-1) is 1 on the completion.
 
-    Masks go by length, never by token id: with pad equal to eos the final eos still counts.
+    The masks come from lengths, never from token ids: if pad equals eos, the final eos still counts.
     """
     rows = [p + c for p, c in zip(prompts, completions)]
     input_ids, attention_mask = pad_rows(rows, pad_id, device)

@@ -1,19 +1,20 @@
-"""Checkpoints: all that a run needs to go on where it was interrupted, as if it never had been.
+"""Checkpoints: an interrupted run continues from its last checkpoint, with the same results as without interruption.
 
     checkpoints = Checkpoints(run, model=model, updates=updates)
-    checkpoints.load()                                   # where this very run was interrupted, if it was
+    checkpoints.load()                                   # continue this run if it was interrupted
     for step in checkpoints.remaining():
         ...
-        checkpoints.save_if_due(step)                    # by steps, by minutes, or because a signal came
+        checkpoints.save_if_due(step)                    # by steps, by minutes, or after a signal
 
 A checkpoint is a folder OUT/checkpoints/step-00000040: tensors as safetensors, the rest as JSON, and a manifest with
-the size and the sha256 of both. It is written under another name, flushed to the disk and renamed: it is there whole or
-not at all. The last `keep_checkpoints` are kept, and removed when the run is finished: then its weights are there.
+the size and the sha256 of both. It is written under another name, flushed to the disk and renamed, so it is complete or
+not there. The last `keep_checkpoints` are kept. When the run is finished, all are removed, because its weights are
+saved.
 
-What is saved: the weights that train, the state of each other part (updates, value head, meter), what the loop carries
-over (`carried`), the clock and counters of the run, and the random state of every process. Data order and rollouts are
-functions of (seed, step), so the step says where they are. Process 0 writes and reads; the others get what they need
-from it, and there may be more or fewer of them than before.
+A checkpoint has the weights that train, the state of each other part (updates, value head, meter), the values that the
+loop carries over (`carried`), the clock and counters of the run, and the random state of every process. Data order and
+rollouts are functions of (seed, step), so they need no state. Process 0 writes and reads, and sends the others what
+they need. Their number may be different from before.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ from runtime.files import sha256_file, synced, write_atomically
 from runtime.processes import communication_device, gather, largest_over_processes, on_main, several
 from runtime.run import CHECKPOINTS
 
-FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each next pause is twice as long
+FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each pause is twice as long as the last
+# what asks a run to save and stop: a scheduler, a terminal that closes; on Windows there is SIGTERM alone
+WISHES = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if name in dir(signal)]
 FILES = ("tensors.safetensors", "state.json")
 
 
 @dataclass
 class Saving:
-    """The options of checkpoints, the same in every script that trains. They do not change what a run computes."""
+    """The checkpoint options of every training script. They do not change the results of a run."""
 
     save_every: int = option(
         0, "steps (rollouts in PPO and GRPO) between checkpoints; 0: by time alone", at_least=0, identity=False
@@ -65,24 +68,25 @@ class Saving:
 class Checkpoints:
     """The checkpoints of one run.
 
-    parts: by name, what has a state: a module (of which the weights that train are saved), or whatever has state_dict
-        and load_state_dict.
+    parts: {name: object with a state}. Of a module, the weights with requires_grad are saved. Any other object needs
+        state_dict and load_state_dict.
     """
 
     def __init__(self, run, **parts):
         self.run, self.parts, self.config = run, parts, run.config
         self.folder = run.folder / CHECKPOINTS
-        self.done = 0  # steps that were taken before this process began
-        self._since = None  # when the last one was saved, or the steps began
+        self.done = 0  # steps taken before this process began
+        self._since = None  # time of the last checkpoint, or of the beginning of the steps
         self._pause = min(FIRST_PAUSE, 60 * self.config.save_minutes)
-        self._came, self._came_at = 0, 0.0  # SIGINT or SIGTERM once it came to this process, and when
-        self._signal = 0  # the same once all processes know
+        self._came, self._came_at = 0, 0.0  # the SIGINT or SIGTERM that this process received, and its time
+        self._signal = 0  # the same signal when all processes know it
 
     def load(self):
-        """(step, carried) of the newest checkpoint that is whole, everything put back; (0, {}) if there is none.
+        """Restore the newest complete checkpoint. Returns its (step, carried), or (0, {}) if there is none.
 
-        A damaged one is named, and the one before it is used. Raises UserError if another script wrote it, or if a file
-        that the run reads has changed since. From here on SIGTERM and Ctrl-C are a wish to save and stop.
+        If a checkpoint is damaged, a message names it, and the one before it is used. Raises UserError if another
+        script wrote the checkpoint, or if a file that the run reads has changed since. From now on, SIGTERM and Ctrl-C
+        save a checkpoint and then stop.
         """
         found = []
         on_main(lambda: found.append(self._newest()))
@@ -95,43 +99,43 @@ class Checkpoints:
             for name, part in self.parts.items():
                 put_back(part, state["parts"][name])
             self.done = state["step"]
-            if rank() < len(state["random"]):  # a process that was not there before keeps what its seed gave it
+            if rank() < len(state["random"]):  # a process that was not there before keeps the state from its seed
                 set_random_state(state["random"][rank()])
             self.run.resume(state["run"])
         self._listen()
         return (0, {}) if state is None else (state["step"], state["carried"])
 
     def remaining(self):
-        """The numbers of the steps that are left, from 1 on; the clock of the run's steps starts with the first."""
+        """Yield the numbers of the remaining steps, counted from 1. Starts the clock of the run's steps."""
         self.run.begin_steps(self.done)
         yield from range(self.done + 1, self.run.total_steps + 1)
 
     def save_if_due(self, step, carried=None):
-        """Save after `step` if it is time to, or if a signal came, which then ends the process; see `save`."""
+        """Save after `step` if it is due or if a signal came. After a signal, this ends the process; see `save`."""
         if self.due(step):
             self.save(step, carried)
 
     def due(self, step):
-        """Whether to save after `step`. All processes are told the same."""
+        """Whether to save after `step`. All processes get the same result."""
         now = time.time()
         self._since = self._since or self.run.steps_began
         by_steps = self.config.save_every and step % self.config.save_every == 0
         by_time = self.config.save_minutes and now - self._since >= self._pause
-        wanted = bool(by_steps or by_time) and not self.run.skipped  # the last good one stays the last
+        wanted = bool(by_steps or by_time) and not self.run.skipped  # no checkpoint while steps are skipped
         wanted, self._signal = largest_over_processes(wanted, self._came)
         if step == self.run.total_steps:
-            self._listen(False)  # what comes now is short, and would not look whether a signal came
+            self._listen(False)  # the rest of the run is short and does not check for signals
         return bool(wanted or self._signal)
 
     def save(self, step, carried=None):
-        """Write a checkpoint of `step`. If a signal asked for it, say how to go on, and end the process.
+        """Write a checkpoint of `step`. After a signal, also print how to continue, and end the process.
 
-        carried: what the loop carries over, a dict of tensors, numbers, texts, lists and dicts.
-        Raises UserError when it cannot be written; those that are there stay.
+        carried: a dict of tensors, numbers, texts, lists and dicts that the loop carries over.
+        Raises UserError if the checkpoint cannot be written; earlier checkpoints stay.
         """
         began = time.time()
         states = gather(random_state())
-        parts = {name: state_of(part) for name, part in self.parts.items()}  # on all: a meter adds up over processes
+        parts = {name: state_of(part) for name, part in self.parts.items()}  # in all processes: a meter sums over them
         on_main(lambda: self._write(step, parts, carried or {}, states))
         self._since = time.time()
         cost = self._since - began
@@ -148,7 +152,7 @@ class Checkpoints:
         temporary, path = self.folder / "saving.tmp", self.folder / f"step-{step:08d}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.folder.mkdir(exist_ok=True)  # not its parent: a run whose folder is gone has lost its configuration
+            self.folder.mkdir(exist_ok=True)  # not its parent: without the run's folder, its configuration is lost
             temporary.mkdir()
             tensors = {}
             tree = flatten(state, tensors)
@@ -170,7 +174,7 @@ class Checkpoints:
                 f"Once there is room to write, go on with: {command()}"
             ) from None
         self.run.checkpoint = path
-        mine = [p for p in self._all() if p <= path]  # later ones are damaged: the run went on from before them
+        mine = [p for p in self._all() if p <= path]  # later ones are damaged: the run continued from before them
         for old in {*self._all()} - {*mine[-self.config.keep_checkpoints :]}:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -178,7 +182,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
     def _newest(self):
-        """The state in the newest checkpoint that is whole, or None."""
+        """The state in the newest complete checkpoint, or None."""
         for path in reversed(self._all()):
             damage = find_damage(path)
             if damage:
@@ -203,18 +207,20 @@ class Checkpoints:
         return None
 
     def _listen(self, on=True):
-        """Take SIGTERM and the first Ctrl-C as the wish to save and stop; a second Ctrl-C ends the process at once."""
+        """Handle signals: SIGTERM and the first Ctrl-C save and stop; a second Ctrl-C ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
             return
-        signal.signal(signal.SIGTERM, self._asked if on else signal.SIG_DFL)
+        for number in WISHES:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored: so it stays
+                signal.signal(number, self._asked if on else signal.SIG_DFL)
         signal.signal(signal.SIGINT, self._asked if on else signal.default_int_handler)
 
     def _asked(self, number, frame):
         now = time.time()
-        again = self._came == number and now - self._came_at > 1  # launchers pass on what the terminal sends to all
+        again = self._came == number and now - self._came_at > 1  # a launcher may repeat a signal of the terminal
         if number == signal.SIGINT and (again or not self.run.steps_began):
             raise KeyboardInterrupt
-        if not self.run.steps_began:  # there is nothing to save yet
+        if not self.run.steps_began:  # nothing to save yet
             sys.exit(128 + number)
         if not self._came:
             self._came, self._came_at = number, now
@@ -223,7 +229,7 @@ class Checkpoints:
 
 
 def find_damage(folder):
-    """What is wrong with a checkpoint's files, in words; None if they are what was written."""
+    """A text that says what is wrong with the files of a checkpoint; None if they are complete and unchanged."""
     try:
         expected = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name in FILES:
@@ -246,12 +252,12 @@ def trained_weights(module):
 
 
 def state_of(part):
-    """The state of a module (the weights that train), an optimizer or a gradient scaler."""
+    """The state of a part: the trained weights of a module, else its state_dict()."""
     return trained_weights(part) if isinstance(part, torch.nn.Module) else part.state_dict()
 
 
 def put_back(part, state):
-    """Give a part the state that `state_of` took. Raises UserError for a module with other weights."""
+    """Restore the state from `state_of` in a part. Raises UserError for a module with other weights."""
     if not isinstance(part, torch.nn.Module):
         part.load_state_dict(state)
         return
@@ -264,11 +270,11 @@ def put_back(part, state):
 
 
 def flatten(value, tensors, name="state"):
-    """A nested value as what JSON can hold; its tensors go into the dict `tensors`, by their place."""
+    """Turn a nested value into one that JSON can hold. Its tensors are moved to the dict `tensors`, named by place."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().cpu().contiguous()
         return {"tensor": name}
-    if isinstance(value, dict):  # as pairs: JSON would turn the optimizer's numbers into texts
+    if isinstance(value, dict):  # as pairs, because JSON would turn the optimizer's integer keys into texts
         return {"dict": [[key, flatten(x, tensors, f"{name}.{key}")] for key, x in value.items()]}
     if isinstance(value, (list, tuple)):
         return [flatten(x, tensors, f"{name}.{i}") for i, x in enumerate(value)]
@@ -276,7 +282,7 @@ def flatten(value, tensors, name="state"):
 
 
 def unflatten(tree, tensors):
-    """The inverse of `flatten`; tuples come back as lists."""
+    """The inverse of `flatten`. Tuples become lists."""
     if isinstance(tree, list):
         return [unflatten(x, tensors) for x in tree]
     if isinstance(tree, dict):
@@ -301,7 +307,7 @@ def set_random_state(state):
 
 
 def from_main(state):
-    """The state that process 0 has, on all processes; tensor by tensor, because together they may be large."""
+    """Send the state of process 0 to all processes, tensor by tensor, because all together may be large."""
     if not several():
         return state
     tensors = {}

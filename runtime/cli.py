@@ -1,26 +1,29 @@
-"""Run a script's `main` as a command: what goes wrong is one message and an exit status."""
+"""Run a script's `main` as a command: an error becomes one message and an exit status."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from pathlib import Path
 
 from configs.config import UserError, load_config
 from runtime.memory import keep_freed_memory
 from runtime.run_folder import on_refusal
 
 
-def cli(main, Config):
+def cli(main, Config, several=False):
     """Run `main(load_config(Config))` as a command: a UserError becomes one message and exit status 2.
 
-    So does what the machine does to a run (no memory, no disk, a lost process): see runtime/failures.py.
+    So does an error of the machine (no memory, no disk, a lost process): see runtime/failures.py.
     """
     config = None
     on_refusal.clear()
     keep_freed_memory()
     try:
         config = load_config(Config)
+        if not several:
+            refuse_several()
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # launchers that may start all processes again
             from runtime.rendezvous import new_rendezvous
 
@@ -29,7 +32,7 @@ def cli(main, Config):
     except UserError as error:
         while on_refusal:
             on_refusal.pop()()
-        if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and the launcher then ends this process
+        if os.environ.get("RANK", "0") != "0":  # rank 0 mostly prints the same; then the launcher ends this process
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         leave_processes()
@@ -48,17 +51,26 @@ def cli(main, Config):
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            os._exit(2)  # at once: the others may be gone, and the launcher waits to start all again
+            os._exit(2)  # at once: the others may have ended, and the launcher waits to start all again
         sys.exit(2)
     leave_processes()
 
 
+def refuse_several():
+    """Raise UserError if a launcher started this script in several processes: each would do the whole work."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"{Path(sys.argv[0]).name} runs in one process, and {os.environ['WORLD_SIZE']} were started. Start it with "
+            "python; train/train_lm_ddp.py and the training scripts of rlhf/ take torchrun"
+        )
+
+
 def leave_processes():
-    """Close the connections to the other processes: gloo's threads abort an interpreter that ends without."""
+    """Close the connections to the other processes. Otherwise gloo's threads abort the interpreter at its end."""
     if "torch.distributed" in sys.modules:
         dist = sys.modules["torch.distributed"]
         if dist.is_available() and dist.is_initialized():
-            # gloo's threads let go of their last tensors, for which they need the interpreter; destroying holds it
-            # and waits for them: without this pause, and with a DDP wrapper still alive, that can be for ever
+            # gloo's threads need the interpreter to free their last tensors, but destroy_process_group holds it and
+            # waits for them. Without this pause, and while a DDP wrapper exists, it can wait for ever.
             time.sleep(0.2)
             dist.destroy_process_group()

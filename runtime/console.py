@@ -1,4 +1,4 @@
-"""What the terminal shows."""
+"""Output on the terminal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def rank():
 
 
 def say(*words, end="\n"):
-    """Print on rank 0 only, at once (a pipe would hold lines back)."""
+    """Print in process 0 only, and flush, because a pipe would buffer the lines."""
     if rank() == 0:
         print(*words, end=end, flush=True)
 
 
 def clock(moment):
-    """A time as '12:03', with the date where that is another day."""
+    """A time as '12:03'; with the date if it is not today."""
     there, now = time.localtime(moment), time.localtime()
     return time.strftime("%H:%M" if there[:3] == now[:3] else "%Y-%m-%d %H:%M", there)
 
@@ -39,14 +39,14 @@ def duration(seconds):
 
 
 def quiet_libraries():
-    """Turn off progress bars and advice of the libraries that a user cannot act on, by their own switches."""
+    """Turn off progress bars and warnings of libraries that do not help a user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
 
-    # peft 0.21 calls a property that transformers 5.23 renamed; nothing a user could change
+    # peft 0.21 calls a property that transformers 5.23 renamed; a user cannot change this
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    # peft finds out by itself how GPT-2's layers are laid out, and says so at each of them
+    # peft detects the weight layout of GPT-2's layers, and warns for each layer
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

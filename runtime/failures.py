@@ -1,6 +1,6 @@
-"""What the machine does to a run, in words: memory that is used up, a disk that is full, a process that died.
+"""Messages for errors of the machine: not enough memory, a full disk, a lost process.
 
-`explain` is called by `configs.config.cli` for what no script foresaw. What it does not know stays a traceback.
+`cli` in runtime/cli.py calls `explain` for exceptions that no script handles. Unknown errors stay a traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", 
 
 
 def explain(error, config):
-    """One message for an error of the machine, with the way to go on; None for an error that is a bug of ours."""
+    """A message for an error of the machine, with the command that continues. None for any other error (a bug)."""
     said = str(error).lower()
     if isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY):
         return out_of_memory(error, config)
@@ -37,18 +37,18 @@ def explain(error, config):
 
 
 def reason(error):
-    """Why a file could not be written, in the system's words, which the safetensors library puts into its own."""
+    """The reason of the system why a file could not be written; for safetensors, it is taken from the message."""
     return getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
 
 
 def disk(path, why, config):
-    """Something could not be written: where, why, what is there, how to go on."""
+    """A message for a failed write: where, why, what stays, and how to continue."""
     where = shown(path) if path else shown(in_root(config.out))
     return f"{where}: {why}. What was written before stays. When that is solved, go on with: {command()}"
 
 
 def out_of_memory(error, config):
-    """What was being done, how much is free, and which settings need less, those that save most first."""
+    """A message for too little memory: the line of code, the free memory, and options that need less memory."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _ours(f.filename)]
     doing = "loading libraries"
     if frames:
@@ -60,9 +60,9 @@ def out_of_memory(error, config):
 
 
 def savers(config, sampling=False):
-    """Options that need less memory than the configuration's, as a person would type them; what saves most first.
+    """Options that need less memory than the configuration, as on the command line. The largest saving comes first.
 
-    sampling: the memory ran out while completions were sampled, where no gradients are.
+    sampling: the memory ran out while completions were sampled, so there are no gradients.
     """
     key = vars(config)
     found = []
@@ -85,7 +85,7 @@ def savers(config, sampling=False):
 
 
 def free_memory():
-    """'1.2 of 15.0 GB free', of the GPU where one is used, else of the machine."""
+    """'1.2 of 15.0 GB free': on the GPU if one is used, else on the machine."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -100,7 +100,7 @@ def free_memory():
 
 
 def _below(path, config):
-    """Whether a path lies in the run's folder."""
+    """Whether a path is inside the run's folder."""
     return bool(path) and "out" in vars(config) and in_root(config.out).absolute() in [*Path(path).absolute().parents]
 
 

@@ -1,4 +1,4 @@
-"""Paths, JSON and files that are written whole or not at all."""
+"""Paths, JSON, and atomic writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from configs.config import ROOT, UserError, shown
 
 
 def in_root(path):
-    """A path of a configuration: absolute, or relative to the working directory if it is there, else to the root."""
+    """The path for a name in a configuration.
+
+    A relative path starts at the working directory if it exists there, else at the repository.
+    Raises UserError for a text that cannot be a path.
+    """
     path = Path(path)
     try:
         return path if path.exists() or path.is_absolute() else ROOT / path
@@ -28,7 +32,7 @@ def sha256_file(path):
 
 
 def synced(*paths):
-    """Have the disk hold what was written to these files, or which names are in these folders."""
+    """Flush files, and the entries of folders, to the disk (fsync)."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -38,7 +42,7 @@ def synced(*paths):
 
 
 def write_atomically(path, text):
-    """Write `text` so that `path` holds either its old content or all of the new one."""
+    """Write `text` to `path` atomically: the file has either its old content or the complete new content."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as f:
@@ -49,18 +53,18 @@ def write_atomically(path, text):
 
 
 def read_manifest(folder):
-    """A finished run's manifest as a dict, or None if the folder holds no finished run."""
+    """The manifest of a finished run as a dict. None if the folder has no finished run."""
     path = in_root(folder) / "manifest.json"
     return read_json(path) if path.is_file() else None
 
 
 def json_error(error):
-    """What the library says of a line that is not JSON, and where in it: 'Expecting value at column 3'."""
+    """The library's message for a line that is not JSON, with the column: 'Expecting value at column 3'."""
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def read_json(path):
-    """The object in a JSON file of ours. Raises UserError if it is damaged."""
+    """The object in a JSON file that this repository wrote. Raises UserError if the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
@@ -71,7 +75,7 @@ def read_json(path):
 
 
 def read_lines(path):
-    """The rows of a JSONL file of ours; [] if it is not there. A line that a kill cut short is left out."""
+    """The rows of a JSONL file that this repository wrote; [] if it is not there. Incomplete lines are left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

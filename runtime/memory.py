@@ -1,14 +1,14 @@
-"""How a process holds its memory on a CPU: what a tensor leaves behind is there for the next one.
+"""CPU memory of a process: keep the freed memory of a tensor for the next tensor.
 
-The C library hands the memory of a large tensor back to the system as soon as nobody needs it, and for the next one the
-system maps and clears new pages. A training step makes and drops some gigabytes; in a virtual machine these page faults
-were a tenth of our steps and a third of the steps of others (benchmarks/notes.md). The peak of what a process holds
-rose by one to two hundredths.
+The C library returns the memory of a large tensor to the system as soon as the tensor is freed. For the next tensor the
+system maps and clears new pages. A training step allocates and frees some gigabytes. In a virtual machine these page
+faults took a tenth of the time of our steps, and a third of that of other libraries (benchmarks/notes.md). Keeping the
+memory raises the peak of a process by 1 to 2 %.
 
-Pieces under a kilobyte that are freed the C library keeps in a cache of their own, wherever they lie, and the free
-memory at their sides cannot grow together: tensors find no place in it and take new memory. Without this cache LM
-training held an eighth less at its peak, other jobs up to a twelfth. Only the environment in which a process starts
-turns it off.
+The C library also keeps freed pieces under a kilobyte in a separate cache. The free memory next to them cannot be
+merged, so tensors do not fit into it and take new memory. Without this cache the peak of LM training was an eighth
+lower, and that of other jobs up to a twelfth lower. The cache can only be turned off by the environment in which a
+process starts.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import os
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's settings; mallopt(3)
-# The environment of processes that we start (the demo's stages, the benchmarks); what the user has set comes first
+# environment of the processes that we start (stages of the demo, benchmarks); the user's own settings override it
 AT_START = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 
 
 def keep_freed_memory():
-    """Let this process keep what is freed, and torch take pages of 2 MB; before the first large tensor is made.
+    """Keep freed memory in this process, and let torch use pages of 2 MB. Call it before the first large tensor.
 
-    The environment variable THP_MEM_ALLOC_ENABLE=0 leaves the pages as they are. Returns whether freed memory is kept:
-    with another C library than glibc it is not.
+    The environment variable THP_MEM_ALLOC_ENABLE=0 keeps the normal page size. Returns whether freed memory is kept: it
+    is not with a C library other than glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first large tensor
     if platform.libc_ver()[0] != "glibc":

@@ -1,8 +1,9 @@
-"""Where a result comes from: machine, versions, commit, hashes of what was read."""
+"""The origin of a result: machine, versions, commit, and hashes of the files that were read."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -20,15 +21,17 @@ from runtime.files import in_root, sha256_file
 def named_inputs(config):
     """{key: path} of the data and models that a configuration names (`option(reads=True)`).
 
-    The paths of hub names are not there.
+    The paths of hub names do not exist.
     """
     return {key: in_root(vars(config)[key]) for key in names_with(config, reads=True) if vars(config)[key]}
 
 
 def files_read(config):
-    """{key: hash} of the files and folders that a configuration names as data or models, so that a change is noticed.
+    """{key: hash} of what decides a run besides its configuration, so that a change is noticed.
 
-    What comes from the package index or a hub is not among them: it is pinned by its own hash or name.
+    That is the files and folders that it names as data or models, the file of its reward function, and where the
+    checks of prompts score, their code. Whatever comes from the package index or a hub is not among them: it is pinned
+    by its own hash or name.
     """
     found = {}
     for key, path in named_inputs(config).items():
@@ -36,19 +39,46 @@ def files_read(config):
             continue
         kinds, ours = (".safetensors", ".json", ".jsonl", ".txt"), ("manifest.json", "metrics.jsonl", "samples.jsonl")
         inside = [p for p in sorted(path.rglob("*")) if p.suffix in kinds and p.name not in ours and p.is_file()]
-        parts = [(str(p.relative_to(path)), sha256_file(p)) for p in ([path] if path.is_file() else inside)]
-        found[key] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        found[key] = sha256_files([path] if path.is_file() else inside, path)
+    code = [key for key in names_with(config, reads="code") if vars(config)[key]]
+    for key in code:
+        files = [path for path in map(code_file, vars(config)[key].split(",")) if path]
+        if files:
+            found[key] = sha256_files(files, ROOT)
+    if "prompts" in vars(config) and not code:
+        found["checks"] = sha256_files([ROOT / "data" / "checks.py"], ROOT)
     return found
 
 
+def code_file(spec):
+    """The file of a function `module:function`, found in the same way as by `load_reward`. None if there is none."""
+    module = spec.partition(":")[0].strip()
+    stem = Path.cwd().joinpath(*module.split("."))
+    for path in (stem.with_name(stem.name + ".py"), stem / "__init__.py"):
+        if path.is_file():
+            return path
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found and found.has_location else None
+
+
+def sha256_files(paths, root):
+    """One hash, 16 hexadecimal digits, of several files and of their names below `root`."""
+    names = [p.name if p == root or not p.is_relative_to(root) else str(p.relative_to(root)) for p in paths]
+    parts = [("." if p == root else name, sha256_file(p)) for p, name in zip(paths, names)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
 def peak_memory_gb():
-    """The most memory this process has held so far, in GB: on the GPU where one is used, else resident."""
+    """The peak memory of this process so far, in GB: allocated on the GPU if one is used, else resident memory."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count what the parent process held when it started this one
+    if status.exists():  # ru_maxrss would include the memory of the parent process when it started this one
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -56,7 +86,7 @@ def peak_memory_gb():
 
 
 def machine():
-    """What the run ran on, in words and numbers."""
+    """The machine: CPU, number of cores, GPUs, operating system."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -68,7 +98,7 @@ def machine():
 
 
 def versions():
-    """Versions of Python and of the libraries that results depend on."""
+    """The versions of Python and of the libraries that decide the results."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers"):
         try:
@@ -91,7 +121,7 @@ def git_commit():
 
 
 def provenance(seconds):
-    """What every manifest says of where its numbers come from. seconds: what the work took."""
+    """The entries of every manifest on the origin of its numbers. seconds: the time of the work."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "seconds": round(seconds, 1),

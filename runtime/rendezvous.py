@@ -1,10 +1,10 @@
-"""Several processes find each other anew each time the launchers start them.
+"""Let the processes connect again each time the launchers start them.
 
-Launchers that meet over the network (`torchrun --rdzv_backend=c10d`, also what `--standalone` is) keep one store of
-addresses for as long as they live. After `--max-restarts` came into play, a new process may read there where one that
-died was listening, and give up: torch 2.13, torch/distributed/rendezvous.py, takes the store for a new one. So rank 0
-opens a store of its own and leaves only its port in that of the launchers. A port of before is told from the new one by
-trying: the launchers start processes when all those of before have ended, so nobody listens there any more.
+Launchers that meet over the network (`torchrun --rdzv_backend=c10d`, which `--standalone` uses, too) keep one store of
+addresses as long as they live. After a restart (`--max-restarts`), a new process may read the address of a dead process
+there and fail, because torch 2.13 (torch/distributed/rendezvous.py) treats the old store as new. So rank 0 opens its
+own store, and writes only its port into the store of the launchers. The other processes try to connect to this port. An
+old port does not answer: the launchers start new processes only after all old ones have ended.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import socket
 import time
 from datetime import timedelta
 
-SECONDS = 300  # for all to come: they start together, but a machine may be slow to load libraries
+SECONDS = 300  # until all processes have started: they start together, but loading libraries may be slow
 TRY_SECONDS = 3
 KEY = "port of rank 0"
 
 
 def new_rendezvous():
-    """Have `init_process_group` use a store of this start alone. Raises RuntimeError when rank 0 does not come."""
+    """Let `init_process_group` use a new store for this start. Raises RuntimeError if rank 0 cannot be reached."""
     from torch.distributed import TCPStore
 
     address, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
     launchers = TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=SECONDS))
     if rank == 0:
         mine = TCPStore(address, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-        _open.append(mine)  # or it would close; with `multi_tenant`, init_process_group finds it by its port
+        _open.append(mine)  # keeps it open; with `multi_tenant`, init_process_group finds it by its port
         port = mine.port
         launchers.set(KEY, str(port))
     else:
@@ -36,7 +36,7 @@ def new_rendezvous():
 
 
 def _port_of_rank_0(address, launchers):
-    """The port in the launchers' store once somebody listens there."""
+    """Wait until a port in the launchers' store answers. Returns the port."""
     end = time.time() + SECONDS
     while True:
         port = int(launchers.get(KEY))  # waits until there is one

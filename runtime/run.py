@@ -1,10 +1,10 @@
-"""A run and its folder: config.yaml, metrics.jsonl, manifest.json, and the line that the terminal shows at each step.
+"""A run and its folder: config.yaml, metrics.jsonl, manifest.json, and the line on the terminal at each step.
 
     run = Run(config, "models/dpo", total_steps=100)
     run.log(step, loss=0.69, lr=1e-4, tokens=5120)          # one line, the same keys in metrics.jsonl
     run.finish(result={"heldout_accuracy": 0.81}, inputs={"data/preferences.jsonl": sha256})
 
-Under torchrun every rank makes a Run; only rank 0 prints and writes.
+Under torchrun every process makes a Run. Only process 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ from runtime.processes import on_main
 from runtime.provenance import files_read, named_inputs, provenance
 from runtime.run_folder import acquire, hold, refuse_other_use, release
 
-CHECKPOINTS = "checkpoints"  # the subfolder of a run that is not finished; see runtime/checkpoint.py
+CHECKPOINTS = "checkpoints"  # subfolder of an unfinished run; see runtime/checkpoint.py
 
 
 class Run:
-    """One run of one script: prints, records, and says at the end what it made.
+    """One run of one script. It prints and records metrics, and writes the manifest at the end.
 
-    out: the folder that receives config.yaml, metrics.jsonl, manifest.json and the weights.
-    total_steps: steps the run will take, for the estimate of the time left; may be set later.
-    sinks: functions called with (metrics: dict, step) at each logged step, W&B for one.
+    out: the folder for config.yaml, metrics.jsonl, manifest.json and the weights.
+    total_steps: the number of steps, for the estimate of the time left; may be set later.
+    sinks: functions that are called with (metrics: dict, step) at each logged step, such as W&B.
+    Raises UserError if the folder holds another run or other files, or cannot be written. If the folder holds this run
+    and it is finished, the script exits with status 0.
     """
 
     def __init__(self, config, out, total_steps=None, sinks=()):
         self.config, self.folder, self.total_steps, self.sinks = config, in_root(out), total_steps, list(sinks)
         self.script = Path(sys.argv[0]).name
-        self.started = time.time()  # less what the run had taken before, where it was interrupted
-        self.unfinished = False  # whether the folder held this very run, interrupted
-        self.checkpoint = None  # the folder of the last one
+        self.started = time.time()  # minus the seconds that the run took before an interruption
+        self.unfinished = False  # whether the folder held this run, interrupted
+        self.checkpoint = None  # the folder of the last checkpoint
         self.files = {}  # hashes of what the run reads
         self.last = {}  # the numbers of the last logged line
-        self.steps_began = None  # when
-        self.skipped = 0  # steps in a row whose loss or gradient was not finite
-        self._skips = 0  # of those, since the last logged line
-        self._lines = 0  # of metrics.jsonl
-        self._recent = None  # when the last line was logged, for rates
-        self._first = None  # (time, step) when steps began, for the estimate
+        self.steps_began = None  # time at which the steps began
+        self.skipped = 0  # consecutive steps whose loss or gradient was not finite
+        self._skips = 0  # skipped steps since the last logged line
+        self._lines = 0  # lines of metrics.jsonl
+        self._recent = None  # time of the last logged line, for rates
+        self._first = None  # (time, step) at which the steps began, for the time left
         self._tokens = 0
         self._carried = (0.0, 0)  # seconds and tokens between the last logged line and the checkpoint
         self.is_main = rank() == 0
@@ -74,7 +76,7 @@ class Run:
                 say(f"{shown(self.folder)} holds this very run, finished. --overwrite true runs it again.")
                 shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # a kill may have come before this
                 sys.exit(0)
-            # a run that began with --overwrite true and was interrupted goes on: that, too, is the same command again
+            # an interrupted run that began with --overwrite true continues: the same command was given again
             self.unfinished = not (differences or manifest or (overwrite and not before.get("overwrite")))
         try:
             self._begin = acquire(self.folder, not self.unfinished, hold)
@@ -86,10 +88,10 @@ class Run:
         say(textwrap.fill(words, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
     def refuse_changes(self, before, when):
-        """Raise UserError if a file that the run reads is not what it was then. before: `files` of that time."""
+        """Raise UserError if a file that the run reads has changed. before: earlier `files`. when: for the message."""
         changed = [k for k in sorted(before.keys() & self.files.keys()) if before[k] != self.files[k]]
         if changed:
-            names = ", ".join(f"{key} = {getattr(self.config, key)}" for key in changed)
+            names = ", ".join(f"{key} = {vars(self.config).get(key, 'data/checks.py')}" for key in changed)
             raise UserError(f"{names}: changed since {when}. --overwrite true begins again, another --out keeps both")
 
     def _differences(self, before):
@@ -103,19 +105,19 @@ class Run:
         return different + [f"only {where}: {', '.join(sorted(keys))}" for where, keys in only.items() if keys]
 
     def restart(self):
-        """Begin at the beginning: nothing is logged yet."""
+        """Start from the first step, with an empty metrics.jsonl."""
         if self.is_main:
             (self.folder / "metrics.jsonl").write_text("")
 
     def state(self):
-        """What a checkpoint keeps of the clock and the counters, for `resume`."""
+        """The clock and the counters, which a checkpoint keeps for `resume`."""
         now = time.time()
         since = now - self._recent if self._recent else 0.0
         counters = {"lines": self._lines, "tokens": self._tokens, "skipped": self.skipped, "skips": self._skips}
         return {"seconds": now - self.started, "since_logged": since, **counters}
 
     def resume(self, state):
-        """Go on from a checkpoint's `state`: metrics.jsonl is cut back to its lines, seconds go on from there."""
+        """Continue from the `state` in a checkpoint: metrics.jsonl is cut to its lines, and its seconds are added."""
         self.started -= state["seconds"]
         self._carried = (state["since_logged"], state["tokens"])
         self._lines, self.skipped, self._skips = state["lines"], state["skipped"], state["skips"]
@@ -132,14 +134,14 @@ class Run:
         self._first, self._recent, self._tokens = (now, step), now - since, tokens
 
     def count_tokens(self, tokens):
-        """Tokens processed since the last logged line, for tok/s."""
+        """Add to the number of processed tokens since the last logged line, for tok/s."""
         self._tokens += int(tokens)
 
     def finite(self, step, batch, **values):
-        """Whether all values are finite. If not, step `step` is to be skipped: this is said and counted.
+        """Whether all values are finite. If not, the caller must skip step `step`; this method prints and counts it.
 
-        batch: which rows the step is taken on, in words. Raises UserError at the config.max_skipped-th skipped step in
-        a row.
+        batch: a text that names the rows of the step. Raises UserError at the config.max_skipped-th skipped step in a
+        row.
         """
         bad = {key: float(value) for key, value in values.items() if not math.isfinite(value)}
         if not bad:
@@ -158,10 +160,10 @@ class Run:
         return False
 
     def log(self, step, **metrics):
-        """Print one line and append it to metrics.jsonl. Adds tok/s (when tokens were counted), eta and seconds.
+        """Print one line and append it to metrics.jsonl. Adds seconds, and tok/s if tokens were counted; prints eta.
 
-        step counts optimizer steps from 1. None values are left out, and those that are not finite are only printed;
-        other floats are recorded in full. Steps that were skipped since the last line are counted under `skipped`.
+        step: the optimizer step, from 1. None values are left out. Values that are not finite are only printed. Other
+        floats are recorded in full precision. `skipped` is the number of skipped steps since the last line.
         """
         now = time.time()
         if self._tokens:
@@ -188,10 +190,10 @@ class Run:
         say("step " + " | ".join([count, *words]))
 
     def finish(self, result, inputs=None, next_command=None, more=None):
-        """Write manifest.json (which marks the run as finished) and say where everything is.
+        """Write manifest.json, which marks the run as finished. Print the result and the folder.
 
-        result: what the run reached, numbers by name. inputs: sha256 of each model and data file it read, by name.
-        more: entries for the manifest that are not printed.
+        result: {name: number}. inputs: {name: sha256} of the models and data files that the run read. more: entries of
+        the manifest that are not printed. Removes the checkpoints.
         """
         if not self.is_main:
             return

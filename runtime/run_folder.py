@@ -1,7 +1,7 @@
-"""The folder of a run that is about to begin: nothing is lost, and nothing is left, if the run is then refused.
+"""The folder of a run that begins. If the run ends in a UserError before its first log line, nothing has changed.
 
-Most mistakes in data and models are found after the folder was claimed. Until the run has logged its first line, what
-an earlier run left there is only moved aside, and a UserError puts everything back as it was.
+Most errors in data and models are found after the run has taken its folder. Until the run has logged its first line,
+the files of an earlier run are only moved aside, and a UserError moves everything back.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from configs.config import UserError, shown
 from runtime.console import say
 
-REPLACED = ".replaced"  # the subfolder that keeps an earlier run until the new one has begun
+REPLACED = ".replaced"  # subfolder that keeps the files of an earlier run until the new run has begun
 
 
 def refuse_other_use(folder, inputs):
-    """Raise UserError if a run in `folder` would mix with files that are no run's, or replace what it reads.
+    """Raise UserError if `folder` has files that are not those of a run, or if the run would replace its own inputs.
 
-    inputs: {key: path} of what the configuration names as data and models.
+    inputs: {key: path} of the data and models that the configuration names.
     """
     for key, path in inputs.items():
         if path.exists() and (path.resolve() == folder.resolve() or folder.resolve() in path.resolve().parents):
@@ -34,7 +34,7 @@ def refuse_other_use(folder, inputs):
 
 
 def check_place(path):
-    """Raise UserError unless the file `path` can be written: a mistake to find before the work, not after it."""
+    """Raise UserError unless the file `path` can be written. Call it before the work."""
     path = Path(path).absolute()
     above = next(p for p in path.parents if p.exists())
     if path.is_dir():
@@ -47,7 +47,7 @@ def check_place(path):
 def acquire(folder, clear, lock):
     """Make and lock `folder`, and empty it if `clear`. Returns a function to call when the run has begun.
 
-    Until then, `configs.config.cli` takes everything back if the run ends in a UserError.
+    Until then, `cli` in runtime/cli.py restores everything if the run ends in a UserError.
     Raises OSError if the folder cannot be made.
     """
     first_new = next((p for p in [*reversed(folder.parents), folder] if not p.exists()), None)
@@ -59,7 +59,7 @@ def acquire(folder, clear, lock):
         replaced.mkdir()
         for path in earlier:
             os.replace(path, replaced / path.name)
-    elif clear:  # a run that replaces another was killed before it began: the other one is still the earlier run
+    elif clear:  # the last run was killed before it began: the earlier run is still in REPLACED
         _empty(folder)
 
     def roll_back():
@@ -88,16 +88,16 @@ def _empty(folder):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-on_refusal = []  # functions that `cli` calls when a run ends in a UserError: they take back what was begun
+on_refusal = []  # functions that `cli` calls if a run ends in a UserError; they undo what was begun
 
 
-LOCK_SECONDS = 60  # to wait for the last process of the same run to end
+LOCK_SECONDS = 60  # to wait until an earlier process of the same run has ended
 
 
 def hold(folder):
-    """Make this process the only one that writes to `folder`, until it ends or `release`s it.
+    """Lock `folder`, so that only this process writes to it until it ends or calls `release`.
 
-    Waits a little for another one, which may be saving what it did before it was stopped; then raises UserError.
+    Waits up to LOCK_SECONDS for another process, which may be saving a checkpoint. Then raises UserError.
     """
     if folder in _held:
         return
@@ -125,4 +125,4 @@ def release(folder):
         os.close(_held.pop(folder))
 
 
-_held = {}  # folder: the descriptor that locks it; locks end with the process
+_held = {}  # {folder: file descriptor of its lock}; locks end with the process

@@ -7,10 +7,10 @@
 Each stage runs at smoke size, first to its end, then again and again, killed with SIGKILL: every other time from
 outside, at a moment drawn from the seconds that a run takes; else at an event within it, a step of the optimizer or
 something that makes a file last (see interrupted.py). A run that was killed is started again by the same command until
-it finishes; then its weights, the states of its optimizers and random generators, its metrics and other files must be
-those of the run that never was killed. That goes on until there were as many kills as asked for. The demo is killed
-with the stage that it runs, or alone, which leaves that stage behind. W&B's own files are not compared. All happens in
-a copy of the code, on the CPU, one thread a stage.
+it finishes; then its weights, the states of its optimizer, scaler and random generators, its metrics and other files
+must be those of the run that never was killed. That goes on until there were as many kills as asked for. The demo is
+killed with the stage that it runs, or alone, which leaves that stage behind. W&B's own files are not compared. All
+happens in a copy of the code, on the CPU, one thread a stage.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LM += ["--max_steps", "9"]  # of which five are in the second epoch
 PAIRS = ["--data", "PAIRS", "--batch_size", "3", "--micro_batch_size", "2", "--log_every", "3", "--save_every", "1"]
 ROLLOUTS = ["--steps", "4", "--save_every", "1", "--log_every", "3"]
 SAMPLING = ["--model_name", "tiny-llama", "--max_new_tokens", "6", "--limit", "12", "--precision", "fp32"]
-SAMPLING += ["--batch_size", "8"]
+SAMPLING += ["--sampling_batch_size", "8"]
 STAGES = {  # name: (script, its command line); the demo has its own
     "demo": None,
     "lm": ("train.train_lm", LM),

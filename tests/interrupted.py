@@ -15,6 +15,7 @@ import os
 import random
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -127,8 +128,8 @@ def _child(script, words, out, die_at, die_by, largest_file, spoil_from, environ
     with open(f"{out}.said", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         module = importlib.import_module(script)
         sys.argv = [script.replace(".", "/") + ".py", *words]
-        optimizers, events = [], [0]
-        _count(events, die_at, lambda: os.kill(os.getpid(), die_by), optimizers)
+        updates, events = [], [0]
+        _count(events, die_at, lambda: os.kill(os.getpid(), die_by), updates)
         _watch(f"{out}.phase")
         if spoil_from:
             _spoil_gradients(spoil_from)
@@ -137,8 +138,8 @@ def _child(script, words, out, die_at, die_by, largest_file, spoil_from, environ
         cli(module.main if "main" in vars(module) else module.train, module.Config)
         f.flush()
         if environment.get("RANK", "0") == "0":
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            end = {"optimizers": states, "random": torch.get_rng_state(), "events": events[0]}
+            states = [each.state_dict() for each in updates]  # optimizer, scaler and counts, as a checkpoint has them
+            end = {"updates": states, "random": torch.get_rng_state(), "events": events[0]}
             torch.save(end, f"{out}.end.new")
             replace(f"{out}.end.new", f"{out}.end")
 
@@ -231,7 +232,9 @@ def _watch(path):
     return now
 
 
-def _count(events, die_at, die, optimizers):
+def _count(events, die_at, die, updates):
+    """Count events and call `die` at the one of number die_at; `updates` receives every `Updates` that is made."""
+
     def counted(function):
         def call(*args, **kwargs):
             events[0] += 1
@@ -244,6 +247,7 @@ def _count(events, die_at, die, optimizers):
     for name in ("fsync", "rename", "replace"):
         setattr(os, name, counted(getattr(os, name)))
     from runtime import checkpoint
+    from train.updates import Updates
 
     save_file = checkpoint.save_file
 
@@ -256,14 +260,14 @@ def _count(events, die_at, die, optimizers):
         save_file(tensors, path)
 
     checkpoint.save_file = torn
-    adamw, made = torch.optim.AdamW, torch.optim.AdamW.__init__
-    adamw.step = counted(adamw.step)
+    torch.optim.AdamW.step = counted(torch.optim.AdamW.step)
+    made = Updates.__init__
 
     def remember(self, *args, **kwargs):
         made(self, *args, **kwargs)
-        optimizers.append(self)
+        updates.append(self)
 
-    adamw.__init__ = remember
+    Updates.__init__ = remember
 
 
 def _spoil_gradients(first):
@@ -280,7 +284,7 @@ def _spoil_gradients(first):
 
 
 def differences(a, b):
-    """What two finished runs differ in: weights, optimizer and random state bit by bit, metrics but for their times.
+    """What two finished runs differ in: weights, updates and random state bit by bit, metrics but for their times.
 
     a, b: what `--out` named, a folder or a file.
     """
@@ -292,7 +296,7 @@ def differences(a, b):
     if not Path(f"{b}.end").is_file():  # killed when all was written, and then found to be finished
         return found
     ends = [torch.load(f"{x}.end") for x in (a, b)]
-    return found + [key for key in ("optimizers", "random") if not _same(ends[0][key], ends[1][key])]
+    return found + [key for key in ("updates", "random") if not _same(ends[0][key], ends[1][key])]
 
 
 def tree_differences(a, b):
@@ -325,6 +329,9 @@ def manifest_of(path):
 def record(path):
     """What a manifest or a measurement says but for its times and where it was made."""
     found = json.loads(Path(path).read_text())
+    if "command" in found:
+        words = shlex.split(found["command"])
+        found["command"] = [word for before, word in zip(["", *words], words) if before != "--out"]
     return {k: v for k, v in found.items() if k not in ("seconds", "peak_memory_gb", "config", "git_commit")}
 
 

@@ -21,8 +21,9 @@ STATEMENTS = {
     "lean-layers": "Layers and the loss that keep less for the backward pass give the values and gradients of those of "
     "transformers and of the definition.",
     # tokens, masks, templates
-    "eos-is-target": "With pad equal to eos, the eos that ends an answer still counts: masks go by length.",
-    "stop-token": "The stop token is in the loss with every template: a model fitted to four answers stops by itself.",
+    "eos-is-target": "With pad equal to eos, the eos that ends a completion still counts: masks go by length.",
+    "stop-token": "The stop token is in the loss with every template: a model fitted to four completions stops by "
+    "itself.",
     "one-renderer": "One function renders prompts for every stage, with exactly one BOS where the model has one.",
     "empty-completion": "A row of which nothing would count is an error that names it.",
     "same-prompt-ids": "Chosen and rejected have the same prompt ids, also where text would merge at the boundary.",
@@ -36,12 +37,13 @@ STATEMENTS = {
     # DPO
     "dpo-ln-2": "With dropout in the configuration the first DPO loss is ln 2 and the implicit rewards are 0; the "
     "reference is in eval mode, without gradients, and never changes.",
-    "dpo-sums": "DPO adds log-probs over an answer; IPO alone takes their means. The losses have their worked values.",
+    "dpo-sums": "DPO adds log-probs over a completion; IPO alone takes their means. The losses have their worked "
+    "values.",
     "dpo-unused-option": "An option that the chosen loss ignores is an error.",
     "adapter-off": "The reference as `adapter off` is bitwise the base model, after training too.",
     "cached-reference": "Cached reference log-probs are fresh ones. A run keeps them for itself alone, so that nothing "
     "of another model, tokenizer, template, length or dtype can be mistaken for them.",
-    "logged-apart": "Log-probs of chosen and of rejected answers are logged apart.",
+    "logged-apart": "Log-probs of chosen and of rejected completions are logged apart.",
     # reward model
     "score-at-end": "The score is read at the last real token: left, right or no padding, pad equal to eos, eos inside "
     "the prompt.",
@@ -49,14 +51,15 @@ STATEMENTS = {
     "bradley-terry": "The loss has its worked values with margin and centering; a constant added to all scores changes "
     "the centering term alone.",
     # PPO
-    "reward-at-end": "The reward lands on the last real token, also where an answer fills its length.",
+    "reward-at-end": "The reward lands on the last real token, also where a completion fills its length.",
     "gae-padding": "Padding never reaches the advantages, which are their definition's double sum.",
-    "bootstrap": "An answer cut by its length can go on at its last value; which one was cut is its finish reason.",
+    "bootstrap": "A completion cut by its length can go on at its last value; its finish_reason says whether it was "
+    "cut.",
     "whitening": "Whitening counts the real tokens of all processes; shift_mean=False keeps the mean.",
     "ppo-first-step": "On the first inner step the ratio is 1; approximate KL and clip fraction are 0.",
     "values-fixed": "The value of a token does not depend on that token; old values and log-probs stay over the inner "
     "epochs.",
-    "reported-kl": "The KL that is reported, per answer and per token, is that of an enumerated policy.",
+    "reported-kl": "The KL that is reported, per sequence and per token, is that of an enumerated policy.",
     # KL
     "kl-gradients": "In expectation the gradient of k1 is 0, of k2 and ratio * k3 that of the reverse KL, of k3 that "
     "of the forward KL; k1 as a loss is refused.",

@@ -33,7 +33,7 @@ def test_a_stage_is_killed_as_often_as_asked_and_nothing_differs(tmp_path, monke
 
 def test_what_differs_is_found(tmp_path, monkeypatch):
     found = short(tmp_path, monkeypatch, spoil=["--lr", "0.0031"])
-    assert {"run 2: metrics.jsonl", "run 2: optimizers", "run 2: model.safetensors: model.norm.weight"} <= {
+    assert {"run 2: metrics.jsonl", "run 2: updates", "run 2: model.safetensors: model.norm.weight"} <= {
         *found["differences"]
     }
     assert "DIFFERENT after kills: lm" in chaos.verdict([found], 61)

@@ -1,4 +1,4 @@
-"""Every statement has a test and a breakage, and each of them names a statement."""
+"""Every statement has a test and a mutant, and each of them names a statement."""
 
 import ast
 from functools import cache
@@ -28,14 +28,14 @@ def test_every_mark_names_a_statement_and_every_statement_has_a_test():
     assert named == STATEMENTS.keys()
 
 
-def test_every_statement_has_a_breakage():
-    assert {breakage.statement for breakage in MUTANTS} == STATEMENTS.keys()
+def test_every_statement_has_a_mutant():
+    assert {mutant.statement for mutant in MUTANTS} == STATEMENTS.keys()
 
 
-@pytest.mark.parametrize("breakage", MUTANTS, ids=str)
-def test_a_breakage_fits_the_code_and_its_tests_are_of_its_statement(breakage):
-    assert breakage.fits(ROOT), "stale: the code has changed; say in mutants.py how to break it now"
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_mutant_fits_the_code_and_its_tests_are_of_its_statement(mutant):
+    assert mutant.fits(ROOT), "stale: the code has changed; say in mutants.py how to break it now"
     tests = marked_tests()
-    for name in breakage.tests:
+    for name in mutant.tests:
         file, function = name.split("::")
-        assert breakage.statement in tests[file, function.split("[")[0]], name
+        assert mutant.statement in tests[file, function.split("[")[0]], name

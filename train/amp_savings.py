@@ -1,6 +1,6 @@
-"""What mixed precision and gradient checkpointing save: peak memory and seconds of a few steps, measured.
+"""Measure what mixed precision and gradient checkpointing save: peak memory and seconds of a few steps.
 
-Each setting runs in a process of its own, because the peak of a process's memory never falls again.
+Each setting runs in a separate process, because the peak memory of a process never falls.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from train.updates import make_optimizer
 
 
 def compare_memory_and_time(config, model, tokenizer, precision):
-    """Measure plain, AMP, CKPT and both on micro-batches of the run's size; print the table, return it for a manifest.
+    """Measure plain, AMP, CKPT and both on random batches of config.batch_size x config.max_length tokens.
 
-    Returns {} with measure_steps 0. Only settings that the run's precision makes different are measured.
+    Prints a table and returns it for the manifest: {"measured": {setting: {"peak_memory_gb", "seconds_a_step"}}}.
+    Returns {} if measure_steps is 0. With precision fp32, only plain and CKPT are measured.
     """
     if not config.measure_steps:
         return {}
@@ -65,9 +66,10 @@ def _in_subprocess(job):
 
 
 def measure(name, precision, checkpointing, steps, shape):
-    """(peak memory in GB, seconds a step) of this process over `steps` optimizer steps on random tokens.
+    """(peak memory in GB, seconds per step) of this process over `steps` optimizer steps on random tokens.
 
-    shape: (B, T). The first step, which also lays out the optimizer's state, is not timed; the fastest other one is.
+    shape: (B, T). The first step is not timed, because it also allocates the optimizer's state. The time is that of the
+    fastest other step.
     """
     device = pick_device()
     model = load_model(name, device=device, merge_adapter=True).train()

@@ -1,4 +1,4 @@
-"""What the language-model scripts share: options, what a run starts from, the order of blocks, the loss, evaluation."""
+"""Shared code of the language-model scripts: options, model and data, the order of blocks, the loss, evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from train.packed import block_states
 
 @dataclass
 class LMConfig(Saving):
-    """One run of language-model training. A script adds its own fields."""
+    """The options of a language-model run. A script adds its own options."""
 
     CONFIG: ClassVar[str] = "configs/train_base.yaml"
     RENAMED: ClassVar[dict] = {
@@ -36,7 +36,7 @@ class LMConfig(Saving):
     model_name: str = option(
         "smollm2-135m", "a folder, an embedded name, a hub id, or `scratch` for random weights", reads=True
     )
-    batch_size: int = option(4, "blocks an optimizer step, over all processes", at_least=1)
+    batch_size: int = option(4, "blocks per optimizer step, over all processes", at_least=1)
     micro_batch_size: int = option(2, "blocks in one forward and backward pass", at_least=1)
     max_length: int = option(256, "tokens in a block", at_least=8)
     lr: float = option(5e-5, "peak learning rate", above=0)
@@ -47,12 +47,12 @@ class LMConfig(Saving):
     weight_decay: float = option(0.1, "AdamW's, on matrices", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     data: str = option("shakespeare", "an embedded text, a .txt or .jsonl file, a folder, or a hub dataset", reads=True)
-    heldout_fraction: float = option(0.05, "share kept for evaluation, where the data says nothing", above=0, below=1)
+    heldout_fraction: float = option(0.05, "share held out, if the data has no held-out part", above=0, below=1)
     eval_blocks: int = option(16, "held-out blocks that an evaluation reads; 0 = all", at_least=0)
     eval_every: int = option(0, "optimizer steps between evaluations; 0 = only before and after", at_least=0)
     log_every: int = option(5, "optimizer steps between log lines", at_least=1, identity=False)
-    sample_prompt: str = option("", "what the model goes on from, before and after training; empty = no samples")
-    sample_tokens: int = option(60, "length of a sample at most", at_least=1)
+    sample_prompt: str = option("", "prompt of the samples before and after training; empty = no samples")
+    sample_tokens: int = option(60, "longest sample, in tokens", at_least=1)
     scratch_architecture: str | None = option(None, "only for model_name scratch: llama or gpt2")
     scratch_layers: int | None = option(None, "only for model_name scratch", at_least=1)
     scratch_width: int | None = option(None, "only for model_name scratch: size of the hidden states", at_least=8)
@@ -79,9 +79,9 @@ class LMConfig(Saving):
 
 
 class Start:
-    """What a run starts from: `model` and `tokenizer`, `blocks` to train on and `heldout` ones, all as config says.
+    """The model and the data of a run: `model`, `tokenizer`, training `blocks` and `heldout` blocks.
 
-    kind: that of the corpus ("text", "messages" or "prompt"). inputs: the hashes of data and weights, by name.
+    kind: "text", "messages" or "prompt", the kind of the corpus. inputs: {name: hash} of the data and the weights.
     """
 
     def __init__(self, config, device, change_model=None):
@@ -96,7 +96,7 @@ class Start:
 
 
 def load_data(config):
-    """The corpus that `data` names. Raises UserError when it holds nothing to train on or nothing to evaluate on."""
+    """The corpus of config.data. Raises UserError if it has nothing to train on or nothing to evaluate on."""
     path = in_root(config.data)
     if not path.exists() and path.name == "preferences.jsonl":
         raise UserError(f"{shown(path)} is not there. This makes it: python data/generate_preferences.py")
@@ -107,7 +107,7 @@ def load_data(config):
 
 
 def load_blocks(config, corpus, tokenizer):
-    """(training blocks, held-out blocks); of the held-out ones as many as an evaluation reads, spread over all."""
+    """(training blocks, held-out blocks). Of the held-out blocks, config.eval_blocks are chosen at random (seed 0)."""
     size, name = config.max_length, corpus.name
     blocks = make_blocks(corpus.train, corpus.kind, tokenizer, size, f"{name}, training")
     heldout = make_blocks(corpus.heldout, corpus.kind, tokenizer, size, f"{name}, held out")
@@ -117,7 +117,7 @@ def load_blocks(config, corpus, tokenizer):
 
 
 def load_start(config, corpus, device):
-    """The model in float32 and its tokenizer that training starts from: a pretrained one, or random weights."""
+    """(model, tokenizer) at the start of training, in float32: a pretrained model, or random weights."""
     if config.model_name == "scratch":
         tokenizer = train_tokenizer(corpus.train, config.scratch_vocab)
         shape = (config.scratch_layers, config.scratch_width, config.scratch_heads, config.max_length)
@@ -135,7 +135,7 @@ def steps_in_epoch(rows, config):
 
 
 def count_steps(rows, config):
-    """Optimizer steps of the run."""
+    """The number of optimizer steps of the run. Raises UserError if the warm-up is not shorter."""
     steps = config.epochs * steps_in_epoch(rows, config)
     steps = min(steps, config.max_steps) if config.max_steps else steps
     if config.warmup_steps >= max(steps, 2):
@@ -144,9 +144,9 @@ def count_steps(rows, config):
 
 
 def step_rows(step, rows, config):
-    """The micro-batches of optimizer step `step` (from 1): lists of block numbers, a function of (seed, step) alone.
+    """The micro-batches of optimizer step `step` (from 1): lists of block numbers. They depend on (seed, step) only.
 
-    The last step of an epoch may be smaller; no block is left out.
+    The last step of an epoch may be smaller. No block is left out.
     """
     epoch, place = divmod(step - 1, steps_in_epoch(rows, config))
     size, piece = config.batch_size, config.micro_batch_size
@@ -166,9 +166,9 @@ def lm_loss(model, batch, compiled=False):
 
 @torch.no_grad()
 def evaluate_lm(model, blocks, batch_size, processes=Processes()):  # noqa: B008 - it is frozen
-    """{"nats_per_token", "bits_per_byte"} over all counted tokens of `blocks`, each counted once by one process.
+    """{"nats_per_token", "bits_per_byte"} over all counted tokens of `blocks`. Each block is read by one process.
 
-    Changes neither parameters nor random state.
+    Does not change the parameters or the random state.
     """
     was_training = model.training
     model.eval()
@@ -184,27 +184,27 @@ def evaluate_lm(model, blocks, batch_size, processes=Processes()):  # noqa: B008
 
 
 class Evaluation:
-    """What the model can do, before, between and after the steps: its loss on held-out blocks, and a sample.
+    """Evaluation before, during and after training: the loss on held-out blocks, and a sample.
 
-    processes: those that share the blocks; the sample is drawn by the first.
+    processes: the processes that share the blocks. Process 0 draws the sample.
     """
 
     def __init__(self, start, config, updates, processes=None):
-        self.start, self.config, self.forward = start, config, updates.forward  # evaluated as it is trained
+        self.start, self.config, self.forward = start, config, updates.forward  # same precision as in training
         self.processes = processes or Processes()
 
     def due(self, step, steps):
-        """Whether `step` is one between the steps after which the model is evaluated."""
+        """Whether to evaluate after `step`: every eval_every steps, except after the last step."""
         every = self.config.eval_every
         return bool(every) and step % every == 0 and step < steps
 
     def loss(self):
-        """See `evaluate_lm`."""
+        """The held-out loss; see `evaluate_lm`."""
         with self.forward():
             return evaluate_lm(self.start.model, self.start.heldout, self.config.micro_batch_size, self.processes)
 
     def sample(self, when):
-        """See `show_sample`; None in all processes but the first."""
+        """A sample; see `show_sample`. None in every process except process 0."""
         if not self.processes.is_main:
             return None
         with self.forward():
@@ -212,7 +212,10 @@ class Evaluation:
 
 
 def show_sample(model, tokenizer, kind, config, when):
-    """Print and return the model's completion to `sample_prompt`, or None without one. Leaves the random state alone."""
+    """Print and return the model's completion of `sample_prompt`. None without a prompt.
+
+    Does not change the random state. Raises UserError if the prompt is too long for the model.
+    """
     if not config.sample_prompt:
         return None
     plain = tokenizer(config.sample_prompt).input_ids
@@ -222,24 +225,26 @@ def show_sample(model, tokenizer, kind, config, when):
     new = min(config.sample_tokens, room - len(ids)) if room else config.sample_tokens
     if new < 1:
         raise UserError(f"sample_prompt has {len(ids)} tokens: the model reads at most {len(ids) + new}")
-    found = generate(model, [ids], new, temperature=0.8, top_p=0.95, stop_ids=stop, never=never_sampled(tokenizer), seed=config.seed)
+    found = generate(
+        model, [ids], new, temperature=0.8, top_p=0.95, stop_ids=stop, never=never_sampled(tokenizer), seed=config.seed
+    )
     text = completion_text(tokenizer, found.completions[0])
     say(f"\nsample {when} training, after {config.sample_prompt!r}:\n" + "\n".join("  " + x for x in text.splitlines()))
     return {"when": when, "prompt": config.sample_prompt, "answer": text}
 
 
 def save_samples(folder, samples):
-    """Write the samples that this process drew, a line each; a process without any writes nothing."""
+    """Write the samples of this process to samples.jsonl, one per line. Writes nothing if there are none."""
     lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples if s]
     if lines:
         write_atomically(folder / "samples.jsonl", "".join(lines))
 
 
 def summary(before, after, steps):
-    """What a run reached, for its manifest: held-out loss before and after."""
+    """The result of a run for its manifest: steps, and held-out loss before and after."""
     return {"steps": steps, **{f"{k}_before": v for k, v in before.items()}, **after}
 
 
 def next_command(folder):
-    """What to do with the model that a run has written."""
+    """The command that uses the model of a finished run."""
     return f"python inference/inference.py --model_name {shown(folder)}"

@@ -1,7 +1,8 @@
-"""The hidden states of packed blocks, in which each sample must get what it gets alone.
+"""The hidden states of packed blocks. Each sample must get the same states as alone.
 
-Three ways, of which models/admission.py takes the first that is right for a model: the positions, which restart with
-each sample, tell transformers where one begins; a mask says so; or each sample gets a row of its own.
+There are several ways: transformers finds the samples by positions that restart; a mask separates the samples (one
+mask, or one for each kind of layer); or each sample gets a separate row. models/admission.py takes the first way that
+is right for a model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COSTS = {
 
 
 def block_states(model, input_ids, position_ids):
-    """The model's hidden states (B, T, H) of blocks; input_ids, position_ids: (B, T), positions restart with a sample."""
+    """The hidden states (B, T, H) of blocks. input_ids, position_ids: (B, T); positions restart with each sample."""
     ways = (POSITIONS, MASK, *([LAYERS] if kinds_of_layers(model) else []), APART)
     way = admit(model, "samples packed into one row", ways, lambda *a: _check(model, *a), input_ids.shape[1], COSTS)
     return _states(model, input_ids, position_ids, way)
@@ -38,7 +39,7 @@ def _states(model, input_ids, position_ids, way):
 
 
 def _apart(model, input_ids, position_ids, sample):
-    """Each sample in a row of its own, padded on the right: a causal model never looks there."""
+    """Each sample in a separate row, padded on the right. A causal model ignores this padding."""
     row = torch.arange(len(sample), device=sample.device)[:, None]
     _, number = torch.unique(row * (sample.max() + 1) + sample, return_inverse=True)  # (B, T): of all samples
     rows = input_ids.new_zeros(int(number.max()) + 1, int(position_ids.max()) + 1)

@@ -1,6 +1,6 @@
-"""What real sizes need besides several processes: precision, LoRA, gradient checkpointing, compiled layers.
+"""Options of train_lm_ddp.py for models of real size: precision, LoRA, gradient checkpointing, compiled layers.
 
-Options of train_lm_ddp.py, each of which is the subject of another script: see train_lm_amp_ckpt.py, train_lm_lora.py.
+Other scripts explain these options one by one: see train_lm_amp_ckpt.py and train_lm_lora.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from train.train_lm_lora import add_lora, refuse_base
 
 @dataclass
 class RealSizeConfig(LMConfig):
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "of the matrix products")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "dtype of the matmuls")
     gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them")
     compile: bool = option(False, "fused kernels, on a GPU: the first step takes longer, the others less")
     lora_r: int = option(0, "rank of a LoRA adapter; 0 trains all weights", at_least=0)
@@ -30,18 +30,18 @@ class RealSizeConfig(LMConfig):
             refuse_base(self.model_name)
 
     def change_model(self, model):
-        """The loaded model as these options want it to be trained."""
-        if self.lora_r:  # frozen weights in the precision that the matrix products run in
+        """Apply these options to the loaded model. Returns the model to train."""
+        if self.lora_r:  # the frozen weights have the dtype of the matmuls
             dtype = PRECISIONS[pick_precision(self.precision, model.device)]
             model = add_lora(model, self.model_name, self.lora_r, dtype=dtype)
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        compile_if_asked(model, self)  # after what it is to compile is in place
+        compile_if_asked(model, self)  # last, because it compiles the layers as they are now
         return model
 
 
 def compile_if_asked(model, config):
-    """Compile the layers where `config.compile` says so. Raises UserError on a CPU."""
+    """Compile the layers if `config.compile` is set. Raises UserError on a CPU."""
     if config.compile and model.device.type == "cpu":
         raise UserError("compile = True is for GPUs: on a CPU compiling takes longer than it saves")
     if config.compile:
@@ -51,8 +51,8 @@ def compile_if_asked(model, config):
 class SummedLoss(torch.nn.Module):
     """`lm_loss` as the forward pass of a module, in the precision of `updates`.
 
-    DistributedDataParallel hangs its all-reduce on the forward pass of the module that it wraps: a loss that calls the
-    model inside would skip it.
+    DistributedDataParallel prepares its all-reduce in the forward pass of the module that it wraps. A loss function
+    that calls the inner model directly would skip this.
     """
 
     def __init__(self, model, updates, compiled=False):
@@ -65,7 +65,7 @@ class SummedLoss(torch.nn.Module):
 
 
 def check_shares(config, processes):
-    """Raise UserError if a step has fewer micro-batches than there are processes: some would have nothing to do."""
+    """Raise UserError if a step has fewer micro-batches than there are processes: some processes would have no work."""
     passes = math.ceil(config.batch_size / config.micro_batch_size)
     if passes < processes.world_size:
         raise UserError(

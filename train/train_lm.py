@@ -4,8 +4,8 @@
     python train/train_lm.py --config configs/train_scratch.yaml
     python train/train_lm.py --data my.jsonl --lr 1e-4
 
-The model reads packed blocks of `max_length` tokens and predicts each next token. The other scripts of this folder are
-this one and a technique: LoRA and W&B call `train` below, DDP and AMP/checkpointing change the loop (see their diff).
+The model reads packed blocks of `max_length` tokens and predicts each next token. Each other script of this folder adds
+one technique: LoRA and W&B call `train` below; DDP and AMP/checkpointing change the loop (see their diff).
 """
 
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ class Config(LMConfig):
 def train(config, run=None, change_model=None, save=save_model):
     """Train as `config` says and write the run's folder.
 
-    run: a `Run` made before, with its sinks. change_model: takes the loaded model and returns the one to train.
+    run: a `Run` with sinks; default: a new one. change_model: takes the loaded model and returns the model to train.
     save(model, tokenizer, folder): writes the weights.
-    Returns what the run reached, and the samples before and after.
+    Returns (result of the run, samples before and after training).
     """
     device = pick_device()
     run = run or Run(config, config.out)
@@ -58,7 +58,7 @@ def train(config, run=None, change_model=None, save=save_model):
     checkpoints = Checkpoints(run, model=model, updates=updates)
     _, carried = checkpoints.load()  # {} unless this run was interrupted
 
-    # 2. what the model can do before
+    # 2. evaluation before training
     if not carried:
         carried["samples"] = [evaluation.sample("before")]
         carried["before"] = evaluation.loss()
@@ -72,11 +72,11 @@ def train(config, run=None, change_model=None, save=save_model):
         loss = torch.zeros((), device=device)
         for rows in micro_batches:
             nats, _ = lm_loss(model, blocks.batch(rows, device))
-            nats = nats / count  # each token weighs the same, in whichever micro-batch it is
+            nats = nats / count  # each token has the same weight in every micro-batch
             updates.backward(nats)
             loss += nats.detach()
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
-            continue  # the same step again: never in float32
+            continue  # repeat the step; this never happens in float32
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
@@ -85,7 +85,7 @@ def train(config, run=None, change_model=None, save=save_model):
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)
 
-    # 4. what it can do after
+    # 4. evaluation after training
     after = evaluation.loss()
     run.log(run.total_steps, **after)
     carried["samples"].append(evaluation.sample("after"))

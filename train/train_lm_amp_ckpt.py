@@ -1,14 +1,14 @@
-"""Mixed precision (AMP) and gradient checkpointing (CKPT): training in less memory, and the first also in less time.
+"""Mixed precision (AMP) and gradient checkpointing (CKPT): both need less memory, and AMP also needs less time.
 
     python train/train_lm_amp_ckpt.py                         # SmolLM2-135M on Shakespeare's plays
     python train/train_lm_amp_ckpt.py --precision fp16 --gradient_checkpointing false
 
-AMP: the forward pass computes matrix products in bf16 or fp16, over weights that stay float32 (Micikevicius et al.
-2018, arXiv:1710.03740). fp16 has a small range: the loss is scaled up, and a step whose gradients overflow is taken
-again with a smaller scale (train/updates.py). CKPT: a layer's activations are dropped after the forward pass and
-computed again in the backward pass (Chen et al. 2016, arXiv:1604.06174). Before training, the memory and the time of
-each are measured. On a GPU `--compile true` lets torch.compile fuse what lies between the matrix products. Every line
-added to train_lm.py is marked `AMP:`, `CKPT:` or `COMPILE:`.
+AMP: the forward pass computes matmuls in bf16 or fp16; the weights stay float32 (Micikevicius et al. 2018,
+arXiv:1710.03740). fp16 has a small range, so the loss is scaled up. A step whose gradients overflow is repeated with a
+smaller scale (train/updates.py). CKPT: the activations of a layer are dropped after the forward pass and computed again
+in the backward pass (Chen et al. 2016, arXiv:1604.06174). Before training, the script measures the memory and the time
+of each. On a GPU, `--compile true` lets torch.compile fuse the operations between the matmuls. Every line added to
+train_lm.py is marked `AMP:`, `CKPT:` or `COMPILE:`.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from train.updates import Updates
 @dataclass
 class Config(LMConfig):
     out: str = "models/lm_amp_ckpt"  # AMP: CKPT: a folder of its own
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "AMP: of the matrix products")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "AMP: dtype of the matmuls")
     gradient_checkpointing: bool = option(True, "CKPT: compute activations again instead of keeping them")
     compile: bool = option(False, "COMPILE: fused kernels, on a GPU: the first step takes longer, the others less")
     measure_steps: int = option(2, "AMP: CKPT: steps by which they are measured before training; 0 = none", at_least=0)
@@ -51,9 +51,9 @@ class Config(LMConfig):
 def train(config, run=None, change_model=None, save=save_model):
     """Train as `config` says and write the run's folder.
 
-    run: a `Run` made before, with its sinks. change_model: takes the loaded model and returns the one to train.
+    run: a `Run` with sinks; default: a new one. change_model: takes the loaded model and returns the model to train.
     save(model, tokenizer, folder): writes the weights.
-    Returns what the run reached, and the samples before and after.
+    Returns (result of the run, samples before and after training).
     """
     device = pick_device()
     precision = pick_precision(config.precision, device)  # AMP: bf16 where the hardware has it
@@ -66,14 +66,14 @@ def train(config, run=None, change_model=None, save=save_model):
     model, blocks = start.model, start.blocks
     if config.gradient_checkpointing:  # CKPT: only what enters a layer is kept until the backward pass
         checkpoint_activations(model)  # CKPT: the rest is computed again
-    compile_if_asked(model, config)  # COMPILE: after what it is to compile is in place
+    compile_if_asked(model, config)  # COMPILE: last, because it compiles the layers as they are now
     run.total_steps = count_steps(len(blocks), config)
     updates = Updates(model.parameters(), config, run, precision=precision)  # AMP: in fp16 it scales the loss
     evaluation = Evaluation(start, config, updates)
     checkpoints = Checkpoints(run, model=model, updates=updates)
     _, carried = checkpoints.load()  # {} unless this run was interrupted
 
-    # 2. what the model can do before
+    # 2. evaluation before training
     if not carried:
         saved = compare_memory_and_time(config, model, start.tokenizer, precision)  # AMP: CKPT: what each saves, here
         carried["savings"] = saved  # AMP: CKPT: for the manifest
@@ -88,13 +88,13 @@ def train(config, run=None, change_model=None, save=save_model):
         count = sum(blocks.counted(rows) for rows in micro_batches)  # tokens that count, in the whole step
         loss = torch.zeros((), device=device)
         for rows in micro_batches:
-            with updates.forward():  # AMP: the forward pass alone; the backward pass follows its types
+            with updates.forward():  # AMP: only the forward pass; the backward pass uses the same dtypes
                 nats, _ = lm_loss(model, blocks.batch(rows, device), config.compile)  # COMPILE: the loss, too
-            nats = nats / count  # each token weighs the same, in whichever micro-batch it is
+            nats = nats / count  # each token has the same weight in every micro-batch
             updates.backward(nats)
             loss += nats.detach()
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
-            continue  # AMP: gradients overflowed in fp16: the same step again, scaled less
+            continue  # AMP: gradients overflowed in fp16: repeat the step with a smaller scale
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
@@ -103,7 +103,7 @@ def train(config, run=None, change_model=None, save=save_model):
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)
 
-    # 4. what it can do after
+    # 4. evaluation after training
     after = evaluation.loss()
     run.log(run.total_steps, **after)
     carried["samples"].append(evaluation.sample("after"))

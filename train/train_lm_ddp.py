@@ -1,13 +1,13 @@
-"""Distributed data parallel (DDP): several processes, each on its share of a step, take the step that one would take.
+"""Distributed data parallel (DDP): several processes share the work of a step. The steps are those of one process.
 
     torchrun --nproc_per_node=2 train/train_lm_ddp.py         # two CPU cores (gloo) or two GPUs (nccl)
-    python train/train_lm_ddp.py                              # one process: the very steps of train_lm.py
+    python train/train_lm_ddp.py                              # one process: the steps of train_lm.py
     torchrun --nproc_per_node=8 train/train_lm_ddp.py --config configs/gpu/train_base.yaml --lora_r 16
 
-The micro-batches of a step are dealt to the processes; gradients are added up over all of them while the backward pass
-still runs (Li et al. 2020, arXiv:2006.15704). This is also the script for real sizes: it takes precision, gradient
-checkpointing, compiled layers and LoRA, see train/real_size.py. Each line added to train_lm.py is marked with its
-reason: `diff train/train_lm.py train/train_lm_ddp.py`.
+The micro-batches of a step are divided among the processes. Gradients are summed over all processes while the backward
+pass still runs (Li et al. 2020, arXiv:2006.15704). This is also the script for models of real size: it has options for
+precision, gradient checkpointing, compiled layers and LoRA, see train/real_size.py. Each line added to train_lm.py is
+marked with its reason: `diff train/train_lm.py train/train_lm_ddp.py`.
 """
 
 from contextlib import nullcontext  # DDP: for the last micro-batch
@@ -36,33 +36,33 @@ class Config(RealSizeConfig):  # DDP: precision, LoRA, checkpointing and compile
 def train(config, run=None, change_model=None, save=save_model):
     """Train as `config` says and write the run's folder.
 
-    run: a `Run` made before, with its sinks. change_model: takes the loaded model and returns the one to train.
+    run: a `Run` with sinks; default: a new one. change_model: takes the loaded model and returns the model to train.
     save(model, tokenizer, folder): writes the weights.
-    Returns what the run reached, and the samples before and after.
+    Returns (result of the run, samples before and after training).
     """
     device = pick_device()
-    processes = join_processes(device, group_of_one=True)  # DDP: before anything that one of them could fail at
+    processes = join_processes(device, group_of_one=True)  # DDP: before any code that can fail in one process
     precision = pick_precision(config.precision, device)  # DDP: for real sizes
-    processes.describe(device)  # DDP: what really runs
+    processes.describe(device)  # DDP: print how many processes run
     run = run or Run(config, config.out)
     quiet_libraries()
     torch.manual_seed(config.seed)
 
     # 1. the model, and the text as blocks of tokens
-    with all_or_none():  # DDP: what the user got wrong, wherever it shows, ends all processes
+    with all_or_none():  # DDP: a UserError in one process ends all processes
         start = Start(config, device, change_model or config.change_model)  # DDP: for real sizes
         run.total_steps = count_steps(len(start.blocks), config)  # DDP: in the block
-        check_shares(config, processes)  # DDP: a process without work is a mistake of the configuration
+        check_shares(config, processes)  # DDP: raise UserError if a process would have no work
     model, blocks = start.model, start.blocks
     updates = Updates(model.parameters(), config, run, precision=precision)  # DDP: for real sizes
-    summed_loss = SummedLoss(model, updates, config.compile)  # DDP: which then hangs its all-reduce on it
-    summed_loss = DistributedDataParallel(summed_loss)  # DDP: copies the weights of process 0 to all
-    torch.manual_seed(config.seed + processes.rank)  # DDP: or all processes would draw the same dropout masks
+    summed_loss = SummedLoss(model, updates, config.compile)  # DDP: the loss as a module, for the wrapper
+    summed_loss = DistributedDataParallel(summed_loss)  # DDP: copies the weights of process 0 to all processes
+    torch.manual_seed(config.seed + processes.rank)  # DDP: each process draws its own dropout masks
     evaluation = Evaluation(start, config, updates, processes)  # DDP: each block is read by one process
     checkpoints = Checkpoints(run, model=model, updates=updates)
     _, carried = checkpoints.load()  # {} unless this run was interrupted
 
-    # 2. what the model can do before
+    # 2. evaluation before training
     if not carried:
         carried["samples"] = [evaluation.sample("before")]
         carried["before"] = evaluation.loss()
@@ -75,16 +75,16 @@ def train(config, run=None, change_model=None, save=save_model):
         count = sum(blocks.counted(rows) for rows in micro_batches)  # tokens that count, in the whole step
         loss = torch.zeros((), device=device)
         mine = processes.share(micro_batches)  # DDP: each block is read by one process
-        for i, rows in enumerate(mine or micro_batches[:1]):  # DDP: without a share it still takes part, times 0
-            last = i == max(len(mine), 1) - 1  # DDP: after which gradients are complete
-            with nullcontext() if last else summed_loss.no_sync():  # DDP: one all-reduce a step, not a micro-batch
+        for i, rows in enumerate(mine or micro_batches[:1]):  # DDP: without a share it takes part with weight 0
+            last = i == max(len(mine), 1) - 1  # DDP: after the last micro-batch the gradients are complete
+            with nullcontext() if last else summed_loss.no_sync():  # DDP: one all-reduce per step
                 nats, _ = summed_loss(blocks.batch(rows, device))  # DDP: through the wrapper, not the model
                 nats = nats / count * bool(mine)  # DDP: of the whole step, over all processes
-                updates.backward(nats * processes.world_size)  # DDP: which averages; a sum is wanted
+                updates.backward(nats * processes.world_size)  # DDP: the wrapper averages gradients; we need the sum
             loss += nats.detach()
         processes.sum(loss)  # DDP: each process has the loss of its own tokens
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
-            continue  # DDP: in fp16, where gradients overflowed: the same step again, scaled less
+            continue  # DDP: gradients overflowed in fp16: repeat the step with a smaller scale
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
@@ -93,7 +93,7 @@ def train(config, run=None, change_model=None, save=save_model):
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)
 
-    # 4. what it can do after
+    # 4. evaluation after training
     after = evaluation.loss()
     run.log(run.total_steps, **after)
     carried["samples"].append(evaluation.sample("after"))
@@ -107,4 +107,4 @@ def train(config, run=None, change_model=None, save=save_model):
 
 
 if __name__ == "__main__":
-    cli(train, Config)
+    cli(train, Config, several=True)  # DDP: torchrun may start it

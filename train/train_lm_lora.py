@@ -4,9 +4,10 @@
     python train/train_lm_lora.py --config configs/sft.yaml   # supervised fine-tuning on the chosen completions
     python train/train_lm_lora.py --merge true                # also a plain model, in OUT/merged
 
-A linear layer W x becomes W x + (alpha / r) B A x with A (r, in) random and B (out, r) zero. The technique changes the
-model, not the loop: this script is `add_lora` and `train` from train_lm.py. Frozen weights need no float32: they are
-kept in `precision`, with half the memory and, where the hardware computes in bf16, several times the speed.
+A linear layer W x becomes W x + (alpha / r) B A x. A (r, in) starts random and B (out, r) starts at zero. The technique
+changes the model, not the loop: this script uses `add_lora` and the `train` of train_lm.py. Frozen weights need no
+float32, so they have the dtype of `precision`. bf16 needs half the memory. If the hardware computes in bf16, it is also
+several times faster.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Config(LMConfig):
     lora_r: int = option(16, "rank of the adapter", at_least=1)
     lora_alpha: float = option(32.0, "the adapter's output is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", at_least=0, below=1)
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "in which the frozen weights are kept")
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "dtype of the frozen weights")
     merge: bool = option(False, "also save the model with the adapter folded in, in OUT/merged")
 
     def check(self):
@@ -49,9 +50,10 @@ def refuse_base(model_name):
 
 
 def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32):
-    """Freeze `model`, keep it in `dtype`, and give each linear layer but the head an adapter in float32.
+    """Freeze `model`, cast it to `dtype`, and add a float32 adapter to each linear layer except the head.
 
-    alpha: default 2 r. Draws A from torch's global generator. Returns the PEFT model; its adapter names `model_name`.
+    alpha: default 2 r. A is drawn from torch's global generator. Returns the PEFT model; its adapter names
+    `model_name` as its base.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -68,7 +70,7 @@ def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32)
 
 
 def save_adapter(model, tokenizer, folder, merge):
-    """Save the adapter; with `merge` also a plain model in folder/merged, folded in float32."""
+    """Save the adapter. With `merge`, also save a plain model in folder/merged; it is merged in float32."""
     save_model(model, tokenizer, folder)
     if merge:
         merged = load_model(folder, dtype=torch.float32, merge_adapter=True)
@@ -79,7 +81,7 @@ def save_adapter(model, tokenizer, folder, merge):
 
 def main(config):
     dtype = PRECISIONS[pick_precision(config.precision, pick_device())]
-    if dtype == torch.float16:  # its gradients would need a scaler: see train_lm_amp_ckpt.py
+    if dtype == torch.float16:  # fp16 gradients would need a loss scaler: see train_lm_amp_ckpt.py
         dtype = torch.float32
     shape = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dtype": dtype}
     change_model = partial(add_lora, model_name=config.model_name, **shape)

@@ -1,9 +1,9 @@
-"""Weights & Biases: the plain loop of train_lm.py, with its log line also sent to a W&B run.
+"""Weights & Biases: the plain loop of train_lm.py, which also sends its log lines to a W&B run.
 
     python train/train_lm_wandb.py                            # offline unless this machine is logged in to W&B
     python train/train_lm_wandb.py --wandb_log_model true     # the trained model as an artifact
 
-The technique changes the logger, not the loop: this script adds one sink to the run and calls `train`. Sent are the
+The technique changes the logger, not the loop: this script adds one sink to the run and calls `train`. It sends the
 keys of metrics.jsonl (loss, lr, grad_norm, tok/s, held-out loss), the samples as a table, and the configuration.
 """
 
@@ -35,7 +35,10 @@ class Config(LMConfig):
 
 
 def logged_in():
-    """Whether W&B would find a key without asking: in WANDB_API_KEY or in the .netrc file of this user."""
+    """Whether W&B finds a key without asking: in WANDB_API_KEY or in the .netrc file of this user.
+
+    Raises UserError if the .netrc file cannot be read.
+    """
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -49,7 +52,10 @@ def logged_in():
 
 
 def open_wandb(config, folder):
-    """The W&B run, its files in folder/wandb. Never asks for input. Raises UserError when W&B cannot be reached."""
+    """Open a W&B run with its files in folder/wandb. Never asks for input.
+
+    Raises UserError if W&B cannot be reached, or for mode online without a login.
+    """
     mode = config.wandb_mode
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
@@ -79,7 +85,7 @@ def main(config):
                 if path.is_file():
                     model.add_file(str(path))
             wb.log_artifact(model)
-    except BaseException:  # as a context manager W&B would print a traceback, also of a UserError
+    except BaseException:  # as a context manager, W&B would print a traceback, even for a UserError
         wb.finish(exit_code=1)
         raise
     where, url = Path(wb.dir).parent, None if wb.offline else wb.url

@@ -1,4 +1,4 @@
-"""The optimizer steps of a run: AdamW, warm-up and cosine, clipping, and the gradient scaler that fp16 needs."""
+"""The optimizer steps of a run: AdamW, warm-up and cosine, gradient clipping, and the loss scaler for fp16."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from configs.config import UserError
 from models.device import autocast
 
-SMALLEST_SCALE = 1e-6  # of fp16's loss: when gradients overflow even so, no scale helps
+SMALLEST_SCALE = 1e-6  # of the fp16 loss; if gradients overflow below it, no scale helps
 
 
 def lr_at(step, total_steps, lr, warmup_steps, min_lr_ratio):
     """Learning rate of optimizer step `step` (from 1): linear warm-up to `lr`, then a cosine to `lr * min_lr_ratio`.
 
-    The peak is at step `warmup_steps` (at step 1 without warm-up), the minimum at `total_steps`; Loshchilov & Hutter,
-    "SGDR" (2016), eq. 5, with one period.
+    The peak is at step `warmup_steps` (at step 1 without warm-up), and the minimum is at `total_steps`. Loshchilov &
+    Hutter, "SGDR" (2016), eq. 5, with one period.
     """
     if step < warmup_steps:
         return lr * step / warmup_steps
@@ -26,7 +26,7 @@ def lr_at(step, total_steps, lr, warmup_steps, min_lr_ratio):
 
 
 def make_optimizer(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
-    """AdamW over the parameters that train. Matrices decay; vectors (biases, norms) do not."""
+    """AdamW over the parameters with requires_grad. Weight decay is applied to matrices, not to biases and norms."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
@@ -38,13 +38,14 @@ def make_optimizer(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 class Updates:
     """Takes the optimizer steps of a run and counts them: `backward` for each loss, then `step`.
 
-    parameters: those that train. config: lr, warmup_steps, min_lr_ratio, weight_decay, max_grad_norm. run: its total_steps is the
-    length of the schedule, per_step updates each. processes: whose gradients `step` adds up; None where
-    DistributedDataParallel has done so. precision: with "fp16" a loss is scaled up before the backward pass, because
-    small gradients would be 0 in fp16 (Micikevicius et al. 2018, section 3.2); with the others nothing is scaled.
+    parameters: the parameters to train. config: lr, warmup_steps, min_lr_ratio, weight_decay, max_grad_norm.
+    run: the length of the schedule is run.total_steps * per_step. per_step: updates per step of the run.
+    processes: `step` sums the gradients over these processes; None if DistributedDataParallel has done so.
+    precision: with "fp16" the loss is scaled up before the backward pass, because small gradients would be 0 in fp16
+    (Micikevicius et al. 2018, section 3.2). With other precisions nothing is scaled.
 
-    After a step: `lr` and `grad_norm` (before clipping) of that step, `count` of those taken so far, and `overflows`,
-    the steps that fp16 skipped.
+    After a step: `lr` and `grad_norm` (before clipping) are those of this step, `count` is the number of steps taken,
+    and `overflows` is the number of steps that were repeated because fp16 gradients overflowed.
     """
 
     def __init__(self, parameters, config, run, processes=None, precision="fp32", per_step=1):
@@ -57,20 +58,20 @@ class Updates:
         self.lr = self.grad_norm = None
 
     def forward(self):
-        """The context of forward passes: matrix products in this precision, over weights that stay as they are."""
+        """A context for forward passes: matmuls run in this precision; the weights keep their dtype."""
         return autocast(self.device, self.precision)
 
     def backward(self, loss):
-        """Add the gradients of `loss` to those that are there."""
+        """Compute the gradients of `loss` and add them to the parameters' gradients."""
         self.scaler.scale(loss).backward()
 
     def step(self, step, where, **seen):
-        """Clip the gradients, take one optimizer step and discard them. Returns whether the step counts.
+        """Clip the gradients, take one optimizer step and clear the gradients. Returns whether the step counts.
 
-        It does not where an fp16 gradient overflowed: the scale is halved, and the schedule stands still. A gradient
-        (without a scaler) or one of the numbers `seen` that is not finite is a failure: no weight moves, and the run
-        counts it, see `Run.finite`. step, where: the step, and the rows that it is taken on, for messages.
-        Raises UserError at too many failures in a row, and when no scale helps.
+        It does not count if an fp16 gradient overflowed: then the scale is halved and the schedule does not move. If
+        the gradient norm (without a scaler) or one of the numbers `seen` is not finite, no weight changes and the run
+        counts a failure; see `Run.finite`. step, where: the step and its rows, for messages.
+        Raises UserError at too many failures in a row, and if no scale helps.
         """
         if self.processes:
             self.processes.sum_gradients(self.parameters)
@@ -82,13 +83,13 @@ class Updates:
         scaler.unscale_(optimizer)  # clipping must see the true gradients
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
         self.grad_norm, scale = norm.item(), scaler.get_scale()
-        if not scaler.is_enabled():  # else it is the scaler's matter
+        if not scaler.is_enabled():  # with a scaler, the scaler handles a norm that is not finite
             seen["grad_norm"] = norm
         if self.run.finite(step, where, **seen):
             scaler.step(optimizer)  # does nothing when an fp16 gradient is inf or NaN
             scaler.update()  # halves the scale then, and doubles it after 2,000 good steps
         else:
-            scaler.update(scale)  # no scale is at fault
+            scaler.update(scale)  # keep the scale: it did not cause the failure
         optimizer.zero_grad(set_to_none=True)
         if scaler.get_scale() < scale:
             self.overflows += 1
@@ -99,13 +100,13 @@ class Updates:
         return True
 
     def remaining(self):
-        """The numbers of the steps that are left, from 1 on; one that fp16 skipped comes again."""
+        """Yield the numbers of the remaining steps, counted from 1. A step that overflowed in fp16 comes again."""
         self.run.begin_steps(self.count)
         while self.count < self.run.total_steps:
             yield self.count + 1
 
     def state_dict(self):
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         counts = {"count": self.count, "overflows": self.overflows}
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), **counts}
 

@@ -182,7 +182,7 @@ AttentionMaskInterface.register(NAME, mask_of_pass)
 
 @functools.lru_cache(maxsize=1)
 def causal_mask(length, keys, dtype):
-    """An additive causal mask (1, 1, length, keys): each of the last `length` tokens sees itself and those before it."""
+    """An additive causal mask (1, 1, length, keys): each of the last `length` tokens sees itself and earlier tokens."""
     return added_mask(torch.ones(length, keys, dtype=torch.bool).tril(keys - length)[None, None], dtype)
 
 
@@ -200,10 +200,10 @@ def added_mask(mask, dtype):
 
 @functools.lru_cache(maxsize=1)  # a tensor is known by its identity: all layers of a pass get the same mask
 def windowed(mask, window):
-    """A mask, bool or added, in which each token sees only the last `window` of the tokens that it sees, with itself.
+    """The mask, bool or additive, restricted to a window: each token sees the last `window` of its tokens, with itself.
 
-    A token sees its row's tokens in their order, and itself as the last. So the number of tokens seen from a key on is
-    the difference of their positions plus one, wherever they stand in the row; a mask that has the window stays.
+    A token sees the tokens of its sequence in order, and itself last. So the number of seen tokens from a key on is the
+    difference of positions plus one, wherever the tokens are in the row. A mask with this window does not change.
     """
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 4
     from_here = seen.flip(-1).cumsum(-1).flip(-1)
@@ -231,7 +231,7 @@ class Block:
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(query key^T + mask) value. It saves only query, key, value and mask; the backward pass recomputes the rest.
+    """softmax(query key^T + mask) value. It keeps query, key, value and mask, and recomputes the probabilities.
 
     query: (B, kv_heads, T * group, D), already scaled; the queries of a group are next to each other.
     key, value: (B, kv_heads, L, D). mask: (B or 1, 1, T, L), additive; None: every key is seen.

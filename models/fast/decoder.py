@@ -167,7 +167,7 @@ def _product(*linears):
 
 @functools.cache
 def packs():
-    """Whether torch can pack weights for oneDNN here. This is an internal operation of torch's compiler and may change."""
+    """Whether torch can pack weights for oneDNN here. The operation is internal to torch's compiler and may change."""
     weight, x = torch.eye(16, dtype=torch.bfloat16), torch.ones(2, 16, dtype=torch.bfloat16)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)

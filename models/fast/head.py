@@ -45,7 +45,7 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **op
     """The output (B, T, H) of the transformer's body after its final norm. The head reads it.
 
     attention_mask: (B, T), 1 on real tokens; or (B, 1, T, T), True where a token (third axis) sees another (fourth),
-    which needs position_ids, and may be a dict of such masks, one a kind of layer. options: what else the body takes.
+    which needs position_ids, or a dict of such masks, {kind of layer: mask}. options: other arguments of the body.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)
@@ -62,9 +62,10 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **op
 
 @dataclass(frozen=True)
 class OutputHead:
-    """How a model makes logits of hidden states: softcap * tanh(scale * (h @ weight.T + bias) / softcap).
+    """How a model computes logits from hidden states: softcap * tanh(scale * (h @ weight.T + bias) / softcap).
 
-    module: its output embedding, which may hold a bias or an adapter. scale: Granite's and Cohere's. softcap: Gemma 2's.
+    module: the output embedding; it may have a bias or an adapter. scale: used by Granite and Cohere; 1.0 is none.
+    softcap: used by Gemma 2; None is none.
     """
 
     module: torch.nn.Module
@@ -73,7 +74,7 @@ class OutputHead:
 
     @property
     def plain(self):
-        """Whether the logits are the product alone, which this file computes in little memory."""
+        """Whether the logits are only the matmul; then this file needs little memory."""
         bare = type(self.module) is torch.nn.Linear and self.module.bias is None
         return bare and self.scale == 1.0 and self.softcap is None
 
@@ -88,9 +89,9 @@ _heads = weakref.WeakKeyDictionary()  # model: its OutputHead
 
 
 def output_head(model, name="this model"):
-    """The `OutputHead` of a model, found out once by a pass over two tokens.
+    """The `OutputHead` of a model, detected once by a forward pass over two tokens.
 
-    Raises UserError, naming the model, for logits that are none of these forms.
+    Raises UserError that names the model if its logits have another form.
     """
     inner = unwrapped(model)
     module = inner.get_output_embeddings()
@@ -101,7 +102,7 @@ def output_head(model, name="this model"):
 
 
 def check_head(model, name):
-    """Raise UserError unless the logits of `model` are made as an `OutputHead` makes them."""
+    """Raise UserError unless an `OutputHead` gives the logits of `model`."""
     output_head(model, name)
 
 
@@ -156,7 +157,7 @@ def head_nll(head, hidden, targets, compiled=False):
 
 
 def _in_pieces(head, hidden, targets, temperature):
-    """(log-probs, entropies without gradient), (N,) each, for any head: pieces are computed again going back."""
+    """(log-probs, entropies without gradient), (N,) each, for any head. The backward pass recomputes each piece."""
 
     def measure(rows, ids):
         log_p = (head.logits(rows) / temperature).log_softmax(-1)

@@ -26,7 +26,7 @@ def use_memory_efficient_adapters(model):
 
 
 class MemoryEfficientLinear(Linear):
-    """base(x) + B(A(x)) * scaling (Hu et al. 2022, eq. 3) for one adapter on a frozen base. Other cases use peft's code."""
+    """base(x) + B(A(x)) * scaling (Hu et al. 2022, eq. 3), for one adapter on a frozen base; else peft's forward."""
 
     def forward(self, x, *args, **kwargs):
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -36,7 +36,7 @@ class MemoryEfficientLinear(Linear):
         return _Lora.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]], product_dtype(x))
 
     def _plain(self, name, x):
-        """Whether the plain equation applies: no dropout, bias or peft variant, and a frozen base that takes x uncast."""
+        """Whether the plain equation applies: no dropout, bias or peft variant, a frozen base that takes x uncast."""
         dropout, weight = self.lora_dropout[name], self.base_layer.weight
         return (
             (isinstance(dropout, torch.nn.Identity) or not dropout.training)

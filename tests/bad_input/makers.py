@@ -175,9 +175,9 @@ def _copy(name, to, edits):
     return make
 
 
-def judge(source):
-    """A module judges.py, and the name of the function `judge` in it."""
-    return lambda here: f"{file('judges.py', source)(here).stem}:judge"
+def function(source):
+    """A module rewards.py, and the name of the reward function `reward` in it."""
+    return lambda here: f"{file('rewards.py', source)(here).stem}:reward"
 
 
 def below_a_file(name):
@@ -229,6 +229,11 @@ def weights(change, name="model.safetensors"):
 def drop(part):
     """A change of tensors: those whose name has `part` in it are left out."""
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def first_ids(count):
+    """A change of tensors: the embedding and the head have rows for the first `count` of 259 ids alone."""
+    return lambda tensors: {name: t[:count].clone() if t.shape[0] == 259 else t for name, t in tensors.items()}
 
 
 def not_finite(tensors):

@@ -20,10 +20,11 @@ from bad_input.makers import (
     damaged,
     drop,
     file,
+    first_ids,
     folder,
+    function,
     good,
     group,
-    judge,
     model,
     not_finite,
     other_ids,
@@ -62,7 +63,7 @@ KEYS = [
     case("dpo", "unknown key 'bta' on the command line. Did you mean 'beta'? The keys are: ...", bta=0.2),
     case(
         "lm",
-        "unknown key 'batchsize' in a.yaml. Did you mean 'batch_size'? The keys are: ...",
+        "unknown key 'batchsize' in {here}/a.yaml. Did you mean 'batch_size'? The keys are: ...",
         config=file("a.yaml", "model_name: tiny-llama\nbatchsize: 4\n"),
     ),
     case("lm", "lr = 'fast' on the command line: must be a number above 0", lr="fast"),
@@ -84,29 +85,33 @@ KEYS = [
     case("lm", "lr = 'nan' on the command line: must be a number above 0", lr="nan"),
     case("lm", "data = '' on the command line: must be text that is not empty", data=""),
     case("reward", "out = ' ' on the command line: must be text that is not empty", out=" "),
-    case("lm", "--config nowhere.yaml: no such file. The project's own are in {root}/configs/", config="nowhere.yaml"),
+    case("lm", "--config nowhere.yaml: no such file. The project's own are in configs/", config="nowhere.yaml"),
     case(
         "lm",
-        "a.yaml line 2: not valid YAML (mapping values are not allowed here); it takes one `key: value` a line",
+        "{here}/a.yaml line 2: not valid YAML (mapping values are not allowed here); it takes one `key: value` a line",
         config=file("a.yaml", "lr: 1\n  x: : 2\n"),
     ),
-    case("lm", "a.yaml: must be a mapping of keys to values, one `key: value` a line", config=file("a.yaml", "- lr\n")),
-    case("lm", "a.yaml: not UTF-8 text (invalid start byte at byte 4)", config=file("a.yaml", b"lr: \xff\n")),
-    case("lm", "a.yaml line 2: lr stands in line 1 already", config=file("a.yaml", "lr: 1e-3\nlr: 1e-4\n")),
     case(
         "lm",
-        "model_name = True in a.yaml: must be text; put it in quotes",
+        "{here}/a.yaml: must be a mapping of keys to values, one `key: value` a line",
+        config=file("a.yaml", "- lr\n"),
+    ),
+    case("lm", "{here}/a.yaml: not UTF-8 text (invalid start byte at byte 4)", config=file("a.yaml", b"lr: \xff\n")),
+    case("lm", "{here}/a.yaml line 2: lr stands in line 1 already", config=file("a.yaml", "lr: 1e-3\nlr: 1e-4\n")),
+    case(
+        "lm",
+        "model_name = True in {here}/a.yaml: must be text; put it in quotes",
         config=file("a.yaml", "model_name: on\n"),
     ),
-    case("lm", "lr = ['1e-3'] in a.yaml: must be a number above 0", config=file("a.yaml", "lr: [1e-3]\n")),
+    case("lm", "lr = ['1e-3'] in {here}/a.yaml: must be a number above 0", config=file("a.yaml", "lr: [1e-3]\n")),
     case(
         "dpo",
-        "unknown key 'reward_model' in {root}/configs/ppo.yaml. The keys are: ...",
+        "unknown key 'reward_model' in configs/ppo.yaml. The keys are: ...",
         config=ROOT / "configs/ppo.yaml",
     ),
     case(
         "lm",
-        "a.yaml line 1: not valid YAML (could not determine a constructor for the tag "
+        "{here}/a.yaml line 1: not valid YAML (could not determine a constructor for the tag "
         "'tag:yaml.org,2002:python/object/apply:os.system'); it takes one `key: value` a line",
         config=file("a.yaml", "lr: !!python/object/apply:os.system [echo]\n"),
     ),
@@ -115,28 +120,55 @@ KEYS = [
     case("inference", "top_p = 0.0 is out of range: must be above 0 and at most 1", top_p=0),
 ]
 
+OLD_NAMES = [  # (scripts, the old name of a key, what a message says of it)
+    (
+        ("lm", "ddp", "amp", "lora", "wandb"),
+        "accumulation_steps",
+        "batch_size (blocks an optimizer step) and micro_batch_size (blocks in one pass)",
+    ),
+    (("ppo", "grpo", "offline", "grpo_inference"), "group_size", "samples_per_prompt"),
+    (("ppo", "grpo"), "rollout_batch_size", "sampling_batch_size"),
+    (("ppo",), "missing_end_penalty", "missing_eos_penalty"),
+    (
+        ("pairs", "groups", "evaluate", "compare", "inference", "dpo_inference", "ppo_inference", "grpo_inference"),
+        "batch_size",
+        "sampling_batch_size",
+    ),
+]
+RENAMED = [
+    row
+    for scripts, old, new in OLD_NAMES
+    for script in scripts
+    for row in (
+        case(script, f"unknown key '{old}' on the command line: it is now {new}", **{old: 2}),
+        case(script, f"unknown key '{old}' in {{here}}/a.yaml: it is now {new}", config=file("a.yaml", f"{old}: 2\n")),
+    )
+]
+
 CONTRADICTIONS = [
     case("dpo", "label_smoothing = 0.1 has no effect with loss_type = hinge", loss_type="hinge", label_smoothing=0.1),
-    case("ppo", "kl_controller = adaptive needs kl_target, in nats an answer (6, say)", kl_controller="adaptive"),
+    case("ppo", "kl_controller = adaptive needs kl_target, in nats per sequence (6, say)", kl_controller="adaptive"),
     case("ppo", "kl_target has no effect with kl_controller = fixed", kl_target=6),
     case("ppo", "kl_horizon = 100 has no effect with kl_controller = fixed", kl_horizon=100),
     case(
         "ppo",
-        "minibatches = 5: a rollout makes 4 micro-batches of micro_batch_size = 2 answers, the answers to a "
-        "prompt together; lower one of them",
+        "minibatches = 5: at most prompts_per_step = 4, or one would train on nothing",
         minibatches=5,
     ),
     case(
         "grpo",
-        "judge and reward_model both score the answers: give one of them",
-        judge="a:b",
+        "reward and reward_model both score the completions: give one of them",
+        reward="a:b",
         reward_model="models/reward",
     ),
-    case("offline", "mode = offline takes the stored scores: judge and reward_model have no effect", judge="a:b"),
-    case("offline", "group_size = 4 has no effect with mode = offline", group_size=4),
+    case("offline", "mode = offline takes the stored scores: reward and reward_model have no effect", reward="a:b"),
+    case("pairs", "reward must be module:function, such as my_reward:reward, got 'rewards'", judge="rewards"),
+    case("grpo_inference", "--reward is given twice on the command line", judge="a:b", reward="a:b"),
+    case("offline", "samples_per_prompt = 4 has no effect with mode = offline", samples_per_prompt=4),
     case("grpo", "max_length = 64 has no effect with mode = online", max_length=64),
     case("grpo", "kl_kind = 'k2' has no effect with kl_coef = 0", kl_coef=0, kl_kind="k2"),
-    case("grpo", "minibatches = 4: at most prompts_per_step = 3", minibatches=4),
+    case("grpo", "minibatches = 4: at most prompts_per_step = 3, or one would train on nothing", minibatches=4),
+    case("offline", "minibatches = 3: at most prompts_per_step = 2, or one would train on nothing", minibatches=3),
     case("lm", "scratch_layers would have no effect: model_name is 'tiny-llama', not scratch", scratch_layers=2),
     case(
         "scratch",
@@ -161,8 +193,9 @@ CONTRADICTIONS = [
     case("dpo", "batch_size = 12: there are only 8 pairs to train on; set at most that", batch_size=12),
     case(
         "pairs",
-        "batch_size = 2: must be at least samples_per_prompt = 4, because the samples of a prompt run together",
-        batch_size=2,
+        "sampling_batch_size = 2: must be at least samples_per_prompt = 4, because the samples of a prompt run "
+        "together",
+        sampling_batch_size=2,
     ),
     case("pairs", "limit = 100000: data/prompts.json has only 480 training prompts", limit=100000),
     case("inference", "prompt, prompts and chat exclude each other: give one of them", prompt="a", chat="true"),
@@ -198,10 +231,16 @@ DATA = [
         "{here}/pairs.jsonl is empty. This makes it: python data/generate_preferences.py",
         data=file("pairs.jsonl"),
     ),
-    case("dpo", "{here}/pairs is a folder: give a .jsonl file", data=folder("pairs")),
     case(
         "dpo",
-        "{here}/pairs.jsonl line 2: not valid JSON (Unterminated string starting at column 39)",
+        "{here}/pairs is no folder of `save_to_disk`: Directory {here}/pairs is neither a `Dataset` directory nor a "
+        "`DatasetDict` directory.",
+        data=folder("pairs"),
+    ),
+    case(
+        "dpo",
+        "{here}/pairs.jsonl line 2: not valid JSON (Unterminated string starting at column 39); it takes one object "
+        "a line",
         data=file("pairs.jsonl", json.dumps(pair()) + "\n" + json.dumps(pair())[:40]),
     ),
     case(
@@ -211,7 +250,7 @@ DATA = [
     ),
     case(
         "dpo",
-        "{here}/pairs.jsonl line 1: not valid JSON (Expecting value at column 1)",
+        "{here}/pairs.jsonl line 1: not valid JSON (Expecting value at column 1); it takes one object a line",
         data=file("pairs.jsonl", "prompt,chosen,rejected\na,b,c\n"),
     ),
     case(
@@ -221,8 +260,8 @@ DATA = [
     ),
     case(
         "dpo",
-        "{here}/pairs.jsonl line 1: has no 'prompt'. A row is prompt, chosen, rejected; it has question, chosen, "
-        "rejected",
+        "{here}/pairs.jsonl line 1: has no 'prompt', and chosen and rejected begin differently. A row is prompt, "
+        "chosen, rejected; it has question, chosen, rejected",
         data=file("pairs.jsonl", [{"question": "a", "chosen": "b", "rejected": "c"}]),
     ),
     case(
@@ -270,18 +309,20 @@ DATA = [
     ),
     case(
         "dpo",
-        "{here}/pairs.jsonl: no row is left: all 1 are longer than max_length = 512",
+        "{here}/pairs.jsonl: no row is left: of 1 rows 1 are longer than max_length = 512, and in 0 chosen and "
+        "rejected are equal",
         data=file("pairs.jsonl", [pair(chosen="a" * 600)]),
     ),
     case(
         "dpo",
-        "{here}/pairs.jsonl: no row is left: all 1 are longer than max_length = 512",
+        "{here}/pairs.jsonl: no row is left: of 1 rows 1 are longer than max_length = 512, and in 0 chosen and "
+        "rejected are equal",
         data=file("pairs.jsonl", [pair(prompt="a" * 600)]),
         truncation="drop",
     ),
     case(
         "dpo",
-        "heldout_fraction = 0.25: leaves 12 training and 0 held-out rows",
+        "heldout_fraction = 0.25: leaves 0 training and 12 held-out rows",
         data=file("pairs.jsonl", [pair()] * 12),
     ),
     case(
@@ -291,12 +332,12 @@ DATA = [
     ),
     case(
         "offline",
-        "{good}/pairs.jsonl line 1: 'rejected' must be a list of answers, as in groups.jsonl; pairs are for DPO",
+        "{good}/pairs.jsonl line 1: 'rejected' must be a list of completions, as in groups.jsonl; pairs are for DPO",
         groups=good("pairs.jsonl"),
     ),
     case(
         "offline",
-        "{here}/g.jsonl line 2: 2 scores for 3 answers (chosen first, then rejected)",
+        "{here}/g.jsonl line 2: 2 scores for 3 completions (chosen first, then rejected)",
         groups=file("g.jsonl", [group(), group(scores=[1.0, 0.0])]),
     ),
     case(
@@ -306,7 +347,7 @@ DATA = [
     ),
     case(
         "offline",
-        "{here}/g.jsonl line 1: completion_ids and logprobs must have one list an answer, of equal lengths",
+        "{here}/g.jsonl line 1: completion_ids and logprobs must have one list a completion, of equal lengths",
         groups=file("g.jsonl", [group(logprobs=[[-1.0, -2.0], [-1.0], [-1.0, -2.0]])]),
     ),
     case(
@@ -342,7 +383,7 @@ DATA = [
     ),
     case(
         "offline",
-        "{here}/g.jsonl line 1: 'rejected' must be a list of answers, as in groups.jsonl; pairs are for DPO",
+        "{here}/g.jsonl line 1: 'rejected' must be a list of completions, as in groups.jsonl; pairs are for DPO",
         groups=file("g.jsonl", [group(rejected=[])]),
     ),
     case(
@@ -353,24 +394,23 @@ DATA = [
     case("offline", "prompts_per_step = 2: {here}/g.jsonl has only 1 groups", groups=file("g.jsonl", [group()])),
     case(
         "lm",
-        "{here}/a.jsonl, line 1 is a JSON list, not an object with `text`, `messages`, `prompt` and `completion`,"
-        " or `prompt`, `chosen` and `rejected`",
+        "{here}/a.jsonl line 1: must be an object with keys, not '[]'",
         data=file("a.jsonl", "[]\n"),
     ),
     case("wandb", "nowhere.txt: no such file or folder (looked from {here})", data="nowhere.txt"),
     case(
         "ddp",
-        "{here}/a.jsonl, line 1: `text` has the type int, it takes a string",
+        "{here}/a.jsonl line 1: `text` has the type int, it takes a string",
         data=file("a.jsonl", [{"text": 3}]),
     ),
     case(
         "amp",
-        "{here}/a.jsonl, line 1: `completion` is empty",
+        "{here}/a.jsonl line 1: `completion` is empty",
         data=file("a.jsonl", [{"prompt": "a", "completion": " "}]),
     ),
     case(
         "lora",
-        "{here}/preferences.jsonl, line 1: `prompt`[0] takes an object with `role` and `content`",
+        "{here}/preferences.jsonl line 1: `prompt`[0] takes an object with `role` and `content`",
         data=file("preferences.jsonl", [pair(prompt=["a"], chosen=["b"])]),
     ),
     case("lm", "nowhere.txt: no such file or folder (looked from {here})", data="nowhere.txt"),
@@ -378,52 +418,60 @@ DATA = [
     case("lm", "{here}/a.txt is not UTF-8 (byte 3); convert it first, e.g. with iconv", data=file("a.txt", b"caf\xe9")),
     case(
         "lm",
-        "{here}/texts is a folder without .txt files; give a folder of .txt files, or one .jsonl file",
+        "{here}/texts is a folder without .txt files, and none of `save_to_disk`; without a hub there are ...",
         data=folder("texts", file("a.md", "text")),
     ),
     case(
         "lm",
-        "{here}/a.csv: text comes as .txt, a folder of .txt, or .jsonl with one object a line",
-        data=file("a.csv", "text\na\n"),
+        "{here}/a.md: text comes as .txt, a folder of .txt, or rows as .csv, .tsv, .parquet, .json, .jsonl, .arrow, "
+        "also compressed",
+        data=file("a.md", "a\n"),
     ),
     case(
         "lm",
-        "{here}/a.jsonl, line 2 has the keys txt; it takes `text`, `messages`, `prompt` and `completion`, or "
+        "{here}/a.csv row 1 has the keys txt; it takes `text`, `messages`, `prompt` and `completion`, or `prompt`, "
+        "`chosen` and `rejected`",
+        data=file("a.csv", "txt\na\n"),
+    ),
+    case(
+        "lm",
+        "{here}/a.jsonl line 2 has the keys txt; it takes `text`, `messages`, `prompt` and `completion`, or "
         "`prompt`, `chosen` and `rejected`",
         data=file("a.jsonl", [{"text": "a"}, {"txt": "b"}]),
     ),
     case(
         "lm",
-        "{here}/a.jsonl, line 2 has the keys prompt; it takes `text`, `messages`, `prompt` and `completion`, or "
+        "{here}/a.jsonl line 2 has the keys prompt; it takes `text`, `messages`, `prompt` and `completion`, or "
         "`prompt`, `chosen` and `rejected`",
         data=file("a.jsonl", [{"text": "a"}, {"prompt": "b"}]),
     ),
     case(
         "lm",
-        "{here}/a.jsonl, line 2 is of the kind prompt (strings), the lines before it are text; a file holds one kind",
+        "{here}/a.jsonl line 2 is of the kind prompt (strings), the rows before it are text; a file holds one kind",
         data=file("a.jsonl", [{"text": "a"}, {"prompt": "b", "completion": "c"}]),
     ),
     case(
         "lm",
-        "{here}/a.jsonl, line 2 is not JSON: Unterminated string starting at column 10; one object a line",
+        "{here}/a.jsonl line 2: not valid JSON (Unterminated string starting at column 10); it takes one object a line",
         data=file("a.jsonl", '{"text": "a"}\n{"text": "b'),
     ),
     case(
         "lm",
-        "{here}/a.jsonl, line 1: `messages` has no message of the assistant, so there is nothing to learn",
+        "{here}/a.jsonl line 1: `messages` has no message of the assistant, so there is nothing to learn",
         data=file("a.jsonl", [{"messages": [{"role": "user", "content": "a"}]}] * 2),
     ),
     case(
         "lm",
-        "{here}/a.jsonl, training: nothing is left: all 3 completions are longer than max_length = 64",
+        "{here}/a.jsonl, training: nothing is left: 3 completions are longer than max_length = 64, and 0 messages of "
+        "the assistant have nothing before them",
         data=file("a.jsonl", [{"prompt": f"a{i}", "completion": "b" * 100} for i in range(4)]),
     ),
     case("lm", "data = '{here}/a.txt' is too small: no document is left for evaluation", data=file("a.txt", "x")),
     case(
         "lm",
         "no/such-corpus is no local path and no embedded text, and cannot be had from the hub: ...\nwithout a hub"
-        " there are shakespeare, bible-web, openwebtext-sample, any .txt file, any folder of .txt files, and any "
-        ".jsonl file with `text`, `messages`, or `prompt` and `completion`",
+        " there are shakespeare, bible-web, openwebtext-sample, any .txt file, any folder of .txt files, and rows "
+        "with `text`, `messages`, or `prompt` and `completion` in .jsonl, .json, .csv or .parquet",
         data="no/such-corpus",
     ),
     case("pairs", "prompts = 'nowhere.json': no such file", prompts="nowhere.json"),
@@ -489,7 +537,7 @@ DATA = [
     ),
     case(
         "pairs",
-        "{here}/p.txt: lines of text have no checks to be scored by; give a --judge module:function",
+        "{here}/p.txt: lines of text have no checks to be scored by; give a --reward module:function",
         prompts=file("p.txt", "Say one."),
         limit=1,
     ),
@@ -503,7 +551,7 @@ DATA = [
     case(
         "inference",
         '{here}/p.jsonl line 2: must be an object whose "prompt" is a text or a list of messages, each with '
-        'role and content, not \'{"promt": "b"}\'',
+        "role and content, not \"{'promt': 'b'}\"",
         prompts=file("p.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n'),
     ),
     case(
@@ -583,8 +631,15 @@ MODELS = [
     ),
     case(
         "dpo",
-        "the tokenizer of {here}/model has 259 ids and the model 200: it belongs to another model",
+        "the weights in {here}/model do not fit its config.json: model.embed_tokens.weight is (259, 32) in the "
+        "file, and config.json asks for (200, 32)",
         model_name=model(settings(vocab_size=200)),
+    ),
+    case(
+        "dpo",
+        "{good}/pairs.jsonl line 1: the text holds the token ... (id ...), which the model cannot read: it has rows "
+        "for 80 ids, and the tokenizer has 259",
+        model_name=model(settings(vocab_size=80), weights(first_ids(80))),
     ),
     case(
         "dpo",
@@ -637,7 +692,7 @@ MODELS = [
     ),
     case(
         "dpo",
-        "the tokenizer of {here}/model has no end-of-sequence token, which marks where an answer stops",
+        "the tokenizer of {here}/model has no end-of-sequence token, which marks where a completion stops",
         model_name=model(settings("tokenizer_config.json", eos_token=None)),
     ),
     case(
@@ -786,67 +841,67 @@ MODELS = [
     ),
 ]
 
-JUDGES = [
-    case("pairs", "judge must be module:function, such as my_judge:judge, got 'judges'", judge="judges"),
+REWARD_FUNCTIONS = [
+    case("pairs", "reward must be module:function, such as my_reward:reward, got 'rewards'", reward="rewards"),
     case(
         "pairs",
-        "judge 'no_such_module:judge': Python finds no module 'no_such_module', and {here}/no_such_module.py is "
+        "reward 'no_such_module:reward': Python finds no module 'no_such_module', and {here}/no_such_module.py is "
         "no file either",
-        judge="no_such_module:judge",
+        reward="no_such_module:reward",
     ),
     case(
         "pairs",
-        "judge 'judges:judge': {here}/judges.py has no 'judge'",
-        judge=judge("def other(prompt, completion): return 1.0"),
+        "reward 'rewards:reward': {here}/rewards.py has no 'reward'",
+        reward=function("def other(prompt, completion): return 1.0"),
     ),
-    case("pairs", "judge 'judges:judge': judge is a int, not a function", judge=judge("judge = 3")),
+    case("pairs", "reward 'rewards:reward': reward is a int, not a function", reward=function("reward = 3")),
     case(
         "pairs",
-        "judge 'judges:judge': Python finds no module 'no_such_library', and {here}/judges.py imports it; for "
+        "reward 'rewards:reward': Python finds no module 'no_such_library', and {here}/rewards.py imports it; for "
         "modules beside it set PYTHONPATH=.",
-        judge=judge("import no_such_library"),
+        reward=function("import no_such_library"),
     ),
     case(
         "pairs",
-        "judge 'judges:judge': importing judges failed: ValueError: not ready",
-        judge=judge("raise ValueError('not ready')"),
+        "reward 'rewards:reward': importing rewards failed: ValueError: not ready",
+        reward=function("raise ValueError('not ready')"),
     ),
     case(
         "pairs",
-        "judge 'judges:judge': importing judges failed: SystemExit: 0",
-        judge=judge("import sys; sys.exit(0)"),
+        "reward 'rewards:reward': importing rewards failed: SystemExit: 0",
+        reward=function("import sys; sys.exit(0)"),
     ),
     case(
         "grpo_inference",
-        "judge judge on prompt ... and completion ... raised KeyError: 'x'",
-        judge=judge("def judge(prompt, completion): raise KeyError('x')"),
+        "reward reward on prompt ... and completion ... raised KeyError: 'x'",
+        reward=function("def reward(prompt, completion): raise KeyError('x')"),
         limit=1,
     ),
     case(
         "grpo",
-        "judge judge on prompt ... and completion ... raised SystemExit: 0",
-        judge=judge("def judge(prompt, completion): import sys; sys.exit(0)"),
+        "reward reward on prompt ... and completion ... raised SystemExit: 0",
+        reward=function("def reward(prompt, completion): import sys; sys.exit(0)"),
     ),
     case(
         "grpo",
-        "judge judge on prompt ... and completion ... returned nan, which is not a finite number",
-        judge=judge("def judge(prompt, completion): return float('nan')"),
+        "reward reward on prompt ... and completion ... returned nan, which is not a finite number",
+        reward=function("def reward(prompt, completion): return float('nan')"),
     ),
     case(
         "grpo",
-        "judge judge on prompt ... and completion ... returned 'good', which is not a finite number",
-        judge=judge("def judge(prompt, completion): return 'good'"),
+        "reward reward on prompt ... and completion ... returned 'good', which is not a finite number",
+        reward=function("def reward(prompt, completion): return 'good'"),
     ),
     case(
         "grpo",
-        "judge judge on prompt ... and completion ... raised TypeError: judge() takes 1 positional argument but 2"
+        "reward reward on prompt ... and completion ... raised TypeError: reward() takes 1 positional argument but 2"
         " were given",
-        judge=judge("def judge(prompt): return 1.0"),
+        reward=function("def reward(prompt): return 1.0"),
     ),
     case(
         "grpo_inference",
-        "judge judge on prompt ... and completion ... returned None, which is not a number",
-        judge=judge("def judge(prompt, completion): return None"),
+        "reward reward on prompt ... and completion ... returned None, which is not a number",
+        reward=function("def reward(prompt, completion): return None"),
         limit=1,
     ),
 ]
@@ -874,9 +929,9 @@ PLACES = [
     ),
     case(
         "grpo",
-        "judge judge on prompt ... and completion ... raised KeyError: 1",
+        "reward reward on prompt ... and completion ... raised KeyError: 1",
         out=folder("out"),
-        judge=judge("def judge(prompt, completion): return {}[1]"),
+        reward=function("def reward(prompt, completion): return {}[1]"),
     ),
     case("dpo", "cannot write to /proc/run: No such file or directory", out="/proc/run"),
     case(
@@ -948,7 +1003,7 @@ RUNS = [
     ),
     case(
         "dpo",
-        "out/config.yaml line 1: not valid YAML (expected the node content, but found '<stream end>'); it takes "
+        "{here}/out/config.yaml line 1: not valid YAML (expected the node content, but found '<stream end>'); it takes "
         "one `key: value` a line",
         out=folder("out", file("config.yaml", "model_name: [")),
     ),
@@ -970,7 +1025,7 @@ def expected(message, here, good):
 
 
 @pytest.mark.parametrize(
-    ("script", "message", "options"), KEYS + CONTRADICTIONS + DATA + MODELS + JUDGES + PLACES + RUNS
+    ("script", "message", "options"), KEYS + RENAMED + CONTRADICTIONS + DATA + MODELS + REWARD_FUNCTIONS + PLACES + RUNS
 )
 def test_a_mistake_is_one_message_and_leaves_nothing(script, message, options, here, good, capfd):
     words = words_of(script, options, good, here)
@@ -984,7 +1039,7 @@ def test_a_mistake_is_one_message_and_leaves_nothing(script, message, options, h
 
 
 def test_there_are_enough_of_them():
-    every = KEYS + CONTRADICTIONS + DATA + MODELS + JUDGES + PLACES + RUNS
+    every = KEYS + RENAMED + CONTRADICTIONS + DATA + MODELS + REWARD_FUNCTIONS + PLACES + RUNS
     assert len({(row.values[0], row.values[1], str(row.values[2])) for row in every}) >= 60
     assert {row.values[0] for row in every} == set(SCRIPTS)  # each script is among them
 

@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 
 from benchmarks import grpo, lm, measure, operations, page, run, scaling
 from benchmarks.flops import Cost, Part, row, rows, sampled
+from benchmarks.progress import Progress
 from configs.config import ROOT, UserError, load_config
-from models import loader
+from models import device
 from models.loader import load_model, load_tokenizer
 from runtime.memory import AT_START
 
@@ -33,14 +34,14 @@ def settings(*words):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Sides are called here: a process of its own takes seconds to import its libraries."""
-    from rlhf import rollouts
+    from rlhf import sampler
 
-    monkeypatch.setattr(rollouts, "generate", rollouts.generate)  # put back afterwards
-    original = rollouts.generate
+    monkeypatch.setattr(sampler, "generate", sampler.generate)  # put back afterwards
+    original = sampler.generate
 
     def call(module, side, size, folder, environment=None):
         AcceleratorState._reset_state(reset_partial_state=True)
-        rollouts.generate = original
+        sampler.generate = original
         folder.mkdir(parents=True)
         found = getattr(importlib.import_module(f"benchmarks.{module}"), side)(SimpleNamespace(**size), folder)
         return json.loads(json.dumps(found))
@@ -71,19 +72,19 @@ def test_the_gpt2_of_a_gpus_lm_job_is_gpt2s_shape(tmp_path):
 
 @pytest.mark.parametrize("job", ["lm", "dpo", "dpo_lora", "reward", "grpo", "generate"])
 def test_both_sides_do_the_same_work(job, in_this_process, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loader, "CPUINFO", tmp_path / "none")  # in fp32: in bf16 each side rounds in its own places
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "none")  # in fp32: in bf16 each side rounds in its own places
     file = tmp_path / "found.json"
     run.main(settings("--job", job, "--rounds", "1", "--smoke", "true", "--json", str(file)))
     found = json.loads(file.read_text())
-    ours, peer = found["ours"], found["peer"]
+    ours, baseline = found["ours"], found["baseline"]
     assert found["job"] == job and found["rounds"] == 1 and found["losses_agree"] is True
     assert found["loss_difference"] < 1e-3
-    assert len(ours["losses"]) == len(peer["losses"]) >= 2
+    assert len(ours["losses"]) == len(baseline["losses"]) >= 2
     assert ours["losses"] != ours["losses"][:1] * len(
         ours["losses"]
     )  # something is learnt, or sampled, from step to step
-    assert ours["grad_norms"] == pytest.approx(peer["grad_norms"], rel=1e-2)
-    for side in (ours, peer):
+    assert ours["grad_norms"] == pytest.approx(baseline["grad_norms"], rel=1e-2)
+    for side in (ours, baseline):
         assert side["seconds_per_step"]["median"] > 0 and side["peak_memory_gb"] > 0
         assert side["tokens_per_second"] == pytest.approx(found["tokens_per_step"] / side["seconds_per_step"]["median"])
     assert found["speed_ratio"] > 0 and found["memory_ratio"] > 0
@@ -91,11 +92,11 @@ def test_both_sides_do_the_same_work(job, in_this_process, tmp_path, capsys, mon
     assert "the losses agree" in said and "times the speed" in said
 
 
-def test_ppo_is_measured_against_the_limit(in_this_process, tmp_path):
+def test_ppo_is_measured_as_share_of_the_peak(in_this_process, tmp_path):
     file = tmp_path / "found.json"
     run.main(settings("--job", "ppo", "--rounds", "1", "--smoke", "true", "--json", str(file)))
     found = json.loads(file.read_text())
-    assert found["peer"] is None and found["speed_ratio"] is None
+    assert found["baseline"] is None and found["speed_ratio"] is None
     assert found["ours"]["share_of_peak"] > 0 and len(found["ours"]["losses"]) == 2
 
 
@@ -109,8 +110,8 @@ def test_a_side_runs_in_a_process_of_its_own(tmp_path):
 
 def test_ratios_are_taken_within_a_round():
     ours = [report([1.0, 2.0, 9.0], memory=1.0), report([4.0], memory=2.0), report([1.0], memory=1.0)]
-    peer = [report([6.0, 6.0], memory=4.0), report([4.0], memory=4.0), report([10.0], memory=1.0)]
-    speed, memory, of_rounds = measure.ratios(ours, peer)
+    baseline = [report([6.0, 6.0], memory=4.0), report([4.0], memory=4.0), report([10.0], memory=1.0)]
+    speed, memory, of_rounds = measure.ratios(ours, baseline)
     assert of_rounds == [3.0, 1.0, 10.0] and speed == 3.0  # 6 / 2, 4 / 4, 10 / 1
     assert memory == 0.5  # of 1 / 4, 2 / 4, 1 / 1
     side = measure.side_figures(ours, matmul_peak=12e9)
@@ -130,7 +131,7 @@ def test_the_clock_leaves_out_the_warm_up_and_counts_every_step():
 
 
 def test_flops_are_those_of_the_arithmetic():
-    assert row(2, [3, 1]) == Part(6, 3 + (6 + 6) + (2 + 1), 4)  # prompt; each answer sees it, and itself causally
+    assert row(2, [3, 1]) == Part(6, 3 + (6 + 6) + (2 + 1), 4)  # prompt; each completion sees it, and itself causally
     assert sampled([[5, 6]], 3, 2) == Part(2 + 2 * 2, 3 + 2 * (4 + 3), 6)  # the last token is not read again
     # of prompts of 3 and 2 tokens the first is the same, 1 token that sees itself; then 2 and 1 of their own
     assert rows([[5, 6, 7], [5, 8]], [[1], [2]]) == Part(1 + 2 + 1 + 1 + 2, 1 + (2 + 3) + 2 + 4 + (3 + 4), 3)
@@ -148,7 +149,7 @@ def test_flops_are_those_of_the_arithmetic():
     assert found.lora == 2 * (64 + 2 * 48 + 64 + 3 * 96)
 
 
-@pytest.mark.parametrize("side", ["ours", "peer"])
+@pytest.mark.parametrize("side", ["ours", "baseline"])
 def test_both_sides_start_alike(side, monkeypatch, tmp_path):
     seen = []
 
@@ -211,13 +212,13 @@ def test_the_precision_of_a_sides_process_can_be_set(monkeypatch, tmp_path):
 
 def test_generate_compares_what_both_sides_said_alike():
     ours = {"greedy": {"ids": [[1, 2, 3, 4], [1, 9, 3, 4]], "logprobs": [[-1.0] * 4, [-3.0] * 4]}}
-    peer = {"greedy": {"ids": [[1, 2, 3, 5], [1, 2, 3, 4]], "logprobs": [[-1.0] * 4, [-4.0] * 4]}}
-    importlib.import_module("benchmarks.generate").settle(ours, peer)
+    baseline = {"greedy": {"ids": [[1, 2, 3, 5], [1, 2, 3, 4]], "logprobs": [[-1.0] * 4, [-4.0] * 4]}}
+    importlib.import_module("benchmarks.generate").settle(ours, baseline)
     assert ours == {"losses": [2.0, 1.0, 1.0], "same_tokens": 0.5}  # 3 + 1 of 8; the second row counts once
-    assert peer == {"losses": [2.5, 1.0, 1.0], "same_tokens": 0.5}
+    assert baseline == {"losses": [2.5, 1.0, 1.0], "same_tokens": 0.5}
 
 
-def test_the_sampler_of_a_benchmark_never_stops_and_may_say_given_answers():
+def test_the_sampler_of_a_benchmark_never_stops_and_may_return_given_completions():
     asked = []
 
     def generate(model, prompts, stop_ids=()):
@@ -249,12 +250,12 @@ def test_scaling_runs_every_point(in_this_process, monkeypatch, capsys):
 def test_every_second_of_a_step_is_of_one_kind_of_operation(job, in_this_process, capsys):
     found = operations.main(load_config(operations.Config, ["--job", job, "--smoke", "true"]))[job]
     assert list(found["kinds"])[-1] == operations.REST
-    assert {"products with weights", "softmax, exp", "other operations on elements"} <= found["kinds"].keys()
+    assert {"matmuls with weights", "softmax, exp", "other elementwise operations"} <= found["kinds"].keys()
     spent = sum(seconds for seconds, _ in found["kinds"].values())
     assert found["seconds"] == pytest.approx(spent, rel=0.02) and found["flops"] > 0
     assert measure.Clock is operations.measure.Clock and measure.Clock.__name__ == "Clock"  # put back
     said = capsys.readouterr().out
-    assert f"{job}: a step of " in said and "products with weights" in said
+    assert f"{job}: a step of " in said and "matmuls with weights" in said
 
 
 def test_kinds_of_operations_by_their_names():
@@ -262,11 +263,11 @@ def test_kinds_of_operations_by_their_names():
         return SimpleNamespace(key=key, self_cpu_time_total=microseconds, self_device_time_total=0, count=count)
 
     names = {
-        "aten::mm": "products with weights", "aten::addmm_": "products with weights",
-        "mkldnn::_linear_pointwise": "products with weights", "aten::bmm": "products of attention",
-        "aten::baddbmm": "products of attention", "aten::_log_softmax": "softmax, exp", "aten::exp_": "softmax, exp",
-        "aten::_fused_adamw_": "optimizer, norm of the gradient", "aten::copy_": "copies, casts, picking",
-        "aten::index_select": "copies, casts, picking", "aten::silu_backward": "other operations on elements",
+        "aten::mm": "matmuls with weights", "aten::addmm_": "matmuls with weights",
+        "mkldnn::_linear_pointwise": "matmuls with weights", "aten::bmm": "matmuls of attention",
+        "aten::baddbmm": "matmuls of attention", "aten::_log_softmax": "softmax, exp", "aten::exp_": "softmax, exp",
+        "aten::_fused_adamw_": "optimizer, gradient norm", "aten::copy_": "copies, casts, indexing",
+        "aten::index_select": "copies, casts, indexing", "aten::silu_backward": "other elementwise operations",
         "aten::expand": None, "aten::view": None,
     }  # fmt: skip
     for name, kind in names.items():
@@ -281,9 +282,9 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
     monkeypatch.setattr(page, "ROOT", tmp_path)
     for name in ("generate", "ppo"):
         size = run.sizes(name, settings("--job", name))
-        rounds = {"ours": [report([1.0, 1.2])], "peer": [report([3.0, 3.6], losses=(2.0, 1.501), memory=2.0)]}
+        rounds = {"ours": [report([1.0, 1.2])], "baseline": [report([3.0, 3.6], losses=(2.0, 1.501), memory=2.0)]}
         if name == "ppo":
-            del rounds["peer"]
+            del rounds["baseline"]
         page.update(jobs={name: run.figures(name, size, rounds, 1e11)})
         page.update(gpu_jobs={name: run.figures(name, size, rounds, 1e12)})
     points = [{"value": n, "seconds": 1.0, "tokens": n, "flops": 1e9, "peak_memory_gb": 1.0} for n in (1, 2)]
@@ -291,12 +292,12 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
     page.update(ddp={k: {"seconds": s} for k, s in (("apart", 2.0), ("ddp", 2.5), ("threads", 3.0))}
                 | {"batch_size": 2, "length": 512})  # fmt: skip
     job = {"seconds": 4.0, "flops": 1e10, "peak": 1e10, "precision": "bf16", "git_commit": "abc"}
-    page.update(operations={"lm": job | {"kinds": {"softmax": [1.0, 5], "products": [2.0, 7], "rest": [1.0, 0]}},
+    page.update(operations={"lm": job | {"kinds": {"softmax": [1.0, 5], "matmuls": [2.0, 7], "rest": [1.0, 0]}},
                             "dpo": job | {"kinds": {"copies": [3.0, 9], "rest": [1.0, 0]}}})  # fmt: skip
     text = (tmp_path / page.PAGE).read_text()
-    rows = ["| softmax | 1.00 (25%) | 0.00 (0%) |", "| products | 2.00 (50%) | 0.00 (0%) |",
+    rows = ["| softmax | 1.00 (25%) | 0.00 (0%) |", "| matmuls | 2.00 (50%) | 0.00 (0%) |",
             "| copies | 0.00 (0%) | 3.00 (75%) |", "| rest | 1.00 (25%) | 1.00 (25%) |",
-            "| **the step** | **4.00** | **4.00** |", "| its arithmetic at the limit | 1.00 | 1.00 |"]  # fmt: skip
+            "| **the step** | **4.00** | **4.00** |", "| its arithmetic at peak | 1.00 | 1.00 |"]  # fmt: skip
     assert "| | lm | dpo |" in text and "\n".join(rows) in text
     assert (
         "| generation, batch 32, 64 + 64 tokens | ours | 1.10 (1.00 to 1.20) | 91 | 1.00 | 5.5% | **3.00 x** |" in text
@@ -309,6 +310,57 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
         assert (tmp_path / f"report/figures/{name}.png").stat().st_size > 5000
 
 
+def test_the_committed_page_is_what_its_figures_and_notes_make():
+    assert (ROOT / page.PAGE).read_text(encoding="utf-8") == page.write(page.measured())
+
+
+def test_on_a_gpu_the_page_has_the_mfu(monkeypatch):
+    h100 = {"cpu": "x86_64", "cores": 16, "gpu": ["NVIDIA H100 80GB HBM3"], "system": "Linux"}
+    monkeypatch.setattr(run, "machine", lambda: h100)
+    monkeypatch.setattr(measure, "precision", lambda: "bf16")
+    size = run.sizes("generate", settings("--job", "generate"))
+    rounds = {"ours": [report([1.0])], "baseline": [report([2.0], memory=2.0)]}
+    found = run.figures("generate", size, rounds, 1e11)  # 6e9 FLOP a step
+    assert measure.mfu(found, found["ours"]) == pytest.approx(6e9 / 989e12)
+    assert measure.mfu(found, found["baseline"]) == pytest.approx(3e9 / 989e12)
+    found["data_sheet_flops_per_second"] = 12e9
+    header, _, ours, baseline = page.jobs_table({"generate": found})
+    assert "| % of peak | MFU | speed | memory |" in header
+    assert "| 6.0% | 50.0% | **2.00 x** | **0.50 x** |" in ours and "| 3.0% | 25.0% |  |  |" in baseline
+    run.show(found | {"seconds": 1.0})
+
+
+@pytest.mark.parametrize(
+    "gpu, kind, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989), ("NVIDIA H100 PCIe", "bf16", 756), ("NVIDIA H200", "fp16", 989),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312), ("NVIDIA L40S", "bf16", 362), ("Tesla T4", "fp16", 65),
+        ("NVIDIA H100 PCIe", "fp32", None), ("NVIDIA GeForce GTX 1080", "fp16", None),
+    ],
+)  # fmt: skip
+def test_the_flops_of_a_data_sheet(gpu, kind, tera):
+    assert measure.data_sheet_peak([gpu], kind) == (tera and 1e12 * tera)
+    assert measure.data_sheet_peak([], kind) is None
+
+
+def test_progress_counts_runs_and_estimates_the_time_that_is_left():
+    progress = Progress({"a": 2, "b": 2, "c": 1}, expected={"a": 10.0, "b": 30.0})  # c: 20, their mean
+    assert progress.done("a", 20.0) == "1/5 runs | 0s | eta 3m00s"  # 20, and twice as long as expected: 60, 60, 40
+    assert progress.done("b", 40.0) == "2/5 runs | 0s | eta 1m30s"  # 20, 40, and 60 / 40 times 20
+    progress.done("a", 40.0)
+    assert progress.eta() == 40.0 + 20.0 * (30.0 + 40.0) / 40.0
+    progress.done("b", 40.0)
+    assert progress.done("c", 1.0) == "5/5 runs | 0s | eta 0s"
+    assert Progress({"a": 1, "b": 3}).done("a", 5.0) == "1/4 runs | 0s | eta 15s"  # nothing is expected: all alike
+
+
+def test_progress_is_printed_after_each_run(in_this_process, tmp_path, capsys):
+    run.main(settings("--job", "ppo", "--rounds", "2", "--smoke", "true", "--steps", "1"))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  round ")]
+    assert len(said) == 2 and said[0].startswith("  round 1/2, ours: ") and " | 1/2 runs | " in said[0]
+    assert said[1].endswith(" | eta 0s") and " | 2/2 runs | " in said[1]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -319,8 +371,8 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
         ([], "which job? python benchmarks/run.py JOB, one of lm, dpo,"),
         (["lm", "--rounds", "0"], "rounds = 0 is out of range: must be at least 1"),
         (["lm", "--round", "2"], "unknown key 'round' on the command line. Did you mean 'rounds'?"),
-        (["lm"], "the peer, TRL, is not installed: pip install -r requirements-dev.txt"),
-        (["all"], "the peer, TRL, is not installed: pip install -r requirements-dev.txt"),
+        (["lm"], "the baseline, TRL, is not installed: pip install -r requirements-dev.txt"),
+        (["all"], "the baseline, TRL, is not installed: pip install -r requirements-dev.txt"),
         (["all", "--json", "x.json"], "json = 'x.json' has no effect with all"),
         (["lm", "--smoke", "true", "--page", "true"], "smoke = True would write"),
         (["all", "--smoke", "true"], "smoke = True would write figures of a tiny model into report/benchmarks.md"),

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from configs.config import UserError, format_config, load_config, option, read_yaml
+from configs.config import UserError, format_config, load_config, names_with, option, options, read_yaml, usage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,3 +118,160 @@ def test_a_class_attribute_names_the_yaml_that_is_read_by_itself():
 
     with pytest.raises(UserError, match="unknown key 'model_name' in .*dpo.yaml"):
         load_config(Own, [])
+
+
+@dataclass
+class Shared:
+    steps: int = option(10, "how many", at_least=1, at_most=100, identity=False)
+    data: str = option("text", "what is read", reads=True)
+    lr: float = option(1e-3, "peak", above=0)
+
+
+@dataclass
+class Method(Shared):
+    steps: int = 20
+    data: str = "pairs"
+    beta: float = option(0.1, "of the KL", at_least=0)
+
+
+@dataclass
+class Variant(Method):
+    data: str = "groups"
+    lr: float = option(1e-4, "peak of the variant", above=0, below=1)
+
+
+@pytest.mark.parametrize("kind", [Method, Variant, Variant()])
+def test_another_default_leaves_help_range_identity_and_reads_of_an_inherited_option(kind):
+    said, inherited = options(kind), options(Shared)
+    assert list(said) == ["steps", "data", "lr", "beta"]
+    assert said["steps"] == inherited["steps"]
+    assert said["steps"] == {"help": "how many", "identity": False, "reads": False, "at_least": 1, "at_most": 100}
+    assert said["data"] == inherited["data"] == {"help": "what is read", "identity": True, "reads": True}
+    assert said["beta"] == {"help": "of the KL", "identity": True, "reads": False, "at_least": 0}
+
+
+def test_an_option_that_is_said_anew_replaces_the_inherited_one():
+    assert options(Method)["lr"] == options(Shared)["lr"]
+    expected = {"help": "peak of the variant", "identity": True, "reads": False, "above": 0, "below": 1}
+    assert options(Variant)["lr"] == expected
+
+
+def test_the_inherited_range_holds_for_the_new_default_and_is_in_the_help():
+    assert load_config(Method, []) == Method(steps=20, data="pairs")
+    with pytest.raises(UserError, match="steps = 101 is out of range: must be at least 1 and at most 100"):
+        load_config(Method, ["--steps", "101"])
+    (line,) = (line for line in usage(Method).splitlines() if line.startswith("  --steps"))
+    assert " ".join(line.split()) == "--steps 20 how many [a whole number at least 1 and at most 100]"
+
+    @dataclass
+    class OutOfRange(Shared):
+        steps: int = 0
+
+    with pytest.raises(UserError, match="steps = 0 is out of range"):
+        load_config(OutOfRange, [])
+
+
+@pytest.mark.parametrize("kind", [Shared, Method, Variant, Variant()])
+def test_names_with_are_those_of_which_all_of_it_was_said(kind):
+    own = [] if kind is Shared else ["beta"]
+    assert names_with(kind, identity=False) == ["steps"]
+    assert names_with(kind, reads=True) == ["data"]
+    assert names_with(kind, identity=True) == ["data", "lr", *own]
+    assert names_with(kind, identity=True, reads=False) == ["lr", *own]
+    assert names_with(kind, identity=False, reads=True) == []
+    assert names_with(kind, at_least=1) == ["steps"]
+
+
+@dataclass
+class Older:
+    RENAMED: ClassVar[dict] = {"size": "batch_size", "passes": "batch_size (rows) and epochs"}
+    ALIASES: ClassVar[dict] = {"dataset": "data"}
+    batch_size: int = option(4, "rows", at_least=1)
+    epochs: int = option(1, "passes", at_least=1)
+    data: str = option("text", "what is read")
+
+
+@dataclass
+class Newer(Older):
+    RENAMED: ClassVar[dict] = {"tau": "beta"}
+    ALIASES: ClassVar[dict] = {"kl": "beta"}
+    beta: float = option(0.1, "of the KL", at_least=0)
+
+
+@pytest.mark.parametrize(
+    "Config, key, new",
+    [
+        (Older, "size", "batch_size"),
+        (Newer, "size", "batch_size"),  # of the base
+        (Newer, "passes", "batch_size (rows) and epochs"),
+        (Newer, "tau", "beta"),
+    ],
+)
+def test_a_key_by_its_old_name_is_an_error_that_names_the_new_one(Config, key, new, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_config(Config, [f"--{key}", "8"])
+    assert str(error.value) == f"unknown key {key!r} on the command line: it is now {new}"
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{key}: 8\n")
+    with pytest.raises(UserError) as error:
+        load_config(Config, ["--config", str(path)])
+    assert str(error.value) == f"unknown key {key!r} in {path}: it is now {new}"
+
+
+def test_the_old_name_of_another_class_is_only_an_unknown_key():
+    with pytest.raises(UserError, match="unknown key 'tau' on the command line.* The keys are: batch_size"):
+        load_config(Older, ["--tau", "1"])
+
+
+def test_a_key_by_its_other_name_is_taken_everywhere(tmp_path):
+    (tmp_path / "c.yaml").write_text("dataset: mine\nkl: 0.5\n")
+    assert load_config(Newer, ["--config", str(tmp_path / "c.yaml")]) == Newer(data="mine", beta=0.5)
+    assert load_config(Newer, ["--dataset", "mine", "--kl=0.5"]) == Newer(data="mine", beta=0.5)
+    with pytest.raises(UserError, match="--beta is given twice"):
+        load_config(Newer, ["--kl", "1", "--beta", "2"])
+    with pytest.raises(UserError, match="must be a number at least 0"):
+        load_config(Newer, ["--kl", "much"])
+    with pytest.raises(UserError, match="unknown key 'kl'"):
+        load_config(Older, ["--kl", "1"])
+
+
+@pytest.mark.parametrize(
+    "script, key, new",
+    [
+        ("train.train_lm", "accumulation_steps", "batch_size (blocks an optimizer step) and micro_batch_size"),
+        ("train.train_lm_lora", "accumulation_steps", "batch_size (blocks an optimizer step) and micro_batch_size"),
+        ("rlhf.ppo_train", "missing_end_penalty", "missing_eos_penalty"),
+        ("rlhf.ppo_train", "rollout_batch_size", "sampling_batch_size"),
+        ("rlhf.grpo_train", "group_size", "samples_per_prompt"),
+        ("rlhf.grpo_train", "rollout_batch_size", "sampling_batch_size"),
+        ("data.generate_preferences", "batch_size", "sampling_batch_size"),
+        ("data.generate_preferences_multi", "batch_size", "sampling_batch_size"),
+        ("report.evaluate", "batch_size", "sampling_batch_size"),
+    ],
+)
+def test_what_the_scripts_renamed_is_named(script, key, new, tmp_path):
+    Config = importlib.import_module(script).Config
+    (tmp_path / "c.yaml").write_text(f"{key}: 8\n")
+    for words in ([f"--{key}", "8"], ["--config", str(tmp_path / "c.yaml")]):
+        with pytest.raises(UserError, match=f"unknown key '{key}' .*: it is now {re.escape(new)}"):
+            load_config(Config, words)
+
+
+@pytest.mark.parametrize("script", sorted({*SCRIPTS.values()}))
+def test_names_that_a_script_renamed_or_takes_too_lead_to_its_options(script):
+    Config = importlib.import_module(script).Config
+    for kind in Config.__mro__:
+        for old, new in vars(kind).get("RENAMED", {}).items():
+            assert old not in options(Config) and new.split()[0] in options(Config)
+        for other, name in vars(kind).get("ALIASES", {}).items():
+            assert other not in options(Config) and name in options(Config)
+
+
+def test_judge_is_another_name_of_grpos_reward(tmp_path):
+    from rlhf import grpo_train
+
+    function = "data.checks:score"
+    config = load_config(grpo_train.Config, ["--judge", function])
+    assert config.reward == function and config == load_config(grpo_train.Config, ["--reward", function])
+    (tmp_path / "c.yaml").write_text(f"judge: {function}\n")
+    assert load_config(grpo_train.Config, ["--config", str(tmp_path / "c.yaml")]).reward == function

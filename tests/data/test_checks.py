@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from configs.config import UserError
+from configs.config import ROOT, UserError
 from data.checks import CHECKS, is_degenerate, passed, score, split_sentences, words
 from data.prompts import load_prompts, validate_checks
 from data.rewards import call_reward, load_reward
@@ -192,7 +192,7 @@ def test_a_broken_prompt_file_is_an_error_that_names_the_entry(tmp_path, rows, m
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / "none.json"))):
+    with pytest.raises(UserError, match=re.escape(str(ROOT / "none.json"))):
         load_prompts("none.json")
     (tmp_path / "bad.json").write_text('[\n{"id": "a",}\n]')
     with pytest.raises(UserError, match="not valid JSON at line 2"):
@@ -211,8 +211,8 @@ def test_paths_and_splits(tmp_path, monkeypatch):
     assert load_prompts("mine.json") == load_prompts("mine.json", split="train") == [ROW]
     with pytest.raises(UserError, match="no prompt has split 'heldout'"):
         load_prompts("mine.json", split="heldout")
-    (tmp_path / "judged.json").write_text(json.dumps([without("checks")]))
-    assert load_prompts("judged.json", need_checks=False) == [without("checks")]
+    (tmp_path / "scored.json").write_text(json.dumps([without("checks")]))
+    assert load_prompts("scored.json", need_checks=False) == [without("checks")]
 
 
 # The stems of the words that name the held-out topics.
@@ -288,41 +288,41 @@ def test_arguments_stand_in_the_prompt():
 
 
 @pytest.fixture
-def judges(tmp_path, monkeypatch):
+def rewards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_judge.py").write_text(
+    (tmp_path / "own_reward.py").write_text(
         "import math\nlength = 3\n"
-        "def judge(prompt, completion):\n    return len(completion) - len(prompt)\n"
+        "def reward(prompt, completion):\n    return len(completion) - len(prompt)\n"
         "def breaks(prompt, completion):\n    raise KeyError('no such word')\n"
     )
     (tmp_path / "own_folder").mkdir()
-    (tmp_path / "own_folder" / "inner.py").write_text("def judge(prompt, completion):\n    return True\n")
-    (tmp_path / "own_broken.py").write_text("def judge(:\n")
+    (tmp_path / "own_folder" / "inner.py").write_text("def reward(prompt, completion):\n    return True\n")
+    (tmp_path / "own_broken.py").write_text("def reward(:\n")
     (tmp_path / "own_needs.py").write_text("import no_such_library\n")
 
 
-def test_a_judge_in_the_working_directory_is_found(judges):
-    assert call_reward(load_reward("own_judge:judge"), "ab", "abcde") == 3.0
-    assert call_reward(load_reward("own_folder.inner:judge"), "ab", "c") == 1.0
+def test_a_reward_function_in_the_working_directory_is_found(rewards):
+    assert call_reward(load_reward("own_reward:reward"), "ab", "abcde") == 3.0
+    assert call_reward(load_reward("own_folder.inner:reward"), "ab", "c") == 1.0
     assert load_reward("data.checks:score")("bees", [{"name": "lowercase"}]) == 1.0  # an installed module
 
 
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("own_judge", "must be module:function"),
-        ("own_judge.py:judge:x", "must be module:function"),
-        (":judge", "must be module:function"),
-        ("own_judge:", "must be module:function"),
-        ("folder/own_judge:judge", "must be module:function"),
-        ("no_such_judge:judge", "no module 'no_such_judge'.*no_such_judge.py is no file"),
-        ("own_needs:judge", "no module 'no_such_library'.*own_needs.py imports it"),
-        ("own_broken:judge", "importing own_broken failed: SyntaxError"),
-        ("own_judge:jugde", "own_judge.py has no 'jugde'"),
-        ("own_judge:length", "length is a int, not a function"),
+        ("own_reward", "must be module:function"),
+        ("own_reward.py:reward:x", "must be module:function"),
+        (":reward", "must be module:function"),
+        ("own_reward:", "must be module:function"),
+        ("folder/own_reward:reward", "must be module:function"),
+        ("no_such_reward:reward", "no module 'no_such_reward'.*no_such_reward.py is no file"),
+        ("own_needs:reward", "no module 'no_such_library'.*own_needs.py imports it"),
+        ("own_broken:reward", "importing own_broken failed: SyntaxError"),
+        ("own_reward:rewrad", "own_reward.py has no 'rewrad'"),
+        ("own_reward:length", "length is a int, not a function"),
     ],
 )
-def test_a_judge_that_cannot_be_loaded(judges, spec, message):
+def test_a_reward_function_that_cannot_be_loaded(rewards, spec, message):
     with pytest.raises(UserError, match=message):
         load_reward(spec)
 
@@ -337,14 +337,14 @@ def test_a_judge_that_cannot_be_loaded(judges, spec, message):
         ([1.0], "not a number"),
     ],
 )
-def test_a_judge_that_returns_no_number(value, message):
-    def my_judge(prompt, completion):
+def test_a_reward_function_that_returns_no_number(value, message):
+    def my_reward(prompt, completion):
         return value
 
-    with pytest.raises(UserError, match=f"my_judge on prompt 'Describe bees.' and completion 'bzz'.*{message}"):
-        call_reward(my_judge, "Describe bees.", "bzz")
+    with pytest.raises(UserError, match=f"my_reward on prompt 'Describe bees.' and completion 'bzz'.*{message}"):
+        call_reward(my_reward, "Describe bees.", "bzz")
 
 
-def test_a_judge_that_raises(judges):
+def test_a_reward_function_that_raises(rewards):
     with pytest.raises(UserError, match="breaks on prompt 'p' and completion 'c' raised KeyError: 'no such word'"):
-        call_reward(load_reward("own_judge:breaks"), "p", "c")
+        call_reward(load_reward("own_reward:breaks"), "p", "c")

@@ -136,9 +136,11 @@ def test_what_begins_alike_stays_on_one_side(form):
     assert not {question(row) for row in train} & {question(row) for row in heldout}
 
 
-def test_equal_rows_are_all_for_training():
+def test_rows_that_all_begin_alike_are_split_one_by_one():
     rows = [{"prompt": "Q", "completion": str(i)} for i in range(5)]
-    assert split_heldout(rows, 0.05) == (rows, [])
+    train, heldout = split_heldout(rows, 0.05)
+    assert len(heldout) == 1 and heldout[0] not in train
+    assert train == [row for row in rows if row not in heldout]
 
 
 @pytest.mark.parametrize(
@@ -180,15 +182,15 @@ def test_lines_of_a_jsonl_end_at_newlines_only(tmp_path):
         (b'{"prompt": "a", "completion": "b"}', r"line 2 is of the kind prompt \(strings\), .* are text"),
         (b'{"text": 3}', r"line 2: `text` has the type int, it takes a string"),
         (b'{"text": " "}', r"line 2: `text` is empty"),
-        (b'{"text": "a"', r"line 2 is not JSON: .* column 13"),
-        (b'["a"]', r"line 2 is a JSON list, not an object"),
-        (b'{"text": "\xff"}', r"line 2 is not UTF-8 \(byte 10 of the line\)"),
+        (b'{"text": "a"', r"a\.jsonl line 2: not valid JSON \(.* column 13\); it takes one object a line"),
+        (b'["a"]', r"a\.jsonl line 2: must be an object with keys, not '\[\"a\"\]'"),
+        (b'{"text": "\xff"}', r"a\.jsonl line 2: not UTF-8 text \(byte 10 of the line\)"),
         (b'{"text": "a\\ud83d"}', r"line 2: `text` has half of a surrogate pair at character 1"),
         (b'{"messages": []}', r"line 2: `messages` takes a list of messages"),
         (b'{"messages": [{"role": "user"}]}', r"line 2: `messages`\[0\] takes an object with `role` and `content`"),
         (
             b'{"messages": [{"role": "user", "content": null}]}',
-            r"line 2: `messages`\[0\]: `content` has the type None",
+            r"line 2: `messages`\[0\] takes an object with `role` and `content`",
         ),
         (b'{"messages": [{"role": "user", "content": "a"}]}', r"line 2: `messages` has no message of the assistant"),
         (b'{"prompt": "a", "chosen": [], "rejected": []}', r"line 2: `prompt` and `chosen` must both be strings or"),
@@ -215,8 +217,8 @@ def test_strings_and_messages_are_not_mixed(tmp_path):
         ("a.txt", b"", "is empty"),
         ("a.txt", b" \n\n", "is empty"),
         ("a.txt", b"abc\xe9", r"is not UTF-8 \(byte 3\)"),
-        ("a.jsonl", b"\n", "is empty; it takes one object a line"),
-        ("a.csv", b"text\na\n", r"text comes as \.txt, a folder of \.txt, or \.jsonl"),
+        ("a.jsonl", b"\n", "is empty"),
+        ("a.md", b"a", r"text comes as \.txt, a folder of \.txt, or rows as \.csv, .*, \.jsonl"),
         ("sub/a.md", b"a", r"is a folder without \.txt files"),
     ],
 )

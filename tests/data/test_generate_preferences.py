@@ -85,14 +85,14 @@ def test_best_is_paired_with_worst_and_ties_give_nothing():
     assert make_pairs([answer("a", 1.0), answer("b", 1.0)]) == []
 
 
-def test_among_equal_scores_the_answer_that_ended_goes_first():
+def test_among_equal_scores_the_completion_that_ended_goes_first():
     cut_good, good = answer("a", 1.0, "length"), answer("b", 1.0)
     cut_bad, bad = answer("c", 0.0, "length"), answer("d", 0.0)
     assert make_pairs([cut_good, good, cut_bad, bad], 2) == [(good, bad), (cut_good, cut_bad)]
     assert order_group([cut_bad, cut_good, bad, good]) == [good, cut_good, bad, cut_bad]
 
 
-def test_no_empty_answer_and_no_text_twice_in_the_pairs():
+def test_no_empty_completion_and_no_text_twice_in_the_pairs():
     a, again, empty, bad = answer("a", 1.0), answer("a", 1.0), answer("", 0.0), answer("z", 0.0)
     assert make_pairs([a, again, empty, bad], 2) == [(a, bad)]
     assert make_pairs([a, empty]) == []
@@ -108,7 +108,7 @@ def test_pairs_are_what_the_checks_say(made_pairs, prompts):
         assert row["chosen_score"] == score(chosen["content"], checks[question["content"]])
         assert row["rejected_score"] == score(rejected["content"], checks[question["content"]])
         assert row["chosen_score"] > row["rejected_score"]
-        assert {row["chosen_finish"], row["rejected_finish"]} <= {"stop", "length"}
+        assert {row["chosen_finish_reason"], row["rejected_finish_reason"]} <= {"stop", "length"}
     assert len({row["prompt"][0]["content"] for row in rows}) == len(rows)
     assert f"{len(rows)} pairs of 12 prompts; dropped {12 - len(rows)}" in stdout
     manifest = json.loads(out.with_suffix(".manifest.json").read_text())
@@ -119,7 +119,7 @@ def test_pairs_are_what_the_checks_say(made_pairs, prompts):
 
 def test_same_seed_same_file_other_seed_other_file(made_pairs, tiny_options, tmp_path):
     same, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
-    assert run(generate_preferences, *tiny_options, "--batch_size", 8, "--out", same)[0] == 0
+    assert run(generate_preferences, *tiny_options, "--sampling_batch_size", 8, "--out", same)[0] == 0
     assert run(generate_preferences, *tiny_options, "--seed", 1, "--out", other)[0] == 0
     assert same.read_text() == made_pairs[0].read_text()
     assert other.read_text() != same.read_text()
@@ -153,7 +153,7 @@ def test_trl_and_the_loader_of_this_project_read_the_pairs(made_pairs, tmp_path)
     assert row["prompt"].endswith("<|im_start|>assistant\n")
     assert row["chosen"].startswith(data[0]["chosen"][0]["content"]) and "<|im_end|>" in row["chosen"]
     pairs, counts, _ = load_pairs(out, tokenizer, max_length=512)
-    assert len(pairs) == len(data) and counts == {"dropped": 0, "cut": 0}
+    assert len(pairs) == len(data) and counts == {"dropped": 0, "cut": 0, "equal": 0}
 
 
 def test_groups_hold_what_was_sampled(made_groups):
@@ -181,7 +181,7 @@ def test_stored_logprobs_are_those_of_the_tempered_policy(made_groups):
             torch.testing.assert_close(torch.tensor(stored), torch.tensor(recomputed), atol=1e-4, rtol=0)
 
 
-def test_bf16_answers_come_from_the_model_that_a_trainer_loads_in_bf16(tiny_options, tmp_path, sampled_models):
+def test_bf16_completions_come_from_the_model_that_a_trainer_loads_in_bf16(tiny_options, tmp_path, sampled_models):
     asked = sampled_models(preferences)
     argv = ["bf16" if x == "fp32" else str(x) for x in (*tiny_options, "--out", tmp_path / "pairs.jsonl")]
     config = load_config(generate_preferences.Config, argv)
@@ -197,7 +197,7 @@ def test_a_heldout_prompt_is_refused_by_name(tiny_options, tmp_path):
     path = tmp_path / "leak.json"
     leak = {**heldout, "id": "mine", "split": "train", "prompt": "  " + heldout["prompt"].upper()}
     path.write_text(json.dumps([leak]))
-    config = SimpleNamespace(prompts=str(path), judge=None, limit=None)
+    config = SimpleNamespace(prompts=str(path), reward=None, limit=None)
     with pytest.raises(UserError, match=heldout["id"]):
         load_task(config)
     options = [path if option == tiny_options[-1] else option for option in tiny_options]
@@ -206,9 +206,9 @@ def test_a_heldout_prompt_is_refused_by_name(tiny_options, tmp_path):
     assert status == 2 and heldout["id"] in stderr and not list(tmp_path.glob("x*"))
 
 
-def test_a_judge_scores_prompts_without_checks(tiny_options, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where judges are looked for first
-    (tmp_path / "my_judge.py").write_text(
+def test_a_reward_function_scores_prompts_without_checks(tiny_options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where reward functions are looked for first
+    (tmp_path / "my_reward.py").write_text(
         "def length(prompt, completion):\n    return len(completion)\n"
         "def broken(prompt, completion):\n    raise KeyError('no such thing')\n"
     )
@@ -216,17 +216,18 @@ def test_a_judge_scores_prompts_without_checks(tiny_options, tmp_path, monkeypat
     prompts.write_text("Say one.\n\nSay two.\n")
     options = [*tiny_options[:-1], prompts]
     options[options.index("--limit") + 1] = 2
-    out = tmp_path / "judged.jsonl"
-    status, stdout, stderr = run(generate_preferences, *options, "--judge", "my_judge:length", "--out", out)
+    out = tmp_path / "scored.jsonl"
+    status, stdout, stderr = run(generate_preferences, *options, "--reward", "my_reward:length", "--out", out)
     assert status == 0, stderr
     for row in rows_of(out):
         assert row["chosen_score"] == len(row["chosen"][0]["content"]) > row["rejected_score"]
     assert "'longer wins'" in stdout and "pass each check" not in stdout
     broken = tmp_path / "broken.jsonl"
-    status, _, stderr = run(generate_preferences, *options, "--judge", "my_judge:broken", "--out", broken)
+    # --judge is the older name of --reward
+    status, _, stderr = run(generate_preferences, *options, "--judge", "my_reward:broken", "--out", broken)
     assert status == 2 and "raised KeyError" in stderr and not broken.exists()
     status, _, stderr = run(generate_preferences, *options, "--out", broken)
-    assert status == 2 and "--judge" in stderr
+    assert status == 2 and "--reward" in stderr
 
 
 def test_histogram_counts_every_value():
@@ -236,12 +237,12 @@ def test_histogram_counts_every_value():
 
 
 def test_prompt_files_of_three_forms(tmp_path):
-    assert parse_prompts("a\n\n b \n", "x") == [{"prompt": "a"}, {"prompt": "b"}]
-    assert parse_prompts('{"prompt": "a", "tag": 1}\n', "x") == [{"prompt": "a", "tag": 1}]
+    assert parse_prompts(b"a\n\n b \n", "x") == [{"prompt": "a"}, {"prompt": "b"}]
+    assert parse_prompts(b'{"prompt": "a", "tag": 1}\n', "x") == [{"prompt": "a", "tag": 1}]
     with pytest.raises(UserError, match="x line 2"):
-        parse_prompts('{"prompt": "a"}\n{"promt": "b"}\n', "x")
+        parse_prompts(b'{"prompt": "a"}\n{"promt": "b"}\n', "x")
     with pytest.raises(UserError, match="no prompt in it"):
-        parse_prompts(" \n", "x")
+        parse_prompts(b" \n", "x")
     assert len(read_prompts("data/prompts.json", "heldout", need_checks=True)) >= 100
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
@@ -269,7 +270,9 @@ def test_the_commands_as_typed(tmp_path):
 def test_configuration_errors():
     with pytest.raises(UserError, match="at least 2"):
         load_config(generate_preferences.Config, ["--samples_per_prompt", "1"])
-    with pytest.raises(UserError, match="batch_size"):
-        SamplingConfig(batch_size=2, samples_per_prompt=4).check()
+    with pytest.raises(UserError, match="sampling_batch_size = 2: must be at least samples_per_prompt = 4"):
+        SamplingConfig(sampling_batch_size=2, samples_per_prompt=4).check()
+    with pytest.raises(UserError, match="unknown key 'batch_size' .*: it is now sampling_batch_size"):
+        load_config(generate_preferences.Config, ["--batch_size", "8"])
     with pytest.raises(UserError, match=".jsonl"):
         SamplingConfig(out="data/pairs.json").check()

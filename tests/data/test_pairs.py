@@ -42,7 +42,7 @@ def test_prompt_ids_stay_the_same_when_one_answer_is_longer_and_the_prompt_is_cu
     [pair], counts, _ = load_pairs(path, tokenizer, 12)
     assert tokenizer.decode(pair["prompt"]) == "456789"  # 12 - 5 letters - the stop token
     assert tokenizer.decode(pair["chosen"][:-1]) == "abcde" and tokenizer.decode(pair["rejected"][:-1]) == "x"
-    assert counts == {"dropped": 0, "cut": 1}
+    assert counts == {"dropped": 0, "cut": 1, "equal": 0}
 
 
 @pytest.mark.statement("truncation")
@@ -52,9 +52,19 @@ def test_truncation_never_erases_a_completion(tmp_path):
             {"prompt": "p", "chosen": "c" * 20, "rejected": "b"}]  # fmt: skip
     kept, counts, _ = load_pairs(write(tmp_path, *rows), tokenizer, 12, "left")
     assert [tokenizer.decode(p["chosen"]) for p in kept] == ["abcde<|endoftext|>", "a<|endoftext|>"]
-    assert [len(p["prompt"]) for p in kept] == [6, 1] and counts == {"dropped": 1, "cut": 1}
+    assert [len(p["prompt"]) for p in kept] == [6, 1] and counts == {"dropped": 1, "cut": 1, "equal": 0}
     kept, counts, _ = load_pairs(write(tmp_path, *rows), tokenizer, 12, "drop")
-    assert [tokenizer.decode(p["chosen"]) for p in kept] == ["a<|endoftext|>"] and counts == {"dropped": 2, "cut": 0}
+    assert [tokenizer.decode(p["chosen"]) for p in kept] == ["a<|endoftext|>"]
+    assert counts == {"dropped": 2, "cut": 0, "equal": 0}
+
+
+def test_a_pair_whose_completions_are_equal_is_left_out_and_counted(tmp_path):
+    tokenizer = load_tokenizer("tiny-llama")
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "a"}, {"prompt": "p", "chosen": "a", "rejected": "b"}]
+    [pair], counts, _ = load_pairs(write(tmp_path, *rows), tokenizer, 64)
+    assert tokenizer.decode(pair["rejected"][:-1]) == "b" and counts == {"dropped": 0, "cut": 0, "equal": 1}
+    with pytest.raises(UserError, match="of 1 rows 0 are longer than max_length = 64, and in 1 chosen and rejected"):
+        load_pairs(write(tmp_path, rows[0]), tokenizer, 64)
 
 
 @pytest.mark.statement("empty-completion")
@@ -77,11 +87,12 @@ def test_groups_train_on_the_stored_ids_not_on_their_text(tmp_path):
     assert group["completions"] == ids and group["logprobs"] == row["logprobs"]
 
 
-def test_an_answer_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning(tmp_path):
+def test_a_completion_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning(tmp_path):
     tokenizer = load_tokenizer("tiny-llama")
     stop = tokenizer.eos_token_id
     row = {"prompt": "p", "chosen": "abc", "rejected": "de"}
-    finishes = [{}, {"chosen_finish": "stop", "rejected_finish": "length"}, {"chosen_finish": "length"}]
+    finishes = [{}, {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}]
+    finishes += [{"chosen_finish": "length"}]  # the older name of the key
     path = write(tmp_path, *({**row, **finish} for finish in finishes))
     pairs, _, _ = load_pairs(path, tokenizer, 64)
     assert [(p["chosen"][-1] == stop, p["rejected"][-1] == stop) for p in pairs] == [
@@ -89,7 +100,9 @@ def test_an_answer_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning(tm
     ]  # fmt: skip
     assert [tokenizer.decode([i for i in p["chosen"] if i != stop]) for p in pairs] == ["abc"] * 3
     corpus = load_corpus(path, 0.01)
+    same = {"prompt": "p", "completion": "abc"}
+    assert load_corpus(path, 0).train == [same, same, {**same, "finish_reason": "length"}]
     blocks = make_blocks(corpus.train + corpus.heldout, corpus.kind, tokenizer, 96, "rows")
     assert blocks.counted([0]) == 4 + 4 + 3  # a token a letter, and the stop tokens of the first two
-    with pytest.raises(UserError, match="line 1: `rejected_finish` is 'cut', it takes stop or length"):
-        load_pairs(write(tmp_path, {**row, "rejected_finish": "cut"}), tokenizer, 64)
+    with pytest.raises(UserError, match="line 1: `rejected_finish_reason` is 'cut', it takes stop or length"):
+        load_pairs(write(tmp_path, {**row, "rejected_finish_reason": "cut"}), tokenizer, 64)

@@ -4,8 +4,8 @@ import pytest
 from interrupted import differences, run, run_killed, run_whole, said
 
 SAMPLING = ["--model_name", "tiny-llama", "--max_new_tokens", 6, "--limit", 12, "--precision", "fp32"]
-PAIRS = [*SAMPLING, "--batch_size", 8, "--samples_per_prompt", 4]
-GROUPS = [*SAMPLING, "--batch_size", 16, "--samples_per_prompt", 8]
+PAIRS = [*SAMPLING, "--sampling_batch_size", 8, "--samples_per_prompt", 4]
+GROUPS = [*SAMPLING, "--sampling_batch_size", 16, "--samples_per_prompt", 8]
 
 
 @pytest.mark.statement("resume")
@@ -33,7 +33,7 @@ def test_groups_are_the_same_after_kills(tmp_path):
 @pytest.mark.statement("resume")
 def test_a_measurement_is_the_same_after_kills(tmp_path):
     words = ["--base", "tiny-llama", "--reward_model", "none", "--text", "tests/train/text.jsonl", "--text_length", 64]
-    words += [*SAMPLING, "--text_tokens", 128, "--batch_size", 8]
+    words += [*SAMPLING, "--text_tokens", 128, "--sampling_batch_size", 8]
     out, whole = tmp_path / "killed" / "tiny.json", tmp_path / "whole" / "tiny.json"
     run_whole("report.evaluate", words, whole)
     run_killed("report.evaluate", words, out, whole, kills=2)

@@ -210,11 +210,11 @@ def test_ppo_shows_score_and_kl(runs, tmp_path):
 
 
 def test_grpo_shows_mean_and_best_of_a_group(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where judges are looked for first
-    (tmp_path / "my_judge.py").write_text("def judge(prompt, completion):\n    return len(completion) / 10\n")
+    monkeypatch.chdir(tmp_path)  # where reward functions are looked for first
+    (tmp_path / "my_reward.py").write_text("def reward(prompt, completion):\n    return len(completion) / 10\n")
     out = tmp_path / "grpo.jsonl"
-    options = ["--model_name", runs / "grpo", "--group_size", 4, "--judge", "my_judge:judge", "--prompt", "Hi", *QUICK]
-    status, stdout, stderr = run("grpo_inference", *options, "--out", out)
+    options = ["--model_name", runs / "grpo", "--samples_per_prompt", 4, "--prompt", "Hi", *QUICK]
+    status, stdout, stderr = run("grpo_inference", *options, "--reward", "my_reward:reward", "--out", out)
     assert status == 0, stderr
     [row] = rows_of(out)
     assert row["rewards"] == [len(text) / 10 for text in row["completions"]] and len(row["rewards"]) == 4

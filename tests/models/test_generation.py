@@ -144,7 +144,7 @@ def test_top_k_and_top_p_on_worked_numbers():
     assert tempered_logprobs(logits, 0.5).exp()[0, 0].item() == pytest.approx(0.25 / 0.365)
 
 
-def test_the_stop_id_is_kept_and_ends_the_answer(tiny):
+def test_the_stop_id_is_kept_and_ends_the_completion(tiny):
     g = generate(tiny(vocab_size=4), [[3]] * 20, 30, stop_ids=[2], seed=0)
     for completion, reason, logprobs in zip(g.completions, g.finish_reasons, g.logprobs):
         assert len(completion) == len(logprobs)
@@ -152,7 +152,7 @@ def test_the_stop_id_is_kept_and_ends_the_answer(tiny):
         assert reason == "stop" or len(completion) == 30
 
 
-def test_same_seed_same_answers_and_training_mode_is_kept(tiny):
+def test_same_seed_same_completions_and_training_mode_is_kept(tiny):
     model = tiny().train()
     first, second, other = (generate(model, PROMPTS, 5, seed=s).completions for s in (0, 0, 1))
     assert first == second != other and model.training

@@ -1,4 +1,4 @@
-"""How a prompt and an answer become token ids: in one place, with one BOS, ended by the stop token."""
+"""How a prompt and a completion become token ids: in one place, with one BOS, ended by the stop token."""
 
 import re
 
@@ -61,8 +61,8 @@ def test_no_bos_where_the_tokenizer_adds_none(name):
 @pytest.mark.statement("stop-token")
 def test_an_answer_ends_with_the_stop_token_in_every_template(name):
     tokenizer = load_tokenizer(name)
-    for answer in ("Hello", [{"role": "assistant", "content": "Hello"}]):
-        ids = completion_ids(tokenizer, answer)
+    for completion in ("Hello", [{"role": "assistant", "content": "Hello"}]):
+        ids = completion_ids(tokenizer, completion)
         assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "Hello"
 
 

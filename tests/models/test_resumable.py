@@ -1,4 +1,4 @@
-"""Sampling that is interrupted and goes on: the very answers, finished batches not sampled again."""
+"""Sampling that is interrupted and goes on: the very completions, finished batches not sampled again."""
 
 import json
 
@@ -38,7 +38,7 @@ def sample(tiny, tmp_path, monkeypatch):
     return call, path, model
 
 
-def test_the_answers_are_those_of_one_call_however_often_it_was_interrupted(sample):
+def test_the_completions_are_those_of_one_call_however_often_it_was_interrupted(sample):
     call, path, model = sample
     whole = generate(model, PROMPTS, 6, temperature=1.3, samples_per_prompt=2, stop_ids=[2], seed=3, batch_size=4)
     for _ in range(2):
@@ -55,7 +55,7 @@ def test_the_answers_are_those_of_one_call_however_often_it_was_interrupted(samp
 
 
 @pytest.mark.parametrize("change", [{"identity": "other"}, {"seed": 4}, {"batch_size": 2}, {"prompts": PROMPTS[1:]}])
-def test_answers_of_another_sampling_are_thrown_away(sample, change):
+def test_completions_of_another_sampling_are_thrown_away(sample, change):
     call, path, model = sample
     with pytest.raises(KeyboardInterrupt):
         call(fail_at=2)
@@ -81,7 +81,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_sampled(sample
     assert not path.exists()
 
 
-def test_time_left_does_not_count_answers_that_were_there(sample, monkeypatch, capsys):
+def test_time_left_does_not_count_completions_that_were_there(sample, monkeypatch, capsys):
     call, path, _ = sample
     with pytest.raises(KeyboardInterrupt):
         call(fail_at=1)
@@ -94,4 +94,4 @@ def test_time_left_does_not_count_answers_that_were_there(sample, monkeypatch, c
     assert calls == [(8, 10, 4), (10, 10, 4)]  # not the batch of four that was there
     monkeypatch.setattr(completions.time, "time", lambda: next(seconds))
     show(*calls[0])
-    assert "completions      8/10 | 12s | eta 6s" in capsys.readouterr().out  # 4 answers in 12 s, 2 to go
+    assert "completions      8/10 | 12s | eta 6s" in capsys.readouterr().out  # 4 completions in 12 s, 2 to go

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shlex
 
 import pytest
@@ -53,3 +54,8 @@ def test_its_lines_of_python_run(monkeypatch, capsys):
         exec(compile(cell, "cell", "exec"), names)
     said = capsys.readouterr().out
     assert "1.4997" in said and "0.6931" in said
+
+
+def test_the_heading_up_to_which_it_shows_the_report_is_one_of_the_report():
+    [heading] = re.findall(r"split\(\"(## .+?)\"\)", "\n".join(CODE))
+    assert f"\n{heading}\n" in (ROOT / "report" / "page.py").read_text(encoding="utf-8")

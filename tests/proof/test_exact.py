@@ -1,4 +1,4 @@
-"""What the losses do in expectation, on policies whose answers are all enumerated: equalities, to rounding."""
+"""What the losses do in expectation, on policies whose completions are all enumerated: equalities, to rounding."""
 
 import itertools
 
@@ -18,7 +18,7 @@ from proof.exact_bed import (
     optimum,
     prefix_logits,
     probabilities,
-    prompts_and_answers,
+    prompts_and_completions,
     tabular,
     tiny_transformer,
     token_kl,
@@ -39,7 +39,7 @@ from proof.exact_gradients import (
 from rlhf.utils import completion_batch, token_logprobs
 
 EXACT = 1e-11  # relative; sums of some thousand terms in float64
-G = 2  # answers in a group: 120 groups of each prompt
+G = 2  # completions in a group: 120 groups of each prompt
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def close(found, exact):
 # the bed itself
 
 
-def test_every_answer_is_there_once_and_no_answer_begins_another(bed):
-    # vocabulary of 3, at most 3 tokens: 1 + 2 + 4 * 3 answers
-    answers = prompts_and_answers(bed)[1][: len(bed.tokens)]
-    assert len(answers) == 15 and len({tuple(a) for a in answers}) == 15
-    assert not any(b[: len(a)] == a for a, b in itertools.permutations(answers, 2))
+def test_every_completion_is_there_once_and_no_completion_begins_another(bed):
+    # vocabulary of 3, at most 3 tokens: 1 + 2 + 4 * 3 completions
+    completions = prompts_and_completions(bed)[1][: len(bed.tokens)]
+    assert len(completions) == 15 and len({tuple(a) for a in completions}) == 15
+    assert not any(b[: len(a)] == a for a, b in itertools.permutations(completions, 2))
 
 
 def test_probabilities_sum_to_1(bed, policies):
@@ -80,9 +80,9 @@ def test_pi_star_maximises_the_objective(bed, policies):
         torch.testing.assert_close(shortfall.item(), (bed.beta * kl(table, best).mean()).item())
 
 
-def test_a_transformer_gives_an_answer_the_same_log_probs_packed_and_alone(bed):
+def test_a_transformer_gives_a_completion_the_same_log_probs_packed_and_alone(bed):
     model = tiny_transformer(bed, 1)
-    batch = completion_batch(*prompts_and_answers(bed), 0, "cpu")
+    batch = completion_batch(*prompts_and_completions(bed), 0, "cpu")
     with torch.no_grad():
         alone = token_logprobs(model, batch[0], batch[1], where=batch[2])[:, -bed.max_tokens :]
         torch.testing.assert_close(alone.view(bed.ref.shape), transformer_table(bed, model))
@@ -92,25 +92,25 @@ def test_a_transformer_gives_an_answer_the_same_log_probs_packed_and_alone(bed):
 
 
 @pytest.mark.parametrize("policy", ["tabular", "transformer"])
-def test_of_whole_answers_k1_has_no_gradient_k2_the_reverse_kls_and_k3_the_forward_kls(bed, policies, policy):
+def test_of_whole_completions_k1_has_no_gradient_k2_the_reverse_kls_and_k3_the_forward_kls(bed, policies, policy):
     parameters, table = policies[0][policy]
     exact = {
         "k2": gradient(kl(table, bed.ref).mean(), parameters),
         "k3": gradient(kl(bed.ref, table).mean(), parameters),
     }
     for kind, expected in exact.items():
-        found = gradient(estimate(bed, table, table.detach(), kind, False, "answer")[0], parameters)
+        found = gradient(estimate(bed, table, table.detach(), kind, False, "sequence")[0], parameters)
         assert close(found, expected), kind
-    nothing = gradient(estimate(bed, table, table.detach(), "k1", False, "answer")[0], parameters)
+    nothing = gradient(estimate(bed, table, table.detach(), "k1", False, "sequence")[0], parameters)
     assert nothing.norm() < EXACT * exact["k2"].norm()
 
 
 @pytest.mark.parametrize("policy", ["tabular", "transformer"])
-def test_ratio_k3_of_whole_answers_has_the_reverse_kls_value_and_gradient_on_any_samples(bed, policies, policy):
+def test_ratio_k3_of_whole_completions_has_the_reverse_kls_value_and_gradient_on_any_samples(bed, policies, policy):
     parameters, table = policies[0][policy]
     exact = kl(table, bed.ref).mean()
     for sampler in (table.detach(), policies[1], bed.ref):
-        loss = estimate(bed, table, sampler, "k3", True, "answer")[0]
+        loss = estimate(bed, table, sampler, "k3", True, "sequence")[0]
         assert loss.item() == pytest.approx(exact.item(), rel=EXACT)
         assert close(gradient(loss, parameters), gradient(exact, parameters))
 
@@ -134,7 +134,7 @@ def test_summed_over_tokens_the_gradients_are_those_of_the_token_kls_with_the_pr
 
 
 @pytest.mark.parametrize("policy", ["tabular", "transformer"])
-def test_in_the_reward_k1_alone_has_the_gradient_of_the_kl_of_whole_answers(bed, policies, policy):
+def test_in_the_reward_k1_alone_has_the_gradient_of_the_kl_of_whole_completions(bed, policies, policy):
     parameters, table = policies[0][policy]
     whole = gradient(kl(table, bed.ref).mean(), parameters)
     errors = {}
@@ -147,7 +147,7 @@ def test_in_the_reward_k1_alone_has_the_gradient_of_the_kl_of_whole_answers(bed,
 def test_on_policy_the_values_of_k1_and_k3_are_the_kl_and_that_of_k2_is_not(bed, policies):
     rows = measure_estimators(bed, *policies[0]["tabular"], policies[1])
     for row in rows:
-        unbiased = row["kind"] != "k2" and (not row["off"] or (row["ratio"] and row["unit"] == "answer"))
+        unbiased = row["kind"] != "k2" and (not row["off"] or (row["ratio"] and row["unit"] == "sequence"))
         assert (abs(row["value"]) < EXACT) == unbiased, row
 
 
@@ -195,8 +195,8 @@ def test_dividing_by_the_std_weighs_a_prompt_by_its_success_rate():
         for rate in (0.05, 0.5, 0.9):
             plain = success_weight(rate, group_size, scale_std=False)
             assert plain == pytest.approx((group_size - 1) / group_size, rel=EXACT)
-    # of two answers that differ the advantages are +-0.5 / (sqrt(0.5) + 1e-4), so E[A | 1] - E[A | 0] is one of them,
-    # whatever the rate; of eight: the rarer success or failure is, the more it counts
+    # of two completions that differ the advantages are +-0.5 / (sqrt(0.5) + 1e-4), so E[A | 1] - E[A | 0] is one of
+    # them, whatever the rate; of eight: the rarer success or failure is, the more it counts
     assert success_weight(0.1, 2, True) == pytest.approx(0.5 / (0.5**0.5 + 1e-4), rel=EXACT)
     assert success_weight(0.02, 8, True) > 1.3 * success_weight(0.5, 8, True)
     assert success_weight(0.02, 8, True) == pytest.approx(success_weight(0.98, 8, True))
@@ -208,7 +208,7 @@ def test_gae_is_unbiased_with_lambda_1_or_exact_values_and_else_not(bed, policie
         assert (row["error"] < EXACT) == unbiased, row
 
 
-def test_old_samples_with_a_ratio_are_unbiased_for_answers_of_one_token_until_clipping(bed, policies):
+def test_old_samples_with_a_ratio_are_unbiased_for_completions_of_one_token_until_clipping(bed, policies):
     short = make_bed(vocabulary=6, max_tokens=1)
     (parameters, table), sampler = some_policies(short, 0)[0]["tabular"], some_policies(short, 0)[1]
     errors = {row["name"]: row["error"] for row in measure_old_samples(short, parameters, table, sampler, G)}
@@ -237,13 +237,13 @@ def test_ends_at_its_closed_form(bed, name, steps):
     assert trace[0] == pytest.approx(kl(bed.ref, optimum(bed)).mean().item())
 
 
-def test_with_answers_of_one_token_grpo_ends_at_pi_star():
+def test_with_completions_of_one_token_grpo_ends_at_pi_star():
     assert measure_one_token(0.3, G, 100, 0) < 1e-10
 
 
 def test_ipo_by_token_means_depends_on_the_length_and_by_sums_does_not(bed):
     def pull(table):
-        return (table - bed.ref).sum(-1)[1]  # of the hard prompt: all answers that are worth 0 win as often
+        return (table - bed.ref).sum(-1)[1]  # of the hard prompt: all completions that are worth 0 win as often
 
     worthless = bed.rewards[1] == 0
     assert pull(ipo_optimum(bed))[worthless].std() < EXACT
@@ -251,7 +251,7 @@ def test_ipo_by_token_means_depends_on_the_length_and_by_sums_does_not(bed):
 
 
 def test_clipping_holds_offline_grpo_near_the_sampler(bed):
-    """Where only the rewards pull, no answer's pull goes on beyond the clipped ratios."""
+    """Where only the rewards pull, no completion's pull goes on beyond the clipped ratios."""
     plain = {"scale_std": False, "aggregate": "constant"}
     far = {"rate": 3.0, "steps": 60, "offline": True}
     ends = []
@@ -274,7 +274,7 @@ def test_a_transformer_ends_where_the_table_does(bed):
 
 
 def test_the_script_writes_its_report_and_figures(tmp_path):
-    main(Config(group_size=G, steps=20, transformer_steps=2, out=str(tmp_path)))
+    main(Config(samples_per_prompt=G, steps=20, transformer_steps=2, out=str(tmp_path)))
     text = (tmp_path / "EXACT.md").read_text(encoding="utf-8")
     assert "nan" not in text and "inf" not in text
     tables = [block for block in text.split("\n\n") if block.startswith("|")]

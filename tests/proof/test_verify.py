@@ -1,5 +1,5 @@
 """The certificate: a claim that does not hold is named, what is not a number shows nothing, and the files say all that
-was measured. Each claim is broken once in the way it fears.
+was measured. The code is broken once for each claim, in the way that the claim is there to find.
 """
 
 import contextlib
@@ -11,15 +11,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import proof.lab
 from configs.config import ROOT
 from models.fast import head, layers
 from proof import claims, trainers, verify
+from proof.lab import PAD, Lab, deviation
+from report.methods import METHODS
 from runtime.cli import cli
+from train import updates
 
 LEARNED, ROTARY = trainers.MODELS
 
@@ -34,7 +39,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def lab(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "lab")
-    return claims.Lab(tmp_path / "lab", torch.device("cpu"))
+    return Lab(tmp_path / "lab", torch.device("cpu"))
 
 
 def claim(words, model):
@@ -43,10 +48,10 @@ def claim(words, model):
     return dataclasses.replace(found, models=(model,) if found.models == trainers.MODELS else found.models)
 
 
-# broken in the way it fears
+# broken in the way that the claim is there to find
 
 
-def answers_see_each_other(*given):
+def completions_see_each_other(*given):
     packed = true_pack(*given)
     return dataclasses.replace(packed, attention_mask=torch.ones_like(packed.attention_mask).tril())
 
@@ -56,7 +61,7 @@ def positions_do_not_restart(model, batch):
     return true_lm_loss(model, batch | {"position_ids": positions})
 
 
-def gate_and_up_are_swapped(*given):
+def gate_and_up_swapped(*given):
     return true_backward_gated(*given)[::-1]
 
 
@@ -71,12 +76,12 @@ def padding_is_seen(model, input_ids, attention_mask):
 
 def prompts_are_padded_by_hand(model, prompts, *given, **options):
     longest = max(map(len, prompts))
-    return true_generate(model, [[claims.PAD] * (longest - len(p)) + p for p in prompts], *given, **options)
+    return true_generate(model, [[PAD] * (longest - len(p)) + p for p in prompts], *given, **options)
 
 
 def masked_by_token(rows, pad_id, device, left=False):
     ids, _ = true_pad_rows(rows, pad_id, device, left=left)
-    return ids, (ids != claims.PAD).long()
+    return ids, (ids != PAD).long()
 
 
 def masked_after(x, mask, dim=None):
@@ -104,14 +109,14 @@ def saved_in_half(model, tokenizer, folder):
     return true_save_policy(copy.deepcopy(model).bfloat16().float(), tokenizer, folder)
 
 
-true_pack, true_lm_loss, true_generate = claims.pack, claims.lm_loss, claims.generate
+true_pack, true_lm_loss, true_generate = proof.lab.pack, claims.lm_loss, claims.generate
 true_pieces, true_token_logprobs, true_pad_rows = head.pieces, claims.token_logprobs, claims.pad_rows
 true_packed_logprobs, true_add_lora, true_load_model = claims.packed_logprobs, claims.add_lora, claims.load_model
 true_save_policy, true_backward_gated = claims.save_policy, layers._backward_gated
 BROKEN = {  # what is wrong: (the claim, its model, the module, the function, what stands for it, where it shows)
-    "answers see each other": ("packed rows", ROTARY, claims, "pack", answers_see_each_other, "PPO"),
+    "completions see each other": ("packed rows", ROTARY, proof.lab, "pack", completions_see_each_other, "PPO"),
     "positions do not restart": ("packed rows", LEARNED, claims, "lm_loss", positions_do_not_restart, "LM"),
-    "gate and up swapped": ("keep less", ROTARY, layers, "_backward_gated", gate_and_up_are_swapped, "gradients"),
+    "gate and up swapped": ("memory-efficient", ROTARY, layers, "_backward_gated", gate_and_up_swapped, "gradients"),
     "a row counts in two pieces": ("loss in chunks", LEARNED, head, "pieces", pieces_overlap, "trained"),
     "padding is seen": ("the forward pass", ROTARY, claims, "token_logprobs", padding_is_seen, "log-probs, left"),
     "padding is a prompt": ("in generation", LEARNED, claims, "generate", prompts_are_padded_by_hand, "greedy"),
@@ -141,9 +146,9 @@ def test_a_claim_fails_when_the_code_is_broken_in_the_way_it_fears(lab, monkeypa
 
 
 @pytest.mark.statement("mask-before-exp")
-@pytest.mark.parametrize("numbers", ["float64", "float32"])
-def test_nothing_masked_reaches_losses_advantages_statistics_or_metrics(numbers):
-    found = claims.poisoned_is_clean(claims.Lab(None, torch.device("cpu")), "", numbers)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_nothing_masked_reaches_losses_advantages_statistics_or_metrics(dtype):
+    found = claims.poisoned_is_clean(Lab(None, torch.device("cpu")), "", dtype)
     assert len(found) == 5 * len(claims.LOSSES)  # inf, -inf, NaN, 1e3, -1e3
     assert [case for case, off in found.items() if off != 0] == []  # bit by bit, and finite
 
@@ -157,7 +162,7 @@ def fake_runs(monkeypatch, odd=lambda trainer, name: False, weight=0.0, **logged
         changed = odd(trainer, name)
         save_file({"w": torch.tensor([1.0, 2.0 + weight * changed])}, out / "model.safetensors")
         line = {"loss": torch.tensor(2.0).log().item(), "margin": 0.0, "grad_norm": 1.0}
-        line |= {"approx_kl": 0.0, "clip_fraction": 0.0} | (logged if changed else {})
+        line |= {"approx_kl": 0.0, "clipfrac": 0.0} | (logged if changed else {})
         (out / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         layers = {"GPT2MLP": 20 if name == "checkpointing" else 10}
         Path(f"{out}.log").write_text(f"continuing from step 1\n{json.dumps(layers)}\n")
@@ -171,7 +176,7 @@ WHOLE_RUNS = {  # the claim: (which runs are odd, what is wrong in their log tha
     "accumulation": (lambda trainer, name: trainer == "LoRA" and name == "pieces", {"grad_norm": 1.01}),
     "two processes": (lambda trainer, name: trainer == "PPO" and name == "two processes", {"loss": 0.7}),
     "cached reference": (lambda trainer, name: name == "fresh reference", {"grad_norm": 1.01}),
-    "checkpointing": (lambda trainer, name: trainer == "GRPO" and name == "checkpointing", {"clip_fraction": 1e-7}),
+    "checkpointing": (lambda trainer, name: trainer == "GRPO" and name == "checkpointing", {"clipfrac": 1e-7}),
     "AMP and DDP": (lambda trainer, name: trainer == "AMP", {"loss": 0.7}),
     "first step": (lambda trainer, name: trainer == "PPO", {"approx_kl": 1e-9}),
     "killed and resumed": (lambda trainer, name: trainer == "reward" and name == "killed", {"margin": 1e-7}),
@@ -215,7 +220,7 @@ def test_as_a_command_a_broken_script_is_found_out_and_nothing_is_written(tmp_pa
         "def cache_reference(reference_logps, *given, **options):\n"
         "    return true(lambda batch: [x * 1.1 for x in reference_logps(batch)], *given, **options)\n"
         "dpo_train.cache_reference = cache_reference\n"
-        "from report import verify\n"
+        "from proof import verify\n"
         "verify.CLAIMS = [dataclasses.replace(c, models=('tiny-llama',)) for c in verify.CLAIMS]\n"
         f"verify.DEFAULT_JSON = {str(tmp_path / 'verification.json')!r}\n"
         "if __name__ == '__main__':\n"
@@ -230,25 +235,39 @@ def test_as_a_command_a_broken_script_is_found_out_and_nothing_is_written(tmp_pa
     assert sorted(tmp_path.iterdir()) == [program]
 
 
+def test_every_script_that_trains_a_method_has_runs():
+    scripts = {f"{trainer.script.__name__.replace('.', '/')}.py" for trainer in trainers.TRAINERS.values()}
+    assert {method.script for method in METHODS if method.script} <= scripts
+
+
+def test_sgd_takes_the_steps_of_runs_whose_rounding_is_compared(monkeypatch):
+    monkeypatch.setattr(updates, "make_optimizer", updates.make_optimizer)  # put back afterwards
+    trainers._exact("float32")
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    config = SimpleNamespace(lr=0.5, weight_decay=0.1)
+    assert type(updates.Updates([weight], config, None).optimizer) is torch.optim.SGD
+    assert not [name for name, trainer in trainers.TRAINERS.items() if "make_optimizer" in vars(trainer.script)]
+
+
 # the command, on claims made up
 
 
-def good(lab, model, numbers):
+def good(lab, model, dtype):
     """One is one."""
     return {"LM": 0.0, "DPO": 1e-9}
 
 
-def far_off(lab, model, numbers):
+def far_off(lab, model, dtype):
     """One is two."""
     return {"LM": 1e-9, "DPO": 0.5}
 
 
-def breaks(lab, model, numbers):
+def breaks(lab, model, dtype):
     """One over nothing."""
     raise ZeroDivisionError("no division by 0")
 
 
-def of_nothing(lab, model, numbers):
+def of_nothing(lab, model, dtype):
     """Nothing is anything."""
     return {}
 
@@ -316,13 +335,13 @@ def test_json_writes_both_files_with_all_that_was_measured(monkeypatch, tmp_path
     assert found["passed"] is False and found["seconds"] >= 0 and found["device"] in ("cpu", "cuda")
     assert found["machine"].keys() == {"cpu", "cores", "gpu", "system"} and found["machine"]["cores"] > 0
     assert found["versions"]["torch"] and "git_commit" in found
-    assert [(r["claim"], r["numbers"]) for r in found["claims"]] == [
+    assert [(r["claim"], r["dtype"]) for r in found["claims"]] == [
         ("good", "float64"), ("good", "float32"), ("far_off", "float64"), ("far_off", "float32")
     ]  # fmt: skip
     row = found["claims"][-1]
     assert row.pop("seconds") >= 0
     assert row == {
-        "claim": "far_off", "numbers": "float32", "deviation": 0.5, "tolerance": 1e-6, "passed": False, "error": None,
+        "claim": "far_off", "dtype": "float32", "deviation": 0.5, "tolerance": 1e-6, "passed": False, "error": None,
         "cases": {f"{case}, {model}": x for model in trainers.MODELS for case, x in (("LM", 1e-9), ("DPO", 0.5))},
         "worst": "DPO, tiny-gpt2", "compared": "One is two.", "why": "it is a round number",
     }  # fmt: skip
@@ -340,8 +359,8 @@ def test_the_certificate_says_of_every_claim_what_was_compared_and_why_the_toler
     verify.write(tmp_path / "v.json", tmp_path / "v.md", rows, torch.device("cpu"), 9.0)
     text = (tmp_path / "v.md").read_text()
     for c in verify.CLAIMS:
-        for numbers, tolerance in c.tolerance.items():
-            assert f"| {c.words} | {numbers} | 0 | all 1 cases | {verify.shape(tolerance)} | pass |" in text
+        for dtype, tolerance in c.tolerance.items():
+            assert f"| {c.words} | {dtype} | 0 | all 1 cases | {verify.shape(tolerance)} | pass |" in text
         assert f"**{c.words}.** {verify.compared(c)}" in text and c.why in text
     assert f"all {len(verify.CLAIMS)} claims hold" in text
 
@@ -383,13 +402,13 @@ def enumerate_cases(values):
 def test_nan_on_both_sides_is_no_agreement():
     for x in (math.nan, math.inf):
         both = [torch.tensor([1.0, x])]
-        assert claims.deviation(both, both) == math.inf
-    assert claims.deviation([torch.tensor([1.0])], [torch.tensor([1.0, 2.0])]) == math.inf
-    assert claims.deviation([torch.tensor([1.0, 3.0])], [torch.tensor([1.0, 4.0])]) == 0.25
+        assert deviation(both, both) == math.inf
+    assert deviation([torch.tensor([1.0])], [torch.tensor([1.0, 2.0])]) == math.inf
+    assert deviation([torch.tensor([1.0, 3.0])], [torch.tensor([1.0, 4.0])]) == 0.25
 
 
 def a_run(folder, weight=1.0, **logged):
-    """A run's folder as `report/trainers.py` reads it."""
+    """A run's folder as `proof/trainers.py` reads it."""
     folder.mkdir()
     save_file({"w": torch.tensor([1.0, weight])}, folder / "model.safetensors")
     (folder / "metrics.jsonl").write_text(json.dumps({"loss": 2.0, "grad_norm": 4.0} | logged) + "\n")

@@ -7,7 +7,7 @@ from report.intervals import summarise
 
 CHECKS = ("lowercase", "max_words", "no_commas", "question", "quoted", "bullets", "starts_with", "includes", "numbered")
 UNSEEN = ["includes", "numbered"]
-LEVELS = {  # gold, proxy, nats an answer, nats a token of text
+LEVELS = {  # gold, proxy, nats per sequence, nats per token of text
     "base": (0.15, 0.0, 0.0, 3.80),
     "sft": (0.24, 0.9, 3.0, 3.82),
     "best_of": (0.27, 1.2, 0.64, 3.80),
@@ -29,7 +29,8 @@ def measurement(key, gold, proxy, kl, nats, prompts=54, samples=2, seed=0):
             answers.append(
                 {"id": f"p{i}", "prompt": f"Do thing {i}.", "text": f"{key} says *word{rng.randrange(50)}* | thing {i}",
                  "gold": float(good), "proxy": proxy + rng.gauss(0, 0.5), "kl": kl and kl + rng.gauss(0, 2),
-                 "tokens": rng.randrange(10, 48), "stopped": rng.random() < 0.7, "checks": [[name, good]]}
+                 "tokens": rng.randrange(10, 48), "finish_reason": "stop" if rng.random() < 0.7 else "length",
+                 "checks": [[name, good]]}
             )  # fmt: skip
     settings = {"samples_per_prompt": samples, "max_new_tokens": 48, "temperature": 1.0, "seed": seed}
     settings |= {"precision": "bf16", "text": "shakespeare"}
@@ -67,9 +68,10 @@ def synthetic_rows(**levels):
             continue
         run = measurement(method.key, *level)
         row = Row(method.key, method.label.format(n=4), [run], run["measured"])
-        if method.folder:
+        if method.script:
             row.seconds, row.seconds_before, row.memory = 130.0, 180.0, 2.1
             row.curves = curve(method.key)
-            row.settings = {"prompts_per_step": 8, "batch_size": 16, "group_size": 8 if method.key == "grpo" else 1}
+            row.settings = {"prompts_per_step": 8, "batch_size": 16}
+            row.settings["samples_per_prompt"] = 8 if method.key == "grpo" else 1
         found.append(row)
     return found

@@ -8,8 +8,9 @@ import pytest
 
 from configs.config import UserError
 from report import compare
-from report.compare import Config, Method, equal_variety, find_runs, run_folder, seconds_before
-from report.page import plain, table, write_report
+from report.compare import Config, equal_variety, find_runs, run_folder, seconds_before
+from report.methods import METHODS, method_of
+from report.page import COLUMNS, plain, table, write_report
 from report.sentences import (
     checks_sentence,
     cost_sentence,
@@ -48,13 +49,13 @@ def test_report_and_figures(tmp_path):
 
 def test_every_row_of_the_table_has_every_column():
     lines = table(synthetic_rows())
-    assert {len(line) for line in lines} == {len(compare.COLUMNS)}
+    assert {len(line) for line in lines} == {len(COLUMNS)}
     assert [line[0] for line in lines[1:4]] == ["base", "SFT on chosen", "best of 4"]
     assert lines[1][2] == "" and "+-" in lines[2][2]
 
 
-def test_variety_is_compared_over_as_many_answers():
-    """Distinct-2 of more answers is lower: the base, of which twice as many were measured, would look poorer."""
+def test_variety_is_compared_over_as_many_completions():
+    """Distinct-2 of more completions is lower: the base, of which twice as many were measured, would look poorer."""
     base, other = synthetic_rows()[:2]
     base.runs = [synthetic.measurement("base", 0.15, 0.0, 0.0, 3.8, samples=4)]
     base.measured = base.runs[0]["measured"]
@@ -63,7 +64,7 @@ def test_variety_is_compared_over_as_many_answers():
             answer["text"] = f"word{i % 4} word{i % 4 + 1}" if row is base else f"other{i % 2} other{i % 2 + 1}"
     equal_variety([base, other])
     pairs = 54 * 2  # one in each text
-    assert base.measured["distinct_2"] == 2 / pairs  # of the first two answers; of all four: 4 / 216
+    assert base.measured["distinct_2"] == 2 / pairs  # of the first two completions; of all four: 4 / 216
     assert other.measured["distinct_2"] == 2 / pairs
     assert base.runs[0]["measured"]["distinct_2"] != base.measured["distinct_2"]  # the measurement stays
 
@@ -94,7 +95,7 @@ def test_proxy_sentence_tells_the_thing_from_the_proxy():
     assert "not measured" in proxy_sentence(rows)
 
 
-def test_reward_sentence_counts_the_bases_own_answers():
+def test_reward_sentence_counts_the_bases_own_completions():
     rows = synthetic_rows()
     for answer in rows[0].answers():
         known = answer["checks"][0][0] not in synthetic.UNSEEN
@@ -106,7 +107,7 @@ def test_reward_sentence_counts_the_bases_own_answers():
     assert "trained on" not in reward_sentence(rows)
     for answer in rows[0].answers():
         answer["gold"] = 1.0
-    assert reward_sentence(rows).startswith("No two answers of the base")
+    assert reward_sentence(rows).startswith("No two completions of the base")
     rows[0].answers()[0]["proxy"] = None
     assert reward_sentence(rows) == ""
 
@@ -165,8 +166,8 @@ def test_missing_runs_are_named_with_their_commands(tmp_path):
 
 def test_seeds_are_checked_and_name_their_folders():
     assert Config(seeds="0, 2").seed_list() == [0, 2]
-    assert run_folder(Config(), Method("dpo", "DPO", "dpo"), 0) == "models/dpo"
-    assert run_folder(Config(), Method("dpo", "DPO", "dpo"), 2) == "models/dpo-seed2"
+    assert run_folder(Config(), method_of("dpo"), 0) == "models/dpo"
+    assert run_folder(Config(), method_of("dpo"), 2) == "models/dpo-seed2"
     for bad in ("0,0", "a", "1,,2"):
         with pytest.raises(UserError, match="seeds"):
             Config(seeds=bad).seed_list()
@@ -174,14 +175,14 @@ def test_seeds_are_checked_and_name_their_folders():
 
 def test_several_seeds_are_pooled_and_their_spread_is_shown(tmp_path):
     config = Config(seeds="0,1", models=str(tmp_path), out=str(tmp_path / "out"))
-    methods = [method for method in compare.METHODS if method.key in ("base", "grpo")]
+    methods = [method for method in METHODS if method.key in ("base", "grpo")]
     results = {m.key: [synthetic.measurement(m.key, *synthetic.LEVELS[m.key], seed=s) for s in (0, 1)] for m in methods}
     for suffix, seconds in (("", 100), ("-seed1", 200)):
         folder = tmp_path / f"grpo{suffix}"
         folder.mkdir()
         manifest = {"seconds": seconds, "peak_memory_gb": 2.0, "inputs": {}, "script": "grpo_train.py"}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        (folder / "config.yaml").write_text("model_name: smollm2-135m\nprompts_per_step: 8\ngroup_size: 8\n")
+        (folder / "config.yaml").write_text("model_name: smollm2-135m\nprompts_per_step: 8\nsamples_per_prompt: 8\n")
     rows = compare.make_rows(config, methods, results)
     one, two = (run["measured"]["gold"]["mean"] for run in results["grpo"])
     assert rows[1].gold["mean"] == pytest.approx((one + two) / 2)
@@ -204,7 +205,7 @@ def test_time_of_what_a_run_needs_is_counted_once(tmp_path):
     assert seconds_before({"data/nothing-of-that-name.json": ""}) == 0
 
 
-def test_answers_cannot_break_the_tables():
+def test_completions_cannot_break_the_tables():
     assert plain("a | b\n\n- c*d*") == r"a \| b / - c\*d\*"
     assert plain("") == "(nothing)"
     assert listed(["a", "b", "c"]) == "a, b and c" and listed([]) == "none"

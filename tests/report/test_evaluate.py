@@ -74,7 +74,7 @@ def test_in_bf16_the_positions_of_the_measured_model_are_not_rounded(adapter, tm
     assert not torch.equal(frequencies.bfloat16().float(), frequencies)  # rounding would be seen
 
 
-def test_kl_of_answers_against_a_sum_in_float64(adapter):
+def test_kl_of_completions_against_a_sum_in_float64(adapter):
     questions, completions = [[5, 6, 7], [8, 9]], [[10, 11, 12, 13], [14, 2]]
     model = load_model(str(adapter), merge_adapter=True)
     sampled = completion_logprobs(model, questions, completions, 2, temperature=0.7)
@@ -90,10 +90,10 @@ def test_kl_of_answers_against_a_sum_in_float64(adapter):
         assert abs(kl) > 1e-3
 
 
-def test_best_of_keeps_of_each_group_the_answer_with_the_highest_score():
+def test_best_of_keeps_of_each_group_the_completion_with_the_highest_score():
     def answer(prompt, gold, proxy):
         words = f"answer {gold} {proxy}"
-        same = {"text": words, "kl": 0.0, "tokens": 3, "stopped": True, "checks": [["lowercase", gold == 1.0]]}
+        same = {"text": words, "kl": 0.0, "tokens": 3, "finish_reason": "stop", "checks": [["lowercase", gold == 1.0]]}
         return {"id": prompt, "gold": gold, "proxy": proxy, **same}
 
     of_a = [answer("a", gold, proxy) for gold, proxy in ((0.0, 0.1), (1.0, 0.3), (1.0, -1.0), (0.0, 2.0))]

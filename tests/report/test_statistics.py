@@ -11,10 +11,10 @@ from report.intervals import best_of_kl, clustered, distinct, interval, summaris
 from rlhf.utils import kl_estimate
 
 
-def answer(key, text="a bee hums", gold=1.0, proxy=0.0, kl=0.0, tokens=4, stopped=True, checks=(("lowercase", True),)):
+def answer(key, text="a bee hums", gold=1.0, proxy=0.0, kl=0.0, tokens=4, finish="stop", checks=(("lowercase", True),)):
     checks = [list(check) for check in checks]
-    return {"id": key, "text": text, "gold": gold, "proxy": proxy, "kl": kl, "tokens": tokens, "stopped": stopped,
-            "checks": checks}  # fmt: skip
+    return {"id": key, "text": text, "gold": gold, "proxy": proxy, "kl": kl, "tokens": tokens,
+            "finish_reason": finish, "checks": checks}  # fmt: skip
 
 
 @pytest.mark.parametrize("df, table", [(3, 3.182), (5, 2.571), (15, 2.131), (30, 2.042), (119, 1.980), (10**6, 1.960)])
@@ -36,8 +36,8 @@ def test_one_value_has_no_interval():
     assert interval([0.7]) == {"mean": 0.7, "se": None, "half": None, "n": 1}
 
 
-def test_answers_to_one_prompt_count_once():
-    # two prompts, means 0.5 and 1.0: mean 0.75, stdev 0.35355, se 0.25, whatever the number of copies of an answer
+def test_completions_to_one_prompt_count_once():
+    # two prompts, means 0.5 and 1.0: mean 0.75, stdev 0.35355, se 0.25, whatever the number of copies of a completion
     few = [answer("p", gold=0.0), answer("p", gold=1.0), answer("q"), answer("q")]
     many = few * 10
     for answers in (few, many):
@@ -47,7 +47,7 @@ def test_answers_to_one_prompt_count_once():
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
-    """Clustered data: prompts differ, their answers are alike. Unclustered intervals would cover some 60 %."""
+    """Clustered data: prompts differ, their completions are alike. Unclustered intervals would cover some 60 %."""
     rng, hits, rounds = random.Random(0), 0, 600
     for _ in range(rounds):
         answers = []
@@ -72,8 +72,8 @@ def test_best_of_one_is_the_base():
     assert best_of_kl(4) == pytest.approx(1.386294 - 0.75, abs=1e-6)
 
 
-def test_k1_summed_over_an_answer_has_the_enumerated_kl_as_its_mean():
-    """Two-token answers over three symbols, the second drawn given the first: all 9 answers with their probability."""
+def test_k1_summed_over_a_completion_has_the_enumerated_kl_as_its_mean():
+    """Two-token completions over three symbols, the second drawn given the first: all 9 with their probability."""
     torch.manual_seed(0)
     policy, base = torch.randn(4, 3).double().log_softmax(-1), torch.randn(4, 3).double().log_softmax(-1)
     truth = estimate = 0.0
@@ -89,9 +89,9 @@ def test_k1_summed_over_an_answer_has_the_enumerated_kl_as_its_mean():
 def test_summary_by_hand():
     answers = [
         answer("p", gold=0.5, proxy=1.0, kl=2.0, tokens=10, checks=[("lowercase", True), ("repeats", False)]),
-        answer("p", proxy=3.0, kl=4.0, tokens=20, checks=[("lowercase", True), ("repeats", True)], stopped=False),
-        answer("q", gold=0.0, proxy=0.0, kl=0.0, tokens=6, stopped=True, checks=[("lowercase", False)]),
-        answer("q", gold=0.0, proxy=0.0, kl=6.0, tokens=4, stopped=True, checks=[("lowercase", False)]),
+        answer("p", proxy=3.0, kl=4.0, tokens=20, checks=[("lowercase", True), ("repeats", True)], finish="length"),
+        answer("q", gold=0.0, proxy=0.0, kl=0.0, tokens=6, checks=[("lowercase", False)]),
+        answer("q", gold=0.0, proxy=0.0, kl=6.0, tokens=4, checks=[("lowercase", False)]),
     ]
     found = summarise(answers, ["repeats"])
     assert found["gold"]["mean"] == pytest.approx(0.375)  # prompts: 0.75 and 0
@@ -100,6 +100,6 @@ def test_summary_by_hand():
     assert found["proxy"]["mean"] == 1.0
     assert found["kl"]["mean"] == 3.0
     assert found["kl_per_token"] == pytest.approx(12 / 40)  # of all nats and all tokens, not a mean of ratios
-    assert found["ended"] == 0.75 and found["tokens"] == 10
+    assert found["finish_stop"] == 0.75 and found["tokens"] == 10
     without = summarise([answer("p", proxy=None, kl=None)], [])
     assert (without["proxy"], without["kl"], without["kl_per_token"], without["unseen"]) == (None,) * 4

@@ -20,15 +20,15 @@ TRAINERS = {  # name: (module, its smoke configuration)
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """Pairs in which the chosen answer is the one with the letter a."""
+    """Pairs in which the chosen completion is the one with the letter a."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     rows = []
     for i in range(24):
-        answers = ("a" * (1 + i % 3), "b" * (1 + i % 4))
+        chosen, rejected = "a" * (1 + i % 3), "b" * (1 + i % 4)
         rows.append({
             "prompt": [{"role": "user", "content": f"letter {i}"}],
-            "chosen": [{"role": "assistant", "content": answers[0]}],
-            "rejected": [{"role": "assistant", "content": answers[1]}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
             "chosen_score": 1.0, "rejected_score": 0.5 if i % 2 else 0.0,
         })  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,9 +75,9 @@ def module():
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with a judge in it: judges are looked for in the working directory."""
+    """A folder with a reward function in it: those are looked for in the working directory."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "thirds.py").write_text("def judge(prompt, completion):\n    return float(len(completion) % 3)\n")
+    (folder / "thirds.py").write_text("def reward(prompt, completion):\n    return float(len(completion) % 3)\n")
     return folder
 
 
@@ -92,7 +92,7 @@ def words(pairs, reward, groups):
         if name == "ppo":
             fixed |= {"reward_model": reward, "inner_epochs": 1, "minibatches": 1}
         if name == "grpo":
-            fixed |= {"judge": "thirds:judge"}
+            fixed |= {"reward": "thirds:reward"}
         if name == "offline":
             fixed |= {"groups": groups}
         return [str(word) for key, value in {**fixed, **options}.items() for word in (f"--{key}", value)]
@@ -116,18 +116,17 @@ def train(module, words, home, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def sgd(module, monkeypatch):
-    """(trainer's name) -> the list that will hold the parameters it trains, by plain SGD from then on."""
+def sgd(monkeypatch):
+    """Plain SGD in place of AdamW, in every trainer; the list that will hold the parameters that train."""
     import torch
 
-    def use(name):
-        trained = []
+    from train import updates
 
-        def make(parameters, lr, *_):
-            trained.extend(parameters)
-            return torch.optim.SGD(trained, lr=lr)
+    trained = []
 
-        monkeypatch.setattr(module(name), "make_optimizer", make)
-        return trained
+    def make_optimizer(parameters, lr, weight_decay=0.0):
+        trained.extend(parameters)
+        return torch.optim.SGD(trained, lr=lr)
 
-    return use
+    monkeypatch.setattr(updates, "make_optimizer", make_optimizer)
+    return trained

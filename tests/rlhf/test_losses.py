@@ -1,7 +1,6 @@
 """The equations on literal tensors, with the arithmetic written out, and against definitions."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from rlhf.ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value
 from rlhf.reward_model import reward_loss
 from rlhf.steps import Meter, measure_kl
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
+from runtime.processes import Processes
 
 T = torch.tensor
 close = torch.testing.assert_close
@@ -146,9 +146,9 @@ def test_the_reward_lands_on_the_last_real_token():
 
 def test_adaptive_kl_coefficient():
     # the relative error is clipped at 0.2
-    assert adapt_kl_coef(0.1, kl=12.0, target=6.0, answers=100, horizon=1000) == pytest.approx(0.1 * 1.02)
-    assert adapt_kl_coef(0.1, kl=6.6, target=6.0, answers=100, horizon=1000) == pytest.approx(0.1 * 1.01)
-    assert adapt_kl_coef(0.1, kl=0.0, target=6.0, answers=100, horizon=1000) == pytest.approx(0.1 * 0.98)
+    assert adapt_kl_coef(0.1, kl=12.0, target=6.0, completions=100, horizon=1000) == pytest.approx(0.1 * 1.02)
+    assert adapt_kl_coef(0.1, kl=6.6, target=6.0, completions=100, horizon=1000) == pytest.approx(0.1 * 1.01)
+    assert adapt_kl_coef(0.1, kl=0.0, target=6.0, completions=100, horizon=1000) == pytest.approx(0.1 * 0.98)
 
 
 @pytest.mark.statement("ppo-first-step")
@@ -223,7 +223,7 @@ def test_a_group_of_one_is_refused():
         group_advantages(T([[1.0], [2.0]]))
 
 
-# two groups of two answers, of 1, 3, 2 and 2 tokens; log-ratio 0 everywhere, so each token's loss is -advantage
+# two groups of two completions, of 1, 3, 2 and 2 tokens; log-ratio 0 everywhere, so each token's loss is -advantage
 GROUP_MASK = T([[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0]])
 ADVANTAGES = T([1.0, -1.0, 2.0, -2.0])
 
@@ -232,8 +232,8 @@ ADVANTAGES = T([1.0, -1.0, 2.0, -2.0])
     "aggregate, expected",
     [
         ("token", (-1 * 1 + 1 * 3 - 2 * 2 + 2 * 2) / 8),  # sum over tokens / number of tokens
-        ("sequence", (-1 + 1 - 2 + 2) / 4),  # mean over answers of their means
-        ("constant", (-1 * 1 + 1 * 3 - 2 * 2 + 2 * 2) / (4 * 10)),  # sum / (answers * max_tokens)
+        ("sequence", (-1 + 1 - 2 + 2) / 4),  # mean over completions of their means
+        ("constant", (-1 * 1 + 1 * 3 - 2 * 2 + 2 * 2) / (4 * 10)),  # sum / (completions * max_tokens)
     ],
 )
 @pytest.mark.statement("aggregations")
@@ -248,11 +248,10 @@ def test_the_three_aggregations_on_worked_numbers(aggregate, expected):
 def test_aggregations_do_not_change_with_micro_batches_or_padding(aggregate):
     torch.manual_seed(0)
     logprobs, old, ref = (torch.randn(4, 3).double() * 0.1 for _ in range(3))
-    normalizer = 8 if aggregate == "token" else 4
     options = {"kl_coef": 0.1, "aggregate": aggregate, "max_tokens": 10}
     whole = grpo_loss(logprobs, old, ref, ADVANTAGES, GROUP_MASK, **options)
     parts = sum(
-        grpo_loss(logprobs[p], old[p], ref[p], ADVANTAGES[p], GROUP_MASK[p], **options, normalizer=normalizer)
+        grpo_loss(logprobs[p], old[p], ref[p], ADVANTAGES[p], GROUP_MASK[p], **options, tokens=8, sequences=4)
         for p in (slice(0, 1), slice(1, 4))
     )
     close(parts, whole)
@@ -324,7 +323,7 @@ def test_kl_estimators_in_expectation_over_an_enumerable_policy():
     close(expected("k2")[1], reverse_gradient)
     close(expected("k3")[1], forward_gradient)
     for kind, gradient in (("ratio_k3", reverse_gradient), ("k2", reverse_gradient), ("k3", forward_gradient)):
-        # five answers of one token, weighted by their probability, through the very loss that trains
+        # five completions of one token, weighted by their probability, through the very loss that trains
         total = sum(
             p[i] * grpo_loss(logp[None, i : i + 1], logp.detach()[None, i : i + 1], ref[None, i : i + 1],
                              T([0.0]).double(), T([[1]]), kl_coef=1.0, kl_kind=kind)
@@ -335,17 +334,17 @@ def test_kl_estimators_in_expectation_over_an_enumerable_policy():
 
 @pytest.mark.statement("reported-kl")
 def test_the_reported_kl_is_that_of_an_enumerated_policy():
-    """Answers of one or two tokens; their probabilities are halves and eighths, so that eight rows are the policy."""
+    """Completions of one or two tokens; their probabilities are halves and eighths: eight rows are the policy."""
     log = math.log
     stop, a, b = (log(1 / 2), log(1 / 4)), (log(1 / 4), log(1 / 2)), (log(1 / 4), log(1 / 4))  # of policy and reference
     rows = [[stop]] * 4 + [[a, (log(1 / 2), log(3 / 4))], [a, (log(1 / 2), log(1 / 4))],
                            [b, (log(1 / 2), log(1 / 3))], [b, (log(1 / 2), log(2 / 3))]]  # fmt: skip
-    exact = sum(p - q for row in rows for p, q in row) / 8  # sum over answers of P(y) log(P(y) / Q(y))
+    exact = sum(p - q for row in rows for p, q in row) / 8  # sum over completions of P(y) log(P(y) / Q(y))
     padded = T([[*row, (math.nan, math.nan)][:2] for row in rows]).double()  # (8, 2, 2)
     mask = T([[1, 0]] * 4 + [[1, 1]] * 4)
     meter = Meter()
     for part in (slice(0, 3), slice(3, 8)):  # micro-batches with 3 and 9 tokens
         measure_kl(meter, padded[part, :, 0], padded[part, :, 1], mask[part])
-    found = meter.collect(SimpleNamespace(num_processes=1))
+    found = meter.collect(Processes())
     assert found["kl"] == pytest.approx(exact, abs=1e-6)
-    assert found["kl_per_token"] == pytest.approx(exact / 1.5, abs=1e-6)  # 12 tokens in 8 answers
+    assert found["kl_per_token"] == pytest.approx(exact / 1.5, abs=1e-6)  # 12 tokens in 8 completions

@@ -7,28 +7,34 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, StableLmConfig
 
+from models.admission import admitted
 from models.fast.attention import use_matmul_attention
 from models.fast.head import unwrapped
 from models.fast.layers import use_memory_efficient_layers
 from models.generation import generate
 from rlhf.dpo_train import dpo_loss, pair_logps
-from rlhf.packing import completion_logprobs, pack, packed_logprobs
+from rlhf.packing import PADDED, RAGGED, completion_logprobs, pack, packed_logprobs
 from rlhf.policy import as_reference, disable_dropout
 from rlhf.reward_model import RewardModel, score_at_end
 from rlhf.utils import completion_batch, pad_rows, token_logprobs
 
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])  # rotary and learned positions
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9, 10, 11, 12], [8, 9, 10, 11, 12]]
-ANSWERS = [[1, 2, 3], [4], [9, 2], [3, 3, 3, 5, 2]]
+COMPLETIONS = [[1, 2, 3], [4], [9, 2], [3, 3, 3, 5, 2]]
 BEGIN = pytest.mark.parametrize("begin", [[], [20, 21, 22]])  # what all prompts begin with: once for all rows
 HERE = pytest.mark.parametrize("here", [False, True])  # whether attention alone pads the rows
 close = torch.testing.assert_close
 
 
-def plain_logprobs(model, prompt, answer, temperature=1.0):
+def plain_logprobs(model, prompt, completion, temperature=1.0):
     """The definition: one row, all logits, log-softmax, gather."""
-    logits = model(torch.tensor([prompt + answer]), attention_mask=None).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+    logits = model(torch.tensor([prompt + completion]), attention_mask=None).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def ways(model):
+    """How a model computed packed rows: where packing is wrong for it, each completion has a row of its own instead."""
+    return [found["way"] for found in admitted(model)]
 
 
 def adapted(model, **options):
@@ -44,7 +50,7 @@ def adapted(model, **options):
 @pytest.mark.statement("left-padding")
 def test_left_padded_batch_gives_each_row_what_it_gets_alone_in_forward(tiny, name):
     model = tiny(name)
-    rows = [p + a for p, a in zip(PROMPTS, ANSWERS)]
+    rows = [p + a for p, a in zip(PROMPTS, COMPLETIONS)]
     width = max(map(len, rows))
     for left in (True, False):
         ids, mask = pad_rows(rows, 2, "cpu", left=left)
@@ -64,11 +70,12 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone_in_forward(tiny, na
 def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, begin, here, temperature):
     model = use_matmul_attention(tiny(name)) if here else tiny(name)
     prompts, n = [begin + p for p in PROMPTS], len(begin)
-    packed = pack(prompts, ANSWERS, 2, "cpu")
+    packed = pack(prompts, COMPLETIONS, 2, "cpu")
     assert packed.rows.shape == (2, n + 12)  # of 3 + 3 + 1 and 5 + 2 + 5 tokens
     assert packed.input_ids.shape == packed.position_ids.shape == (1, n + 19) and packed.tokens == 2 * n + 19
     found, entropy = packed_logprobs(model, packed, temperature, entropy=True)
-    for i, (p, a) in enumerate(zip(prompts, ANSWERS)):
+    assert ways(model) == [RAGGED if here else PADDED]
+    for i, (p, a) in enumerate(zip(prompts, COMPLETIONS)):
         close(found[i, : len(a)], plain_logprobs(model, p, a, temperature), atol=1e-12, rtol=0)
         assert (found[i, len(a) :] == 0).all()
         logits = model(torch.tensor([p + a])).logits[0, len(p) - 1 : -1] / temperature
@@ -76,15 +83,16 @@ def test_packed_rows_give_each_answer_what_it_gets_alone(tiny, name, begin, here
         close(entropy[i, : len(a)], expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_an_architecture_with_an_attention_of_its_own_reads_packed_rows_too(lean):
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_an_architecture_with_an_attention_of_its_own_reads_packed_rows_too(memory_efficient):
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = StableLmConfig(**shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    model = use_matmul_attention(use_memory_efficient_layers(model)) if lean else model
-    found = packed_logprobs(model, pack(PROMPTS, ANSWERS, 2, "cpu"))
-    for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS)):
+    model = use_matmul_attention(use_memory_efficient_layers(model)) if memory_efficient else model
+    found = packed_logprobs(model, pack(PROMPTS, COMPLETIONS, 2, "cpu"))
+    assert ways(model) == [PADDED]
+    for i, (p, a) in enumerate(zip(PROMPTS, COMPLETIONS)):
         close(found[i, : len(a)], plain_logprobs(model, p, a), atol=1e-12, rtol=0)
 
 
@@ -93,12 +101,14 @@ def test_an_architecture_with_an_attention_of_its_own_reads_packed_rows_too(lean
 def test_packed_answers_do_not_see_each_other(tiny, name):
     model = tiny(name)
     embeddings = model.get_input_embeddings()
-    seen = []
+    packed, seen = pack(PROMPTS[:2], COMPLETIONS[:2], 2, "cpu"), []
+    packed_logprobs(model, packed)  # the first pass also checks, on rows of its own, that this model may be packed
+    assert ways(model) == [PADDED]
     hook = embeddings.register_forward_hook(lambda m, i, out: seen.append(out) or out.retain_grad())
-    packed = pack(PROMPTS[:2], ANSWERS[:2], 2, "cpu")
-    packed_logprobs(model, packed)[1].sum().backward()  # the second answer of the row [5 6 7 | 1 2 3 | 4]
+    packed_logprobs(model, packed)[1].sum().backward()  # the second completion of the row [5 6 7 | 1 2 3 | 4]
     hook.remove()
-    gradient = seen[0].grad[0].abs().sum(-1)
+    [embedded] = seen
+    gradient = embedded.grad[0].abs().sum(-1)
     assert (gradient[:3] > 0).all() and (gradient[3:6] == 0).all()
 
 
@@ -109,11 +119,12 @@ def test_packed_answers_do_not_see_each_other(tiny, name):
 def test_packed_gradients_equal_separate_ones(tiny, name, begin, here):
     model = use_matmul_attention(tiny(name)) if here else tiny(name)
     prompts = [begin + p for p in PROMPTS]
-    packed = pack(prompts, ANSWERS, 2, "cpu")
+    packed = pack(prompts, COMPLETIONS, 2, "cpu")
     packed_logprobs(model, packed).double().square().sum().backward()
+    assert ways(model) == [RAGGED if here else PADDED]
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    sum(plain_logprobs(model, p, a).square().sum() for p, a in zip(prompts, ANSWERS)).backward()
+    sum(plain_logprobs(model, p, a).square().sum() for p, a in zip(prompts, COMPLETIONS)).backward()
     for a, b in zip(found, model.parameters()):
         close(a, b.grad, atol=1e-5, rtol=1e-5)
 
@@ -141,8 +152,8 @@ def test_sampled_ids_are_trained_on_and_eos_counts_though_it_is_the_pad_token():
 
 def pairs():
     return [
-        {"prompt": PROMPTS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[1]},
-        {"prompt": PROMPTS[2], "chosen": ANSWERS[2], "rejected": ANSWERS[3]},
+        {"prompt": PROMPTS[0], "chosen": COMPLETIONS[0], "rejected": COMPLETIONS[1]},
+        {"prompt": PROMPTS[2], "chosen": COMPLETIONS[2], "rejected": COMPLETIONS[3]},
     ]
 
 
@@ -169,16 +180,16 @@ def test_dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config(tiny):
 @pytest.mark.statement("adapter-off")
 def test_the_reference_as_adapter_off_is_bitwise_the_base_model_after_training_too(tiny):
     base = tiny(dtype=torch.float32)
-    before = completion_logprobs(base, PROMPTS, ANSWERS, 2)
+    before = completion_logprobs(base, PROMPTS, COMPLETIONS, 2)
     model = adapted(base)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
-        packed_logprobs(model, pack(PROMPTS, ANSWERS, 2, "cpu")).sum().backward()
+        packed_logprobs(model, pack(PROMPTS, COMPLETIONS, 2, "cpu")).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert completion_logprobs(model, PROMPTS, ANSWERS, 2) != before
+    assert completion_logprobs(model, PROMPTS, COMPLETIONS, 2) != before
     with as_reference(model) as reference:
-        assert completion_logprobs(reference, PROMPTS, ANSWERS, 2) == before
+        assert completion_logprobs(reference, PROMPTS, COMPLETIONS, 2) == before
 
 
 @pytest.mark.statement("dpo-sums")
@@ -188,7 +199,7 @@ def test_dpo_sums_over_tokens_and_ipo_means(tiny):
     mean_chosen, mean_rejected = pair_logps(model, pairs(), Tok, "cpu", per_token=True)
     close(chosen / torch.tensor([3.0, 2.0]), mean_chosen)
     close(rejected / torch.tensor([1.0, 5.0]), mean_rejected)
-    close(chosen[0], plain_logprobs(model, PROMPTS[0], ANSWERS[0]).sum())
+    close(chosen[0], plain_logprobs(model, PROMPTS[0], COMPLETIONS[0]).sum())
 
 
 def classifier(tiny_name="tiny-llama"):
@@ -223,8 +234,9 @@ def test_packed_scores_equal_separate_ones(begin):
     from rlhf.packing import score_completions
 
     reward_model, prompts = classifier(), [begin + p for p in PROMPTS]
-    found = score_completions(reward_model, prompts, ANSWERS, 2)
-    for p, a, score in zip(prompts, ANSWERS, found):
+    found = score_completions(reward_model, prompts, COMPLETIONS, 2)
+    assert ways(reward_model.model) == [PADDED]
+    for p, a, score in zip(prompts, COMPLETIONS, found):
         row = torch.tensor([p + a])
         assert reward_model.score(row, torch.ones_like(row)).item() == pytest.approx(score, abs=1e-6)
 
@@ -269,7 +281,7 @@ def test_saved_reward_model_is_the_same_in_transformers(tmp_path):
 def test_the_reward_adapter_on_the_policys_backbone_scores_like_the_reward_model(tmp_path):
     from models.loader import load_model, load_tokenizer, portable_name
     from models.tiny import build_tiny
-    from rlhf.ppo_train import Config, place_reward_model
+    from rlhf.reward_model import place_reward_model
 
     base = build_tiny("tiny-llama")
     reward_model = RewardModel.load("tiny-llama", device="cpu", new_head=True)
@@ -282,21 +294,21 @@ def test_the_reward_adapter_on_the_policys_backbone_scores_like_the_reward_model
     reward_model.save(tmp_path, load_tokenizer("tiny-llama"), base)
     policy = adapted(load_model("tiny-llama", device="cpu"))
     policy.peft_config["default"].base_model_name_or_path = portable_name(base)
-    before = completion_logprobs(policy, PROMPTS, ANSWERS, 2)
+    before = completion_logprobs(policy, PROMPTS, COMPLETIONS, 2)
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
-    scores = place_reward_model(policy, Config(), tmp_path, "cpu")
+    scores = place_reward_model(policy, tmp_path, 4, "cpu")
     separate = RewardModel.load(tmp_path, device="cpu")
-    packed = pack(PROMPTS, ANSWERS, 2, "cpu")
-    rows = [torch.tensor([p + a]) for p, a in zip(PROMPTS, ANSWERS)]
+    packed = pack(PROMPTS, COMPLETIONS, 2, "cpu")
+    rows = [torch.tensor([p + a]) for p, a in zip(PROMPTS, COMPLETIONS)]
     expected = [separate.score(row, torch.ones_like(row)).item() for row in rows]
     with torch.no_grad():
         assert scores(packed).tolist() == pytest.approx(expected, abs=1e-4)
-    assert completion_logprobs(policy, PROMPTS, ANSWERS, 2) == before  # and the policy is what it was
+    assert completion_logprobs(policy, PROMPTS, COMPLETIONS, 2) == before  # and the policy is what it was
     assert [name for name, p in policy.named_parameters() if p.requires_grad] == trained
     with as_reference(policy) as reference:
         close(
-            torch.tensor(completion_logprobs(reference, PROMPTS, ANSWERS, 2)[0]),
-            torch.tensor(completion_logprobs(load_model("tiny-llama", device="cpu"), PROMPTS, ANSWERS, 2)[0]),
+            torch.tensor(completion_logprobs(reference, PROMPTS, COMPLETIONS, 2)[0]),
+            torch.tensor(completion_logprobs(load_model("tiny-llama", device="cpu"), PROMPTS, COMPLETIONS, 2)[0]),
         )
 
 

@@ -19,12 +19,12 @@ from rlhf.grpo_train import grpo_loss
 from rlhf.packing import pack, packed_logprobs, packed_scores
 from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import RewardModel, reward_loss
-from rlhf.rollouts import Sampler
+from rlhf.sampler import Sampler
 from rlhf.utils import kl_estimate, token_logprobs
 
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 PROMPTS = [[50, 60, 70], [50, 60, 70], [80, 90, 100, 110, 120], [80, 90, 100, 110, 120]]
-ANSWERS = [[10, 20, 30], [40], [90, 20], [30, 30, 30, 50, 20]]
+COMPLETIONS = [[10, 20, 30], [40], [90, 20], [30, 30, 30, 50, 20]]
 ADVANTAGES = torch.tensor([1.0, -0.5, 2.0, -1.5])
 close = torch.testing.assert_close
 
@@ -51,8 +51,8 @@ def trainer_options(folder, **more):
     return {"output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, **quiet, **more}
 
 
-# GRPO: TRL's loss type and ours. "grpo" in TRL is the mean over answers of their means, "bnpo" and "dapo" the mean over
-# tokens, "dr_grpo" the sum over a constant.
+# GRPO: TRL's loss type and ours. "grpo" in TRL is the mean over completions of their means, "bnpo" and "dapo" the mean
+# over tokens, "dr_grpo" the sum over a constant.
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def grpo_trainer(tmp_path_factory):
 
 
 def trl_batch():
-    """Prompts padded on the left, answers on the right, as TRL's GRPO wants them."""
+    """Prompts padded on the left, completions on the right, as TRL's GRPO wants them."""
 
     def padded(rows, left):
         width = max(map(len, rows))
@@ -83,7 +83,7 @@ def trl_batch():
         return torch.tensor(ids), torch.tensor(mask)
 
     prompt_ids, prompt_mask = padded(PROMPTS, left=True)
-    completion_ids, completion_mask = padded(ANSWERS, left=False)
+    completion_ids, completion_mask = padded(COMPLETIONS, left=False)
     return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": completion_ids,
             "completion_mask": completion_mask, "advantages": ADVANTAGES}  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_token_logprobs_and_entropies_are_trls(grpo_trainer):
     theirs, their_entropies, _ = grpo_trainer._get_per_token_logps_and_entropies(
         grpo_trainer.model, ids, mask, width, compute_entropy=True
     )
-    packed = pack(PROMPTS, ANSWERS, 0, "cpu")
+    packed = pack(PROMPTS, COMPLETIONS, 0, "cpu")
     mine, entropies = packed_logprobs(grpo_trainer.model, packed, temperature=0.7, entropy=True)
     padded = token_logprobs(grpo_trainer.model, ids, mask, temperature=0.7)[:, -width:]
     for found, expected in ((mine, theirs), (padded, theirs), (entropies, their_entropies)):
@@ -108,7 +108,7 @@ def test_token_logprobs_and_entropies_are_trls(grpo_trainer):
 def test_token_logprobs_are_those_of_transformers_loss(name):
     """transformers averages over the targets that are not -100."""
     model = policy(name)
-    rows = [p + a for p, a in zip(PROMPTS, ANSWERS)]
+    rows = [p + a for p, a in zip(PROMPTS, COMPLETIONS)]
     width = max(map(len, rows))
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
@@ -127,7 +127,7 @@ def test_grpo_losses_and_gradients_are_trls(grpo_trainer, loss_type, aggregate, 
     trainer, model = grpo_trainer, grpo_trainer.model
     trainer.loss_type, trainer.args.use_bias_correction_kl = loss_type, kl_kind == "ratio_k3"
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
-    packed = pack(PROMPTS, ANSWERS, 0, "cpu")
+    packed = pack(PROMPTS, COMPLETIONS, 0, "cpu")
     with torch.no_grad():
         old = packed_logprobs(policy(noise_seed=1), packed, 0.7)
         ref = packed_logprobs(policy(noise_seed=2), packed, 0.7)
@@ -155,9 +155,9 @@ def test_kl_estimators_sum_to_the_divergence_of_torch_distributions():
 # DPO
 
 PAIRS = [
-    {"prompt": PROMPTS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[1]},
-    {"prompt": PROMPTS[2], "chosen": ANSWERS[2], "rejected": ANSWERS[3]},
-    {"prompt": [33, 44], "chosen": ANSWERS[3], "rejected": ANSWERS[0]},
+    {"prompt": PROMPTS[0], "chosen": COMPLETIONS[0], "rejected": COMPLETIONS[1]},
+    {"prompt": PROMPTS[2], "chosen": COMPLETIONS[2], "rejected": COMPLETIONS[3]},
+    {"prompt": [33, 44], "chosen": COMPLETIONS[3], "rejected": COMPLETIONS[0]},
 ]
 
 

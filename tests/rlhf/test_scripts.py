@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from configs.config import UserError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
+# one update a rollout; and two, of three and of two prompts, of which process 1 has one each
+DEALT = pytest.mark.parametrize("dealt", [("--minibatches", 1), ("--minibatches", 2, "--prompts_per_step", 5)])
 
 
 def call(script, *arguments):
@@ -27,20 +30,29 @@ def call(script, *arguments):
 
 
 def command(script, *arguments, processes=1, cwd=ROOT, status=0):
-    """Run a script as a command, under accelerate for several processes; what it printed."""
+    """Run a script as a command, under torchrun for several processes; what it printed."""
     words = [sys.executable]
     if processes > 1:
-        words += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-        words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words += [str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun sets it where nobody else does
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == status, done.stdout + done.stderr
     assert status == 0 or "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
 
 
-def under_accelerate(script, *arguments):
-    return command(script, *arguments, processes=2, cwd=Path.cwd())
+def on_one_and_two_processes(script, tmp_path, *arguments):
+    """Run a script in this process into tmp_path/1, and on two processes into tmp_path/2; the logged lines of both."""
+    call(script, *arguments, "--out", tmp_path / "1")
+    command(script, *arguments, "--out", tmp_path / "2", processes=2, cwd=Path.cwd())
+    for n in (1, 2):
+        assert manifest(tmp_path / str(n))["processes"] == n
+    return metrics(tmp_path / "1"), metrics(tmp_path / "2")
+
+
+def manifest(folder):
+    return json.loads((Path(folder) / "manifest.json").read_text())
 
 
 def metrics(folder):
@@ -56,8 +68,7 @@ def same_weights(a, b, tolerance):
 
 
 def test_reward_model_learns_and_reports(reward):
-    manifest = json.loads((reward / "manifest.json").read_text())
-    assert manifest["result"]["heldout_accuracy"] == 1.0
+    assert manifest(reward)["result"]["heldout_accuracy"] == 1.0
     assert (reward / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,29 +103,29 @@ def test_gradient_checkpointing_moves_every_lora_b_and_changes_nothing(pairs, tm
 
 @pytest.mark.statement("token-mean-ranks")
 def test_two_processes_take_the_steps_of_one_dpo(pairs, tmp_path):
-    for n, run in ((1, call), (2, under_accelerate)):
-        run("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / str(n),
-            "--max_grad_norm", "0.05", "--batch_size", 3, "--max_steps", 3)  # fmt: skip
+    options = ("--config", "configs/smoke/dpo.yaml", "--data", pairs, "--max_grad_norm", "0.05", "--batch_size", 3)
+    options += ("--max_steps", 3)
+    one, two = on_one_and_two_processes("rlhf/dpo_train.py", tmp_path, *options)
     same_weights(tmp_path / "1", tmp_path / "2", 2e-5)
-    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert len(one) == len(two) == 3
     for a, b in zip(one, two):
         for key in ("loss", "accuracy", "chosen_logps", "grad_norm"):
             assert a[key] == pytest.approx(b[key], abs=1e-3, rel=1e-4), key
-    arguments = ("rlhf/dpo_train.py", "--config", "configs/smoke/dpo.yaml", "--data", pairs, "--out", tmp_path / "2")
-    again = under_accelerate(*arguments, "--max_grad_norm", "0.05", "--batch_size", 3, "--max_steps", 3)
+    again = command("rlhf/dpo_train.py", *options, "--out", tmp_path / "2", processes=2)
     assert again.count("holds this very run, finished") == 1  # and both processes end well, or the status were not 0
 
 
+@DEALT
 @pytest.mark.statement("token-mean-ranks")
-def test_two_processes_take_the_steps_of_one_grpo(tmp_path, monkeypatch):
-    (tmp_path / "judge.py").write_text("def judge(prompt, completion):\n    return float(len(completion) % 3)\n")
+def test_two_processes_take_the_steps_of_one_grpo(tmp_path, monkeypatch, dealt):
+    (tmp_path / "own.py").write_text("def reward(prompt, completion):\n    return float(len(completion) % 3)\n")
     monkeypatch.chdir(tmp_path)
-    for n, run in ((1, call), (2, under_accelerate)):
-        run("rlhf/grpo_train.py", "--config", ROOT / "configs/smoke/grpo.yaml", "--judge", "judge:judge",
-            "--out", tmp_path / str(n), "--max_grad_norm", "0.05")  # fmt: skip
+    options = ("--config", ROOT / "configs/smoke/grpo.yaml", "--reward", "own:reward", "--max_grad_norm", "0.05")
+    one, two = on_one_and_two_processes("rlhf/grpo_train.py", tmp_path, *options, *dealt)
     same_weights(tmp_path / "1", tmp_path / "2", 2e-5)
-    for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2")):
-        for key in ("reward", "loss", "length", "grad_norm", "no_signal"):
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two):
+        for key in ("reward", "loss", "mean_length", "grad_norm", "frac_reward_zero_std"):
             assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
 
 
@@ -124,16 +135,16 @@ def test_ppo_runs(reward, tmp_path, options):
     call("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--out", out, *options)
     rows = metrics(out)
     assert len(rows) == 2 and (out / "value_head.safetensors").is_file()
-    assert {"reward", "gold", "kl", "entropy", "clip_fraction", "value_loss", "stopped", "tok/s"} <= rows[0].keys()
+    assert {"reward", "gold", "kl", "entropy", "clipfrac", "value_loss", "clipped_ratio", "tok/s"} <= rows[0].keys()
 
 
+@DEALT
 @pytest.mark.statement("whitening")
-def test_ppo_two_processes_take_the_steps_of_one(reward, tmp_path):
-    for n, run in ((1, call), (2, under_accelerate)):
-        run("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1,
-            "--minibatches", 1, "--out", tmp_path / str(n))  # fmt: skip
+def test_ppo_two_processes_take_the_steps_of_one(reward, tmp_path, dealt):
+    options = ("--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1)
+    found = on_one_and_two_processes("rlhf/ppo_train.py", tmp_path, *options, *dealt)
     same_weights(tmp_path / "1", tmp_path / "2", 2e-5)
-    one, two = ([row["grad_norm"] for row in metrics(tmp_path / str(n))] for n in (1, 2))
+    one, two = ([row["grad_norm"] for row in rows] for rows in found)
     assert two == pytest.approx(one, rel=1e-3)  # AdamW's small steps hide most of what is wrong with a gradient
 
 
@@ -141,7 +152,7 @@ def test_ppo_two_processes_take_the_steps_of_one(reward, tmp_path):
 def test_ppo_first_inner_step_has_ratio_1(reward, tmp_path):
     call("rlhf/ppo_train.py", "--config", "configs/smoke/ppo.yaml", "--reward_model", reward, "--inner_epochs", 1,
         "--minibatches", 1, "--out", tmp_path / "ppo")  # fmt: skip
-    assert all(row["approx_kl"] == 0 and row["clip_fraction"] == 0 for row in metrics(tmp_path / "ppo"))
+    assert all(row["approx_kl"] == 0 and row["clipfrac"] == 0 for row in metrics(tmp_path / "ppo"))
 
 
 @pytest.mark.statement("offline-online")
@@ -172,8 +183,11 @@ def test_grpo_offline_without_stored_logprobs_says_what_it_is(groups, tmp_path):
         ("dpo_train", ("--loss_type", "hinge", "--label_smoothing", "0.1"), "has no effect with loss_type = hinge"),
         ("ppo_train", ("--reward_model", "models/nowhere"), "python rlhf/train_reward_model.py"),
         ("ppo_train", ("--kl_target", "3"), "kl_target has no effect with kl_controller = fixed"),
-        ("grpo_train", ("--group_size", "1"), "group_size = 1 is out of range"),
-        ("grpo_train", ("--mode", "offline", "--judge", "a:b"), "have no effect"),
+        ("grpo_train", ("--samples_per_prompt", "1"), "samples_per_prompt = 1 is out of range"),
+        ("grpo_train", ("--group_size", "8"), "it is now samples_per_prompt"),
+        ("ppo_train", ("--missing_end_penalty", "1"), "it is now missing_eos_penalty"),
+        ("grpo_train", ("--mode", "offline", "--reward", "a:b"), "have no effect"),
+        ("grpo_train", ("--mode", "offline", "--judge", "a:b"), "have no effect"),  # another name of --reward
         ("grpo_train", ("--prompts", "nowhere.json"), "nowhere.json"),
         ("grpo_train", ("--model_name", "models/nowhere"), "models/nowhere"),
     ],

@@ -11,39 +11,42 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from configs.config import load_config
-from rlhf import utils
 from runtime.cli import leave_processes
 from runtime.console import rank
+from train import updates
 
 
-def watch(script):
-    """(parameters after each step, sizes of the tensors summed over ranks) of the script, as it runs."""
+def watch():
+    """(parameters that train, all of them after each step, sizes of the tensors reduced), as trainers fill them."""
     trained, after, sizes = [], [], []
-    step, reduce = script.optimizer_step, utils.sum_over_ranks
+    step, reduce = updates.Updates.step, dist.all_reduce
 
-    def make_optimizer(parameters, lr, *_):
+    def make_optimizer(parameters, lr, weight_decay=0.0):
         trained.extend(parameters)
         return torch.optim.SGD(trained, lr=lr)
 
-    def optimizer_step(*given):
-        found = step(*given)
+    def watched_step(*given, **more):
+        found = step(*given, **more)
         after.append(torch.cat([p.detach().reshape(-1) for p in trained]).double())
         return found
 
-    def sum_over_ranks(accelerator, x):
+    def all_reduce(x, *given, **more):
         sizes.append(x.numel())
-        return reduce(accelerator, x)
+        return reduce(x, *given, **more)
 
-    script.make_optimizer, script.optimizer_step, utils.sum_over_ranks = make_optimizer, optimizer_step, sum_over_ranks
-    return after, sizes
+    updates.make_optimizer, updates.Updates.step, dist.all_reduce = make_optimizer, watched_step, all_reduce
+    return trained, after, sizes
 
 
 def main(folder, plan):
+    seen = trained, after, sizes = watch()
     for name, (module, words) in plan.items():
         script = importlib.import_module(module)
-        after, sizes = watch(script)
+        for one in seen:
+            one.clear()
         script.main(load_config(script.Config, words))
         reduced = sum(size == len(after[0]) for size in sizes)
         torch.save({"after_step": after, "reduced": reduced}, folder / f"{name}.{rank()}.pt")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from configs.config import UserError, option
-from runtime import checkpoint, run
+from runtime import checkpoint, run, run_folder
 from runtime.checkpoint import FILES, Checkpoints, Saving
 from runtime.run import Run
 
@@ -23,7 +23,7 @@ from runtime.run import Run
 @dataclass
 class Config(Saving):
     out: str = option("")
-    data: str = option("none")
+    data: str = option("none", reads=True)
     lr: float = option(0.1)
     overwrite: bool = option(False)
 
@@ -39,32 +39,29 @@ def train(config, steps=6, stop_after=None, spoil=()):
     model[0].bias.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     checkpoints = Checkpoints(run, model=model, optimizer=optimizer)
-    step, kept = checkpoints.load()
-    kept = kept or {"sum": 0.0, "last": None, "list": [1, (2.5, float("inf"))], "tensor": torch.arange(3)}
-    run.begin_steps(step)
-    while step < steps:
+    _, carried = checkpoints.load()
+    carried = carried or {"sum": 0.0, "last": None, "list": [1, (2.5, float("inf"))], "tensor": torch.arange(3)}
+    for step in checkpoints.remaining():
         x = torch.tensor([random.random(), np.random.rand(), 1.0])
-        loss = model(x).square().sum() + (float("nan") if step + 1 in spoil else 0)
+        loss = model(x).square().sum() + (float("nan") if step in spoil else 0)
         loss.backward()
-        if run.finite(step + 1, f"row {step}", loss=loss.item()):
+        if run.finite(step, f"row {step - 1}", loss=loss.item()):
             optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        kept |= {"sum": kept["sum"] + x.sum().item(), "last": step}
+        carried |= {"sum": carried["sum"] + x.sum().item(), "last": step}
         run.log(step, loss=loss.item())
-        if checkpoints.due(step):
-            checkpoints.save(step, kept)
+        checkpoints.save_if_due(step, carried)
         if step == stop_after:
             return run
-    return model, optimizer, kept
+    return model, optimizer, carried
 
 
 def end(config):
-    """Train to the end; weights, optimizer state, kept values and logged lines as one comparable value."""
-    model, optimizer, kept = train(config)
+    """Train to the end; weights, optimizer state, carried values and logged lines as one comparable value."""
+    model, optimizer, carried = train(config)
     logged = [json.loads(x) for x in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in logged]
-    state = [model.state_dict(), optimizer.state_dict(), {k: v for k, v in kept.items() if k != "list"}]
+    state = [model.state_dict(), optimizer.state_dict(), {k: v for k, v in carried.items() if k != "list"}]
     tensors = {}
     return checkpoint.flatten(state, tensors), {k: v.tolist() for k, v in tensors.items()}, lines
 
@@ -91,11 +88,11 @@ def test_what_is_put_back_goes_on_bit_by_bit(config, whole, stop_after):
     assert len(whole[2]) == 6
 
 
-def test_kept_values_come_back_as_they_were(config):
+def test_carried_values_come_back_as_they_were(config):
     train(config, stop_after=2)
-    _, _, kept = train(config, steps=2)
-    assert kept["list"] == [1, [2.5, float("inf")]] and kept["last"] == 2
-    assert torch.equal(kept["tensor"], torch.arange(3))
+    _, _, carried = train(config, steps=2)
+    assert carried["list"] == [1, [2.5, float("inf")]] and carried["last"] == 2
+    assert torch.equal(carried["tensor"], torch.arange(3))
 
 
 def test_steps_after_the_checkpoint_and_a_line_cut_short_leave_metrics(config, whole):
@@ -312,7 +309,7 @@ def test_a_finished_run_keeps_no_checkpoints_and_its_seconds_add_up(config, monk
 
 
 def test_two_processes_do_not_write_to_one_folder(config, monkeypatch, capsys):
-    monkeypatch.setattr(run, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
     os.makedirs(config.out)
     other = os.open(config.out, os.O_RDONLY)  # as another process would
     fcntl.flock(other, fcntl.LOCK_EX)

@@ -77,13 +77,13 @@ def test_out_of_memory_names_the_line_what_is_free_and_what_saves_most_first():
 
 
 def test_the_advice_fits_the_script():
-    assert savers(train_lm.Config(batch_size=4, accumulation_steps=2, max_length=64)) == [
-        "--batch_size 2 --accumulation_steps 4: the same steps", "--max_length 32",
+    assert savers(train_lm.Config(batch_size=8, micro_batch_size=4, max_length=64)) == [
+        "--micro_batch_size 2: the same steps", "--max_length 32",
     ]  # fmt: skip
-    assert savers(grpo_train.Config(rollout_batch_size=64, max_new_tokens=48), sampling=True) == [
-        "--rollout_batch_size 32", "--max_new_tokens 24",
+    assert savers(grpo_train.Config(sampling_batch_size=64, max_new_tokens=48), sampling=True) == [
+        "--sampling_batch_size 32", "--max_new_tokens 24",
     ]  # fmt: skip
-    smallest = {"batch_size": 1, "gradient_checkpointing": True, "lora_r": 8, "precision": "bf16"}
+    smallest = {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_r": 8, "precision": "bf16"}
     assert savers(train_lm_ddp.Config(max_length=8, **smallest)) == []
 
 

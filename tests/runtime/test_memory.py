@@ -73,10 +73,10 @@ def test_other_libraries_of_c_are_left_alone(monkeypatch):
 
 
 def test_every_script_begins_with_it(monkeypatch):
-    from configs import config
+    from runtime import cli
 
     called = []
-    monkeypatch.setattr(config, "keep_freed_memory", lambda: called.append("kept"))
-    monkeypatch.setattr(config, "load_config", lambda Config: called.append("read"))
-    config.cli(lambda given: called.append("run"), object)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(cli, "load_config", lambda Config: called.append("read"))
+    cli.cli(lambda given: called.append("run"), object)
     assert called == ["kept", "read", "run"]

@@ -15,7 +15,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from configs.config import UserError
 from data.corpus import Corpus
 from runtime.console import rank
-from train import common, train_lm, train_lm_ddp
+from train import common, train_lm, train_lm_ddp, updates
+from train.common import load_start
+from train.updates import make_optimizer
 
 CORPUS = Corpus(
     "uneven", [{"text": "abcdefghi"}, {"text": "klmnopqrs"}, {"text": "a"}], [{"text": "hello"}], "text", "0"
@@ -46,10 +48,10 @@ def main(folder, plan):
             parameters += [p for p in params if p.requires_grad]
             if job["optimizer"] == "sgd":
                 return torch.optim.SGD(parameters, lr=lr)
-            return common.make_optimizer(parameters, lr, weight_decay)
+            return make_optimizer(parameters, lr, weight_decay)
 
         def start(*given):
-            model, tokenizer = common.load_start(*given)
+            model, tokenizer = load_start(*given)
             return model.double(), tokenizer
 
         def data(config, job=job):
@@ -57,9 +59,9 @@ def main(folder, plan):
                 raise UserError("only this rank sees it")
             return CORPUS
 
-        script.make_optimizer, script.load_start, script.load_data = optimizer, start, data
+        updates.make_optimizer, common.load_start, common.load_data = optimizer, start, data
         train_lm_ddp.DistributedDataParallel, CountingDDP.sets = CountingDDP, 0
-        shape = {"batch_size": 1, "max_length": 10, "accumulation_steps": 2, "epochs": 2, "warmup_steps": 0}
+        shape = {"batch_size": 2, "micro_batch_size": 1, "max_length": 10, "epochs": 2, "warmup_steps": 0}
         more = {"model_name": "tiny-llama", "lr": job["lr"], "max_grad_norm": job["max_grad_norm"], "log_every": 1}
         out = str(folder / job["name"])
         try:

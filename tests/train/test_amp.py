@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from configs.config import UserError
-from train import train_lm_amp_ckpt
+from train import train_lm_amp_ckpt, updates
 from train.updates import lr_at
 
 
 def config(folder, **changes):
     base = {"model_name": "tiny-llama", "data": "tests/train/text.jsonl", "heldout_fraction": 0.2, "out": str(folder)}
-    shape = {"batch_size": 2, "max_length": 64, "max_steps": 4, "warmup_steps": 2, "eval_blocks": 2, "log_every": 1}
-    more = {"lr": 1e-3, "precision": "fp16", "measure_steps": 0, **changes}
+    shape = {"batch_size": 4, "micro_batch_size": 2, "max_length": 64, "max_steps": 4, "warmup_steps": 2}
+    more = {"eval_blocks": 2, "log_every": 1, "lr": 1e-3, "precision": "fp16", "measure_steps": 0, **changes}
     return train_lm_amp_ckpt.Config(**{**base, **shape, **more})
 
 
@@ -48,7 +48,7 @@ def test_the_norm_is_that_of_the_unscaled_gradients_and_the_limit_holds(tmp_path
             super().step(*given, **more)
             moved.append(torch.cat([(p - b).reshape(-1) for p, b in zip(parameters, before)]).double().norm().item())
 
-    monkeypatch.setattr(train_lm_amp_ckpt, "make_optimizer", lambda params, lr, decay: Sgd(params, lr=lr))
+    monkeypatch.setattr(updates, "make_optimizer", lambda params, lr, decay: Sgd(params, lr=lr))
     train_lm_amp_ckpt.train(config(tmp_path / "fp16", lr=1.0, max_grad_norm=1e-3, max_steps=1, warmup_steps=0))
     train_lm_amp_ckpt.train(
         config(tmp_path / "fp32", precision="fp32", lr=1.0, max_grad_norm=1e-3, max_steps=1, warmup_steps=0)

@@ -104,6 +104,7 @@ def test_a_process_that_dies_takes_the_other_down_with_a_message_and_one_or_two_
         assert "error: another process of this run ended" in said(out) and "Traceback" not in said(out)
         finish(start_ranks(script, words, out, after), out)
         assert "continuing from step 3 of 6" in said(out)
+        assert len((out / "samples.jsonl").read_text().splitlines()) == 2  # before and after, of one process
         assert_equal(one(script, words), out)
 
 

@@ -9,13 +9,14 @@ SMOKE = ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", 2, "--s
 SCRATCH = ["--config", "configs/smoke/train_scratch.yaml", "--sample_tokens", 2, "--save_every"]
 TWO_EPOCHS = ["--epochs", 2, "--max_steps", 9]
 CASES = {
-    "dropout": ("train.train_lm", [*SMOKE, 1, "--model_name", "DROPOUT", *TWO_EPOCHS, "--batch_size", 4]),
-    "scratch": ("train.train_lm", [*SCRATCH, 2, *TWO_EPOCHS, "--batch_size", 16]),
+    "dropout": ("train.train_lm", [*SMOKE, 1, "--model_name", "DROPOUT", *TWO_EPOCHS, "--batch_size", 8,
+                                   "--micro_batch_size", 4]),
+    "scratch": ("train.train_lm", [*SCRATCH, 2, *TWO_EPOCHS, "--batch_size", 16, "--micro_batch_size", 16]),
     "ddp": ("train.train_lm_ddp", [*SMOKE, 1, "--max_steps", 5]),
     "fp16": ("train.train_lm_amp_ckpt", [*SMOKE, 2, "--precision", "fp16", "--measure_steps", 0]),
     "lora": ("train.train_lm_lora", [*SMOKE, 1, "--lora_dropout", 0.3, "--merge", "true", "--precision", "fp32"]),
     "wandb": ("train.train_lm_wandb", [*SMOKE, 1, "--wandb_mode", "offline", "--max_steps", 4]),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -85,10 +85,17 @@ def test_amp_and_checkpointing_are_measured_each_in_its_own_process(tmp_path, ca
     job = {"name": "tiny-llama", "precision": "bf16", "checkpointing": True, "steps": 1, "shape": [2, 32]}
     gb, seconds = amp_savings._in_subprocess(job)
     assert 0.1 < gb < 2 and 0 < seconds < 60
-    monkeypatch.setattr(amp_savings, "_in_subprocess", lambda job: amp_savings.measure(**job))
-    config = train_lm_amp_ckpt.Config(model_name="tiny-llama", max_length=32, measure_steps=1, out=str(tmp_path))
+    shapes, shape = [], {"batch_size": 4, "micro_batch_size": 2, "max_length": 32}
+
+    def in_this_process(job):
+        shapes.append(job["shape"])
+        return amp_savings.measure(**job)
+
+    monkeypatch.setattr(amp_savings, "_in_subprocess", in_this_process)
+    config = train_lm_amp_ckpt.Config(model_name="tiny-llama", **shape, measure_steps=1, out=str(tmp_path))
     measured = amp_savings.compare_memory_and_time(config, None, None, "bf16")["measured"]
     assert list(measured) == ["plain", "CKPT", "AMP bf16", "AMP bf16 + CKPT"]
+    assert shapes == [[2, 32]] * 4  # the micro-batches of the run
     assert all(row["peak_memory_gb"] > 0 and row["seconds_a_step"] > 0 for row in measured.values())
     assert "AMP bf16 saves" in capsys.readouterr().out
 

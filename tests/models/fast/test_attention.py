@@ -1,4 +1,4 @@
-"""Attention as products against PyTorch's own in float64, its gradients, its masks, and rows that lie end to end."""
+"""Attention by matmuls against PyTorch's own in float64, its gradients, its masks, and rows that lie end to end."""
 
 import copy
 import gc
@@ -126,10 +126,10 @@ def test_masks_of_earlier_passes_are_not_held(monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.03)])
 @pytest.mark.statement("packed-apart")
 def test_keys_that_no_query_of_a_block_sees_are_left_out(monkeypatch, dtype, tolerance):
-    """A prompt of one token and three answers of two: the last block reads the prompt and its own answer."""
+    """A prompt of one token and three completions of two: the last block reads the prompt and its own completion."""
     monkeypatch.setattr(module, "BLOCK", 2)
-    answer = torch.tensor([0, 1, 1, 2, 2, 3, 3])
-    seen = ((answer[:, None] == answer) | (answer == 0)).tril()[None, None]
+    completion = torch.tensor([0, 1, 1, 2, 2, 3, 3])
+    seen = ((completion[:, None] == completion) | (completion == 0)).tril()[None, None]
     added = added_mask(seen, dtype)
     keys = [b.keys if isinstance(b.keys, slice) else b.keys.tolist() for b in blocks_of(added)]
     assert keys == [slice(0, 2), slice(0, 4), [0, 3, 4, 5], [0, 5, 6]]

@@ -34,14 +34,14 @@ KINDS = {  # of its norms and its MLPs, where these are replaced
 
 
 def both(name, change=lambda model: model):
-    """A random model as transformers builds it, and the lean one with the same weights; norms other than 1."""
+    """A random model as transformers builds it, and the memory-efficient one of the same weights; norms not 1."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).train()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(3).add_(0.1 * torch.rand_like(parameter))
-    lean = use_memory_efficient_layers(copy.deepcopy(plain))
-    return change(plain), change(lean)
+    efficient = use_memory_efficient_layers(copy.deepcopy(plain))
+    return change(plain), change(efficient)
 
 
 def with_adapter(model):
@@ -78,9 +78,9 @@ def apart(mine, slopes):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.statement("lean-layers")
 def test_lean_layers_compute_what_those_of_transformers_do(name, change):
-    plain, lean = both(name, change)
-    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in lean.named_parameters()]
-    (expected, slopes, _), (found, mine, _) = passes(plain), passes(lean)
+    plain, efficient = both(name, change)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in efficient.named_parameters()]
+    (expected, slopes, _), (found, mine, _) = passes(plain), passes(efficient)
     close(found, expected, atol=5e-5 if name == "gpt2" else 0, rtol=0)  # its gelu has another order of operations
     assert mine.keys() == slopes.keys() and len(mine) > 10
     assert apart(mine, slopes) < 1e-5
@@ -89,8 +89,8 @@ def test_lean_layers_compute_what_those_of_transformers_do(name, change):
 @pytest.mark.parametrize("change", [lambda model: model, with_adapter], ids=["full", "lora"])
 @pytest.mark.statement("lean-layers")
 def test_under_autocast_they_give_the_same_numbers_in_half_precision(change):
-    plain, lean = both("llama", change)
-    (expected, slopes, _), (found, mine, _) = passes(plain, True), passes(lean, True)
+    plain, efficient = both("llama", change)
+    (expected, slopes, _), (found, mine, _) = passes(plain, True), passes(efficient, True)
     assert found.dtype == expected.dtype == torch.float32
     close(found, expected, atol=0, rtol=0)
     assert apart(mine, slopes) < 2e-2  # bf16 has 8 bits: 4e-3 each rounding
@@ -100,9 +100,9 @@ def test_under_autocast_they_give_the_same_numbers_in_half_precision(change):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.statement("lean-layers")
 def test_they_keep_less(name, autocast):
-    plain, lean = both(name)
+    plain, efficient = both(name)
     most = 0.85 if name == "gpt2" else 0.75  # its norms are torch's own
-    assert passes(lean, autocast)[2] < most * passes(plain, autocast)[2]
+    assert passes(efficient, autocast)[2] < most * passes(plain, autocast)[2]
 
 
 @pytest.mark.statement("lean-layers")
@@ -124,9 +124,9 @@ def test_every_layer_that_it_names_is_compared_and_replaced():
     assert {f"{kind}RMSNorm" for kind in KINDS.values()} == set(NORMS)
     assert {f"{kind}MLP" for kind in KINDS.values()} == set(MLPS)
     for name, kind in KINDS.items():
-        plain, lean = ({type(layer).__name__ for layer in model.modules()} for model in both(name))
+        plain, efficient = ({type(layer).__name__ for layer in model.modules()} for model in both(name))
         theirs = {f"{kind}RMSNorm", f"{kind}MLP"}
-        assert theirs <= plain and {"RMSNorm", "GatedMLP"} <= lean and not theirs & lean
+        assert theirs <= plain and {"RMSNorm", "GatedMLP"} <= efficient and not theirs & efficient
 
 
 @pytest.mark.statement("lean-layers")
