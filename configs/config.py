@@ -90,7 +90,10 @@ def load_config(Config, argv=None):
     values = {}
     if path is not None:
         for key, value in read_yaml(path).items():
-            values[_field(Config, key, f"in {shown(path)}").name] = _cast(Config, key, value, f"in {shown(path)}")
+            name = _field(Config, key, f"in {shown(path)}").name
+            if name in values:
+                raise UserError(f"{shown(path)}: {name} is given twice, also as {key}")
+            values[name] = _cast(Config, key, value, f"in {shown(path)}")
     for key, value in edits.items():
         values[key] = _cast(Config, key, value, "on the command line")
     config = Config(**values)

@@ -101,9 +101,10 @@ def split_heldout(documents: list[dict], fraction: float) -> tuple[list[dict], l
     groups: dict[bytes, list[int]] = {}
     for i, document in enumerate(documents):
         groups.setdefault(hashlib.sha256(_beginning(document).encode()).digest(), []).append(i)
-    if len(groups) == 1:  # all begin alike: then each is a group of its own
-        whole = [json.dumps(document, sort_keys=True) for document in documents]
-        groups = {hashlib.sha256(f"{i}{text}".encode()).digest(): [i] for i, text in enumerate(whole)}
+    if len(groups) == 1:  # all begin alike: then those that are equal to the end are a group
+        groups = {}
+        for i, document in enumerate(documents):
+            groups.setdefault(hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest(), []).append(i)
     held: set[int] = set()
     for key in sorted(groups)[:-1]:  # one group is always left for training
         if len(held) >= max(1, round(len(documents) * fraction)):

@@ -25,6 +25,7 @@ from runtime.console import say
 # allowed mean difference / mean size of the compared numbers: far above rounding, far below all known errors
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 MOST_IN_FLOAT32 = 1_500_000_000  # a model with at most so many bf16 or fp16 weights is cast to float32 for a check
+BEFORE = 7  # tokens of a prompt that a check puts before a sequence
 LAST = 8  # the last tokens of each sequence are compared, because they see the most tokens
 
 
@@ -71,7 +72,9 @@ def admit(model, kind, ways, check, longest, costs=None):
     beyond = window is not None and longest > window
     known = _admitted.setdefault(inner, {})
     if (kind, beyond) not in known:
+        context = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         lengths = (window + LAST + 4 if beyond else 19, 11, 14)
+        lengths = tuple(int(min(n, max(2, context - BEFORE))) for n in lengths)
         known[kind, beyond] = _try_ways(model, kind, ways, check, lengths)
         found = known[kind, beyond]
         said = (type(inner).__name__, kind, found.way)
@@ -92,13 +95,13 @@ def admitted(model):
 
 @torch.no_grad()
 def _try_ways(model, kind, ways, check, lengths):
-    began, training, differed = time.time(), model.training, {}
+    began, training, differed, errors = time.time(), model.training, {}, []
     weight = model.get_input_embeddings().weight
     model.eval()
     try:
         with torch.autocast(weight.device.type, enabled=False), exact_weights(unwrapped(model)):
             for way in ways:
-                far = apart(*_attempt(check, way, lengths))
+                far = apart(*_attempt(check, way, lengths, errors))
                 if far <= TOLERANCE[weight.dtype]:
                     return Admitted(kind, way, far, differed, time.time() - began)
                 differed[way] = far
@@ -109,7 +112,7 @@ def _try_ways(model, kind, ways, check, lengths):
     raise UserError(
         f"{name} is a {type(unwrapped(model)).__name__}: {kind} cannot be computed right with it. Beside the plain "
         f"forward pass of transformers, one sequence at a time, each way differs ({tried}; allowed is "
-        f"{TOLERANCE[weight.dtype]:.0e})"
+        f"{TOLERANCE[weight.dtype]:.0e})" + (f". The last error was: {errors[-1]}" if errors else "")
     )
 
 
@@ -131,13 +134,14 @@ def exact_weights(model):
             p.data = p.data.to(kind)
 
 
-def _attempt(check, way, lengths):
+def _attempt(check, way, lengths, errors):
     """(found, expected) of a check; (None, None) if the architecture does not support this way."""
     try:
         return check(way, lengths)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         if isinstance(error, UserError) or "out of memory" in str(error).lower():
             raise
+        errors.append(f"{type(error).__name__}: {str(error)[:200]}")
         return None, None
 
 
@@ -157,7 +161,9 @@ def check_tokens(model, lengths, seed=0):
     """Random token ids in sequences of these lengths, for a check. The same seed gives the same ids."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, max(4, weight.shape[0] - 4), (n,), generator=generator).tolist() for n in lengths]
+    rows = weight.shape[0]
+    low, high = (3, rows - 4) if rows > 7 else (0, rows)  # the first and the last ids are often special
+    return [torch.randint(low, high, (n,), generator=generator).tolist() for n in lengths]
 
 
 def masks_by_layer(model, mask):

@@ -419,7 +419,7 @@ def _decode_attention(model):
 
 
 def check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt):
-    context = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} is empty: a model needs at least one token to go on from")

@@ -132,7 +132,7 @@ def model_config(name):
 
 def context_length(model):
     """The most tokens that a model reads in a row; None where its positions have no end (ALiBi, recurrent layers)."""
-    return model.config.get_text_config().to_dict().get("max_position_embeddings")
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def state_size(model):

@@ -67,7 +67,8 @@ def group_advantages(rewards, scale_std=True):
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise UserError(f"rewards of shape {tuple(rewards.shape)}: a group needs at least two completions")
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # their mean may be off by a rounding
+    advantages = torch.where(equal, 0.0, rewards - rewards.mean(1, keepdim=True))
     return advantages / (rewards.std(1, keepdim=True) + 1e-4) if scale_std else advantages
 
 
@@ -118,7 +119,7 @@ def grpo_loss(
     if kl_coef:
         d = torch.where(counted, logprobs - ref_logprobs, 0.0)
         if kl_kind == "ratio_k3":  # ratio * k3 without the difference of two huge numbers far from the reference
-            kl = torch.where(counted, ref_logprobs - old_logprobs, 0.0).exp() + ratio * (d - 1)
+            kl = torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()
         else:
             kl = kl_estimate(d, torch.zeros_like(d), kl_kind)
         losses = losses + kl_coef * kl

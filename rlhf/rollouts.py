@@ -200,9 +200,7 @@ class PromptStream:
         self.rows = load_prompts(path, split="train", need_checks=need_checks)
         if len(self.rows) < prompts_per_step:
             raise UserError(f"prompts_per_step = {prompts_per_step}: {path} has only {len(self.rows)} training prompts")
-        if prompts_per_step < processes.world_size:
-            n = processes.world_size
-            raise UserError(f"prompts_per_step = {prompts_per_step}: must be at least {n}, one for each process")
+        check_prompts_per_step(prompts_per_step, processes)
         self.ids = [prompt_ids(tokenizer, row["prompt"]) for row in self.rows]
         self.sha256 = sha256_file(in_root(path))
         self.count, self.seed, self.processes, self.minibatches = prompts_per_step, seed, processes, minibatches
@@ -212,6 +210,13 @@ class PromptStream:
         chosen = step_indices(len(self.rows), self.count, step, self.seed)
         mine = my_places(self.count, self.minibatches, self.processes)
         return [(place, self.rows[chosen[place]], self.ids[chosen[place]]) for place in mine]
+
+
+def check_prompts_per_step(count, processes):
+    """Raise UserError if a step has fewer prompts than there are processes: some would have nothing to do."""
+    n = processes.world_size
+    if count < n:
+        raise UserError(f"prompts_per_step = {count}: must be at least {n}, one for each process")
 
 
 def my_places(count, minibatches, processes):
@@ -285,6 +290,7 @@ class StoredRollouts:
     def __init__(self, config, stage, policy):
         check_length(policy.model, config)
         groups, sha256 = load_groups(config.groups, policy.tokenizer, config.max_length)
+        check_prompts_per_step(config.prompts_per_step, stage.processes)
         if len(groups) < config.prompts_per_step:
             raise UserError(
                 f"prompts_per_step = {config.prompts_per_step}: {config.groups} has only {len(groups)} groups"

@@ -66,19 +66,20 @@ class Sampler:
     @torch.no_grad()
     def _is_the_policy(self):
         """Whether copy and policy give the same logits. For this check, the adapters are changed and then restored."""
-        moved = [p for p in self.policy.parameters() if p.requires_grad]
+        moved = [p for p in self.policy.parameters() if p.requires_grad] if isinstance(self.policy, PeftModel) else []
         before = [p.detach().clone() for p in moved]
         generator = torch.Generator().manual_seed(0)
         training = self.policy.training
         self.policy.eval()
         try:
-            if isinstance(self.policy, PeftModel):
-                for p in moved:
-                    p.add_(0.05 * torch.randn(p.shape, generator=generator).to(p))
+            for p in moved:
+                p.add_(0.05 * torch.randn(p.shape, generator=generator).to(p))
             [ids] = check_tokens(self.policy, [12])
-            row = torch.tensor([ids], device=moved[0].device)
+            row = torch.tensor([ids], device=self.policy.get_input_embeddings().weight.device)
             kind, dtype = row.device.type, self.dtype
-            with torch.autocast(kind, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+            with torch.autocast(
+                kind, dtype=dtype, cache_enabled=False, enabled=dtype in (torch.float16, torch.bfloat16)
+            ):
                 theirs = self.policy(input_ids=row, use_cache=False).logits[0]
             mine = self.model()(input_ids=row, use_cache=False).logits[0]
         finally:

@@ -74,12 +74,14 @@ def savers(config, sampling=False):
         found.append("--lora_r 16: an adapter in place of all weights needs no optimizer state for them")
     if key.get("gradient_checkpointing") is False:
         found.append("--gradient_checkpointing true: the same steps, activations computed twice")
-    if key.get("micro_batch_size", 1) > 1:
-        found.append(f"--micro_batch_size {key['micro_batch_size'] // 2}: the same steps")
+    one_pass = min(key.get("micro_batch_size", 1), key.get("batch_size", key.get("micro_batch_size", 1)))
+    if one_pass > 1:
+        found.append(f"--micro_batch_size {one_pass // 2}: the same steps")
     if key.get("precision") == "fp32":
         found.append("--precision bf16")
+    unused = {"online": "max_length", "offline": "max_new_tokens"}.get(key.get("mode"))
     for name in ("max_length", "max_new_tokens"):
-        if key.get(name, 0) > 8:
+        if key.get(name, 0) > 8 and name != unused:
             found.append(f"--{name} {key[name] // 2}")
     return found
 

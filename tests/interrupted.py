@@ -135,7 +135,7 @@ def _child(script, words, out, die_at, die_by, largest_file, spoil_from, environ
             _spoil_gradients(spoil_from)
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-        cli(module.main if "main" in vars(module) else module.train, module.Config)
+        cli(module.main if "main" in vars(module) else module.train, module.Config, several=True)
         f.flush()
         if environment.get("RANK", "0") == "0":
             states = [each.state_dict() for each in updates]  # optimizer, scaler and counts, as a checkpoint has them

@@ -25,7 +25,7 @@ from train.updates import make_optimizer
 
 
 def compare_memory_and_time(config, model, tokenizer, precision):
-    """Measure plain, AMP, CKPT and both on random batches of config.batch_size x config.max_length tokens.
+    """Measure plain, AMP, CKPT and both on random batches of config.micro_batch_size x config.max_length tokens.
 
     Prints a table and returns it for the manifest: {"measured": {setting: {"peak_memory_gb", "seconds_a_step"}}}.
     Returns {} if measure_steps is 0. With precision fp32, only plain and CKPT are measured.
@@ -35,7 +35,7 @@ def compare_memory_and_time(config, model, tokenizer, precision):
     settings = {"plain": ("fp32", False), "CKPT": ("fp32", True)}
     if precision != "fp32":
         settings |= {f"AMP {precision}": (precision, False), f"AMP {precision} + CKPT": (precision, True)}
-    say(f"\nmeasuring {config.measure_steps} steps of {config.batch_size} x {config.max_length} tokens each:")
+    say(f"\nmeasuring {config.measure_steps} steps of {config.micro_batch_size} x {config.max_length} tokens each:")
     name, start = config.model_name, in_root(config.out) / "start.tmp"
     if name == "scratch":
         shutil.rmtree(start, ignore_errors=True)
@@ -46,8 +46,8 @@ def compare_memory_and_time(config, model, tokenizer, precision):
     say(f"  {'':<18} {'peak memory':>12} {'s a step':>9} {'tok/s':>7}")
     for label, (kind, checkpointing) in settings.items():
         job = {"name": name, "precision": kind, "checkpointing": checkpointing, "steps": config.measure_steps}
-        rows[label] = gb, seconds = _in_subprocess({**job, "shape": [config.batch_size, config.max_length]})
-        tokens = config.batch_size * config.max_length / seconds
+        rows[label] = gb, seconds = _in_subprocess({**job, "shape": [config.micro_batch_size, config.max_length]})
+        tokens = config.micro_batch_size * config.max_length / seconds
         say(f"  {label:<18} {gb:>9.2f} GB {seconds:>9.2f} {tokens:>7,.0f}")
     shutil.rmtree(start, ignore_errors=True)
     plain = rows["plain"]
@@ -58,7 +58,7 @@ def compare_memory_and_time(config, model, tokenizer, precision):
 
 
 def _in_subprocess(job):
-    code = "import json, sys; from train.measure import measure; print(json.dumps(measure(**json.load(sys.stdin))))"
+    code = "import json, sys; from train.amp_savings import measure; print(json.dumps(measure(**json.load(sys.stdin))))"
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(job), capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise UserError(f"measuring failed; --measure_steps 0 goes without.\n{done.stderr[-1500:]}")
