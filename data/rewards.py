@@ -25,6 +25,7 @@ def load_reward(spec: str):
     try:
         if own:
             module_spec = importlib.util.spec_from_file_location(module_name, own[0])
+            assert module_spec and module_spec.loader, own[0]
             module = importlib.util.module_from_spec(module_spec)
             sys.modules[module_name] = module  # dataclasses and pickle look it up by name
             module_spec.loader.exec_module(module)

@@ -25,7 +25,7 @@ from runtime.console import say
 # allowed mean difference / mean size of the compared numbers: far above rounding, far below all known errors
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 MOST_IN_FLOAT32 = 1_500_000_000  # a model with at most so many bf16 or fp16 weights is cast to float32 for a check
-BEFORE = 7  # tokens of a prompt that a check puts before a sequence
+BEFORE = 4  # tokens of a prompt that a check puts before a sequence
 LAST = 8  # the last tokens of each sequence are compared, because they see the most tokens
 
 

@@ -236,7 +236,7 @@ def _batch(way, model, prompts, samples, max_new_tokens, decoder=None):
 
 def _check(model, way, lengths):
     """(found, expected) logits of some tokens after prompts of different lengths: by decoding, by one forward pass."""
-    sequences, new = check_tokens(model, lengths), 4
+    sequences, new = check_tokens(model, lengths), 3
     prompts = [ids[:-new] for ids in sequences]
     found = [[] for _ in sequences]
     for chosen in batches_of(prompts, len(prompts), one_length=way != SHARED):

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import chaos
+import pytest
 import torture
+
+pytestmark = pytest.mark.slow
 
 
 def short(tmp_path, monkeypatch, spoil=()):

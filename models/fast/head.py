@@ -85,7 +85,7 @@ class OutputHead:
         return made if self.softcap is None else self.softcap * torch.tanh(made / self.softcap)
 
 
-_heads = weakref.WeakKeyDictionary()  # model: its OutputHead
+_heads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: its OutputHead
 
 
 def output_head(model, name="this model"):

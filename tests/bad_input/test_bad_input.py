@@ -43,6 +43,8 @@ from bad_input.makers import (
 from configs.config import ROOT
 from data.prompts import load_prompts
 
+pytestmark = pytest.mark.slow
+
 T5 = '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
 VIT = '{"model_type": "vit", "architectures": ["ViTForImageClassification"]}'
 HELDOUT = load_prompts(split="heldout")[0]["prompt"]

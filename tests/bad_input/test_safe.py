@@ -14,6 +14,8 @@ from models.tokens import prompt_ids
 from rlhf.reward_model import RewardModel
 from runtime.console import quiet_libraries
 
+pytestmark = pytest.mark.slow
+
 SECRET = "a-secret-that-is-nowhere-else"
 
 

@@ -18,6 +18,8 @@ from models import device
 from models.loader import load_model, load_tokenizer
 from runtime.memory import AT_START
 
+pytestmark = pytest.mark.slow
+
 
 def report(seconds, losses=(2.0, 1.5), memory=1.0, **more):
     """What a measured process says of its side."""

@@ -22,6 +22,8 @@ from models.loader import load_model, load_tokenizer, weights_hash
 from models.tokens import completion_text, prompt_ids
 from rlhf.packing import completion_logprobs
 
+pytestmark = pytest.mark.slow
+
 
 def run(script, *options):
     """What the command would do, in this process: (exit status, stdout, stderr). One start of Python saved each."""

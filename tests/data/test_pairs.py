@@ -18,6 +18,7 @@ def write(tmp_path, *rows):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["Say the", "Say the ", "Say th"])
 @pytest.mark.statement("same-prompt-ids")
 def test_prompt_ids_are_the_same_in_chosen_and_rejected_where_the_boundary_could_merge(tmp_path, prompt):

@@ -19,6 +19,8 @@ from models.tokens import prompt_ids
 from rlhf.reward_model import RewardModel
 from rlhf.side_by_side import SideBySide
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--max_new_tokens", "8"]
 
 

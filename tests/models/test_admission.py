@@ -21,18 +21,21 @@ KINDS = {  # name: (model_type, shape); a window of 8 is shorter than the rows b
     "mistral, window": ("mistral", {**SHAPE, "sliding_window": 8}),
     "gemma3, windows in some layers": ("gemma3_text", {**SHAPE, "head_dim": 8, "sliding_window": 8,
         "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gpt2, learned positions": ("gpt2", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gpt2, learned positions": ("gpt2", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "n_positions": 128}),
     "gpt_neo, eager": ("gpt_neo", {**SMALL, "num_layers": 2, "num_heads": 4, "window_size": 8,
         "attention_types": [[["global", "local"], 1]]}),
     "opt, ignores positions": ("opt", {**SMALL, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4,
         "word_embed_proj_dim": 32}),
     "bloom, alibi": ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "granite, scaled logits": ("granite", {**SHAPE, "logits_scaling": 4.0}),
-    "mixtral, experts": ("mixtral", {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral, experts": ("mixtral", {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "sliding_window": None}),
     "lfm2, recurrent": ("lfm2", {**SHAPE, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8,
         "conv_L_cache": 3}),
-    "qwen3_5, recurrent": ("qwen3_5_text", {**SHAPE, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}),
+    "qwen3_5, recurrent": ("qwen3_5_text", {**SHAPE, "head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"]}),
 }  # fmt: skip
 SLOWER = {  # the kinds for which a fast way is wrong, and what is slower for them
     "gpt_neo, eager": {"completions", "decoding"},
@@ -149,13 +152,17 @@ def test_a_kind_of_work_for_which_no_way_is_right_is_refused_by_name(model):
             raise RuntimeError("sizes do not match")
         return [torch.ones(9)], [torch.full((9,), 1.5)]
 
-    with pytest.raises(UserError, match="LlamaForCausalLM: washing up cannot be computed.*one: inf; two: 3.3e-01.*sizes"):
+    with pytest.raises(
+        UserError, match="LlamaForCausalLM: washing up cannot be computed.*one: inf; two: 3.3e-01.*sizes"
+    ):
         admit(model("llama"), "washing up", ["one", "two"], check, 20)
 
 
 def test_a_window_counts_the_tokens_that_are_seen_wherever_they_stand():
     seen = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]).bool()
-    expected = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]).bool()
+    expected = torch.tensor(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]
+    ).bool()
     assert torch.equal(windowed(seen[None, None], 2)[0, 0], expected)  # a prompt of two, completions of one and two
     added = torch.zeros(1, 1, 5, 5).masked_fill(~seen, torch.finfo(torch.float32).min / 2)
     assert torch.equal(windowed(added, 2)[0, 0] == 0, expected)

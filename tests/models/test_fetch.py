@@ -18,6 +18,8 @@ import pytest
 from configs.config import UserError
 from models import fetch
 
+pytestmark = pytest.mark.slow
+
 ROOT = fetch.ROOT
 
 

@@ -179,6 +179,7 @@ def test_bad_input_is_named(tiny, prompts, options, message):
         generate(tiny(), prompts, 8, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.statement("left-padding")
 def test_greedy_equals_transformers_with_smollm2_on_a_padded_batch_of_real_prompts():
     from models.loader import load_model, load_tokenizer

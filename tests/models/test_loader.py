@@ -57,7 +57,10 @@ def test_no_bos_where_the_tokenizer_adds_none(name):
     assert tokenizer.decode(prompt_ids(load_tokenizer("tiny-gpt2"), "Hi")) == "Hi"
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "smollm2-135m"])
+SMOLLM2 = pytest.param("smollm2-135m", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", SMOLLM2])
 @pytest.mark.statement("stop-token")
 def test_an_answer_ends_with_the_stop_token_in_every_template(name):
     tokenizer = load_tokenizer(name)

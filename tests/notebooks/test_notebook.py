@@ -9,6 +9,8 @@ import pytest
 
 from configs.config import ROOT, load_config
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = json.loads((ROOT / "notebooks/llm-training.ipynb").read_text(encoding="utf-8"))
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 COMMANDS = [line.removeprefix("!python ") for cell in CODE for line in cell.splitlines() if line.startswith("!python ")]

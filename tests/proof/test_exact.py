@@ -38,6 +38,8 @@ from proof.exact_gradients import (
 )
 from rlhf.utils import completion_batch, token_logprobs
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-11  # relative; sums of some thousand terms in float64
 G = 2  # completions in a group: 120 groups of each prompt
 

@@ -26,6 +26,8 @@ from report.methods import METHODS
 from runtime.cli import cli
 from train import updates
 
+pytestmark = pytest.mark.slow
+
 LEARNED, ROTARY = trainers.MODELS
 
 

@@ -24,6 +24,8 @@ from report.sentences import (
     sure,
 )
 
+pytestmark = pytest.mark.slow
+
 spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).with_name("synthetic.py"))
 synthetic = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(synthetic)

@@ -14,6 +14,8 @@ from report import demo
 from report.demo import MEASURED, Stage, run_all, seconds_left, stages
 from runtime.memory import AT_START
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from report.evaluate import Config, completion_kls, evaluate, heldout_prompts, m
 from report.intervals import best_of_measured, pair_accuracy
 from rlhf.packing import completion_logprobs
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"base": "tiny-llama", "reward_model": None, "limit": 6, "max_new_tokens": 6, "text": "tests/train/text.jsonl",
          "text_tokens": 128, "text_length": 32, "precision": "fp32"}  # fmt: skip
 

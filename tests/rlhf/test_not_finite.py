@@ -3,6 +3,8 @@
 import pytest
 from interrupted import differences, run, run_whole, said
 
+pytestmark = pytest.mark.slow
+
 LM = ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", 2, "--save_every", 1]
 CASES = {  # its script, its command line, how it names the rows of a step
     "lm": ("train.train_lm", LM, "blocks 8, 49 + 0, 28"),

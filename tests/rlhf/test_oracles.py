@@ -22,6 +22,8 @@ from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.sampler import Sampler
 from rlhf.utils import kl_estimate, token_logprobs
 
+pytestmark = pytest.mark.slow
+
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 PROMPTS = [[50, 60, 70], [50, 60, 70], [80, 90, 100, 110, 120], [80, 90, 100, 110, 120]]
 COMPLETIONS = [[10, 20, 30], [40], [90, 20], [30, 30, 30, 50, 20]]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from interrupted import differences, run, run_killed, run_whole, said
 
+pytestmark = pytest.mark.slow
+
 # between the lines that are logged too, so that what is measured since the last one must be carried over
 PAIRS = ["--epochs", 2, "--batch_size", 3, "--micro_batch_size", 2, "--log_every", 3, "--save_every", 2]
 STEPS = ["--steps", 4, "--save_every", 1]

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from configs.config import UserError, load_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 # one update a rollout; and two, of three and of two prompts, of which process 1 has one each
 DEALT = pytest.mark.parametrize("dealt", [("--minibatches", 1), ("--minibatches", 2, "--prompts_per_step", 5)])

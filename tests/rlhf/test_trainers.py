@@ -27,6 +27,8 @@ from rlhf.rollouts import PromptStream
 from runtime.processes import Processes
 from train.updates import Updates, lr_at
 
+pytestmark = pytest.mark.slow
+
 TRAINERS = {
     "reward": "rlhf.train_reward_model", "dpo": "rlhf.dpo_train", "ppo": "rlhf.ppo_train", "grpo": "rlhf.grpo_train"
 }  # fmt: skip

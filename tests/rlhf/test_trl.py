@@ -6,6 +6,8 @@ import pytest
 
 from models.tiny import build_tiny
 
+pytestmark = pytest.mark.slow
+
 PAIR = {
     "prompt": [{"role": "user", "content": "Say ok."}],
     "chosen": [{"role": "assistant", "content": "ok"}],

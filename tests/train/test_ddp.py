@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 DRIVER = str(Path(__file__).with_name("ddp_driver.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # one step has a micro-batch of 9 and one of 1 or 9 counted tokens, the other a single one: rank 1 gets no share of it

@@ -19,6 +19,8 @@ from torch.distributed import TCPStore
 from configs.config import ROOT
 from models.tiny import build_tiny
 
+pytestmark = pytest.mark.slow
+
 DDP = ["train.train_lm_ddp", ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", 2, "--save_every", 1]]
 GRPO = ["rlhf.grpo_train", ["--config", "configs/smoke/grpo.yaml", "--steps", 3, "--save_every", 1, "--max_grad_norm",
         0.05]]  # fmt: skip

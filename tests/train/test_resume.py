@@ -5,6 +5,8 @@ from interrupted import differences, run_killed, run_whole, said
 
 from models.loader import load_model, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SMOKE = ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", 2, "--save_every"]
 SCRATCH = ["--config", "configs/smoke/train_scratch.yaml", "--sample_tokens", 2, "--save_every"]
 TWO_EPOCHS = ["--epochs", 2, "--max_steps", 9]

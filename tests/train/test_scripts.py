@@ -12,6 +12,8 @@ from configs.config import ROOT, UserError, load_config
 from models.loader import load_model, load_tokenizer
 from train import amp_savings, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, train_lm_wandb
 
+pytestmark = pytest.mark.slow
+
 SMOKE = ["--config", "configs/smoke/train_base.yaml"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SCRIPTS = {

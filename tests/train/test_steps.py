@@ -16,6 +16,8 @@ from models.tiny import tiny_config
 from train import common, real_size, train_lm, train_lm_amp_ckpt, train_lm_ddp, updates
 from train.common import load_start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _alone():
