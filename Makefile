@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo verify bench test test-fast mutants chaos lint docs clean
+.PHONY: demo verify architectures bench test test-fast mutants chaos lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
@@ -17,6 +17,9 @@ test-fast: $(VENV)/installed-dev
 
 verify: $(VENV)/installed
 	$(BIN)/python proof/verify.py
+
+architectures: $(VENV)/installed
+	$(BIN)/python proof/architectures.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python models/fetch.py

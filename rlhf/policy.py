@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
+from configs.config import UserError
 from models.device import frozen_dtype
 from models.fast.head import check_head, unwrapped
 from models.fast.lora import use_memory_efficient_adapters
@@ -134,7 +135,12 @@ def prepare_training(model, config, task_type, **lora_options):
             task_type=task_type,
             **lora_options,
         )
-        model = use_memory_efficient_adapters(get_peft_model(model, adapter))
+        try:
+            model = use_memory_efficient_adapters(get_peft_model(model, adapter))
+        except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"peft cannot put an adapter into {type(model).__name__}: {error}. Try --lora_r 0"
+            ) from None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora_r:  # no weight before the checkpointed blocks trains; without this they would get no gradient

@@ -126,7 +126,7 @@ def test_prompts_of_different_lengths_decode_as_each_alone(model, name):
     assert len({len(p) for p in PROMPTS}) == 3
     for prompt, ids, logprobs in zip(PROMPTS, found.completions, found.logprobs):
         expected = plain(model(name), prompt, ids)
-        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=3e-5)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=2e-4)
         for i, token in enumerate(ids):
             logits = model(name)(input_ids=torch.tensor([prompt + ids[:i]]), use_cache=False).logits[0, -1]
             assert logits.argmax() == token
