@@ -144,9 +144,10 @@ def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_chec
         missing = [key for key in needed if not isinstance(row, dict) or key not in row]
         if missing:
             raise UserError(f"{where}: lacks {', '.join(missing)}; every prompt is an object with {', '.join(needed)}")
-        for key in ("id", "prompt"):
-            if not isinstance(row[key], str) or not row[key].strip():
-                raise UserError(f"{where}: {key} must be a text that is not empty, got {row[key]!r}")
+        if not isinstance(row["id"], str) or not row["id"].strip():
+            raise UserError(f"{where}: id must be a text that is not empty, got {row['id']!r}")
+        if not _is_prompt(row["prompt"]):
+            raise UserError(f"{where}: prompt must be a text that is not empty, or messages, got {row['prompt']!r}")
         if row["id"] in ids:
             raise UserError(f"{where}: this id stands twice")
         ids.add(row["id"])
@@ -154,7 +155,7 @@ def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_chec
             raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}, got {row['split']!r}")
         if need_checks or row.get("checks"):
             validate_checks(row["checks"], where)
-        text = " ".join(row["prompt"].casefold().split())
+        text = " ".join(text_of(row["prompt"]).casefold().split())
         if text in seen and seen[text] != row["split"]:
             raise UserError(f"{where}: the same prompt stands in both splits")
         if text in seen and row["split"] == "heldout":

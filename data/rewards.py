@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from pathlib import Path
 
 from configs.config import UserError
+from data.prompts import text_of
 
 
 def load_reward(spec: str):
@@ -46,12 +48,12 @@ def load_reward(spec: str):
     return function
 
 
-def call_reward(function, prompt: str, completion: str) -> float:
+def call_reward(function, prompt: str, completion: str, **columns) -> float:
     """The reward as a finite float. Raises UserError, naming function, prompt and completion, for any other result."""
     name = getattr(function, "__qualname__", repr(function))
     where = f"reward {name} on prompt {prompt!r} and completion {completion!r}"
     try:
-        value = function(prompt, completion)
+        value = function(prompt, completion, **columns)
     except (Exception, SystemExit) as error:
         raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
     try:
@@ -61,3 +63,34 @@ def call_reward(function, prompt: str, completion: str) -> float:
     if not math.isfinite(result):
         raise UserError(f"{where} returned {value!r}, which is not a finite number")
     return result
+
+
+def reward_all(function, prompts: list, completions: list[str], columns: list[dict]) -> list[float]:
+    """The rewards of completions, in order.
+
+    function: `(prompt, completion) -> float`, or TRL's `(prompts, completions, **columns) -> list of floats`, told by
+        the names of its parameters. Either gets the columns of the prompt file that it has parameters for (all of them
+        with **kwargs): a value for the first form, a list for the second.
+    prompts: texts, or lists of messages. columns: for each completion the other columns of its prompt's row.
+    Raises UserError, naming the function, for anything else than a finite number for each completion.
+    """
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    names = {key for row in columns for key in row if takes_all or key in parameters}
+    if "completions" not in parameters:
+        pick = [{key: row[key] for key in names if key in row} for row in columns]
+        return [call_reward(function, text_of(p), c, **more) for p, c, more in zip(prompts, completions, pick)]
+    name = getattr(function, "__qualname__", repr(function))
+    lists = {key: [row.get(key) for row in columns] for key in names}
+    try:
+        found = function(prompts=prompts, completions=completions, **lists)
+        values = [math.nan if isinstance(x, (str, bytes)) or x is None else float(x) for x in found]
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"reward {name} on {len(completions)} completions raised {type(error).__name__}: {error}"
+        ) from error
+    if len(values) != len(completions) or not all(map(math.isfinite, values)):
+        raise UserError(
+            f"reward {name} must return {len(completions)} finite numbers, one a completion, not {found!r}"[:300]
+        )
+    return values

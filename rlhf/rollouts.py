@@ -10,7 +10,7 @@ import torch
 from configs.config import UserError, option
 from data.order import step_indices
 from data.pairs import load_groups
-from data.prompts import load_prompts
+from data.prompts import read_prompts, text_of
 from models.loader import check_length, context_length
 from models.tokens import completion_text, prompt_ids, stop_ids
 from rlhf.packing import Packed, pack
@@ -20,6 +20,8 @@ from rlhf.stage import TrainingConfig
 from rlhf.steps import in_words
 from runtime.console import say
 from runtime.files import in_root, sha256_file
+
+NOT_COLUMNS = ("id", "prompt", "split", "checks")  # of a prompt's row: what a reward function is not handed
 
 
 @dataclass
@@ -103,6 +105,8 @@ class Rollout:
     group_sizes: list[int]  # rows of each prompt
     places: list[int]  # of each group among those of the step, over all processes
     checks: list[list[dict]] | None = None
+    asked: list | None = None  # the prompt of each row as the file has it: a text, or messages
+    columns: list[dict] | None = None  # the other columns of its row in the file, for a reward function
     rewards: list[float] | None = None  # what training maximises
     gold: list[float] | None = None  # the share of checks passed; None if the prompts have no checks
 
@@ -197,7 +201,7 @@ class PromptStream:
     """
 
     def __init__(self, path, tokenizer, prompts_per_step, seed, processes, need_checks=True, minibatches=1):
-        self.rows = load_prompts(path, split="train", need_checks=need_checks)
+        self.rows = read_prompts(path, "train", need_checks)
         if len(self.rows) < prompts_per_step:
             raise UserError(f"prompts_per_step = {prompts_per_step}: {path} has only {len(self.rows)} training prompts")
         check_prompts_per_step(prompts_per_step, processes)
@@ -235,9 +239,10 @@ def check_room(stream, model, max_new_tokens):
         return
     for row, ids in zip(stream.rows, stream.ids):
         if len(ids) + max_new_tokens > context:
+            name = row.get("id") or text_of(row["prompt"])[:40]
             raise UserError(
-                f"prompt {row['id']!r} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} it does not fit "
-                f"into the model's context of {context}"
+                f"prompt {name!r} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} it does not fit into the "
+                f"model's context of {context}"
             )
 
 
@@ -270,7 +275,9 @@ class SampledRollouts:
                 logprobs=generation.logprobs,
                 finish_reasons=generation.finish_reasons,
                 texts=[completion_text(self.tokenizer, ids) for ids in generation.completions],
-                questions=[row["prompt"] for row in rows],
+                questions=[text_of(row["prompt"]) for row in rows],
+                asked=[row["prompt"] for row in rows],
+                columns=[{k: v for k, v in row.items() if k not in NOT_COLUMNS} for row in rows],
                 group_sizes=[self.samples] * len(share),
                 places=[place for place, _, _ in share],
                 checks=[row["checks"] for row in rows] if all(row.get("checks") for row in rows) else None,

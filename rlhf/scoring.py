@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data.checks import score
-from data.rewards import call_reward, load_reward
+from data.rewards import load_reward, reward_all
 from models.loader import same_tokens
 from rlhf.packing import score_completions
 from rlhf.reward_model import RewardModel, find_reward_model
@@ -30,7 +30,7 @@ class Scorer:
     def __call__(self, rollout):
         """One reward (a float) for each row of the rollout."""
         if self.reward:
-            return [call_reward(self.reward, q, text) for q, text in zip(rollout.questions, rollout.texts)]
+            return reward_all(self.reward, rollout.asked, rollout.texts, rollout.columns)
         if self.reward_model:
             return score_completions(self.reward_model, rollout.prompts, rollout.completions, self.pad_id)
         return rollout.gold

@@ -14,9 +14,23 @@ def rank():
 
 
 def say(*words, end="\n"):
-    """Print in process 0 only, and flush, because a pipe would buffer the lines."""
-    if rank() == 0:
-        print(*words, end=end, flush=True)
+    """Print in process 0 only, and flush, because a pipe would buffer the lines.
+
+    A terminal that cannot show a character gets a question mark in its place. If nobody reads any more (a pipe that was
+    closed), the lines are dropped and the work goes on.
+    """
+    if rank() != 0:
+        return
+    text = " ".join(map(str, words)) + end
+    try:
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding or "ascii"
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
 
 
 def clock(moment):
