@@ -241,8 +241,8 @@ def check_room(stream, model, max_new_tokens):
         if len(ids) + max_new_tokens > context:
             name = row.get("id") or text_of(row["prompt"])[:40]
             raise UserError(
-                f"prompt {name!r} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} it does not fit into the "
-                f"model's context of {context}"
+                f"prompt {name!r} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} it does not fit into "
+                f"the model's context of {context}"
             )
 
 
