@@ -254,9 +254,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, mask = ctx.saved_tensors
         if not ctx.blocks:
-            return *_gradients(gradient, query, key, value, mask), None, None
+            of_query, of_key, of_value = _gradients(gradient, query, key, value, mask)
+            return of_query, of_key, of_value, None, None
         exact = torch.promote_types(query.dtype, torch.float32)
-        of_query, of_key, of_value = torch.empty_like(query), *(torch.zeros_like(x, dtype=exact) for x in (key, value))
+        of_query = torch.empty_like(query)
+        of_key, of_value = (torch.zeros_like(x, dtype=exact) for x in (key, value))
         for b in ctx.blocks:
             of_rows, k, v = _gradients(b.rows(gradient), b.rows(query), b.seen(key), b.seen(value), b.mask)
             b.rows(of_query)[:] = of_rows

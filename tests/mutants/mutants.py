@@ -53,12 +53,14 @@ MUTANTS = [
     # loss and gradient book-keeping
     Mutant(
         "token-mean", "the mean over micro-batches of their means (plain loop)", "train/train_lm.py",
-        "nats = nats / count  # of", "nats = nats / blocks.counted(rows) / len(micro_batches)  # of",
+        "nats = nats / count  # each",
+        "nats = nats / blocks.counted(rows) / len(micro_batches)  # each",
         (f"{STEPS}the_loss_of_micro_batches_with_1_and_9_tokens_and_losses_2_and_1_is_1_1", ACCUMULATION),
     ),
     Mutant(
         "token-mean", "the mean over micro-batches of their means (AMP)", "train/train_lm_amp_ckpt.py",
-        "nats = nats / count  # of", "nats = nats / blocks.counted(rows) / len(micro_batches)  # of",
+        "nats = nats / count  # each",
+        "nats = nats / blocks.counted(rows) / len(micro_batches)  # each",
         (ACCUMULATION,),
     ),
     Mutant(
@@ -73,17 +75,20 @@ MUTANTS = [
     ),
     Mutant(
         "token-mean", "PPO's losses are divided by the micro-batch", "rlhf/ppo_train.py",
-        "tokens = sum_over_ranks(accelerator, tokens).item()", "tokens = None",
+        "batch.mask, config.clip_eps, minibatch.tokens\n",
+        "batch.mask, config.clip_eps, None\n",
         (f"{MICRO_BATCHES}[ppo]",),
     ),
     Mutant(
         "token-mean", "GRPO's loss is divided by the micro-batch", "rlhf/grpo_train.py",
-        "max_tokens=config.max_new_tokens, normalizer=size,", "max_tokens=config.max_new_tokens,",
+        "minibatch.tokens, minibatch.sequences,",
+        "None, None,",
         (f"{MICRO_BATCHES}[grpo]",),
     ),
     Mutant(
         "token-mean-ranks", "each process divides by its own tokens", "train/train_lm_ddp.py",
-        "add_up(count)  # DDP", "# DDP",
+        "count = sum(blocks.counted(rows) for rows in micro_batches)",
+        "count = max(1, sum(blocks.counted(rows) for rows in processes.share(micro_batches)))",
         (f"{TWO_RANKS}[sgd]",),
     ),
     Mutant(
@@ -93,14 +98,15 @@ MUTANTS = [
         (f"{TWO_RANKS}[sgd]",),
     ),
     Mutant(
-        "token-mean-ranks", "gradients are averaged over processes", "rlhf/steps.py",
-        "flat = sum_over_ranks(accelerator, flat)",
-        "flat = sum_over_ranks(accelerator, flat) / accelerator.num_processes",
+        "token-mean-ranks", "gradients are averaged over processes", "runtime/processes.py",
+        "flat = self.sum(flat)",
+        "flat = self.sum(flat) / self.world_size",
         (UNEVEN,),
     ),
     Mutant(
-        "token-mean-ranks", "GRPO divides by the tokens of its own process", "rlhf/grpo_train.py",
-        "size = sum_over_ranks(accelerator, torch.tensor(float(size), device=device)).item()", "size = float(size)",
+        "token-mean-ranks", "GRPO divides by the tokens of its own process", "rlhf/rollouts.py",
+        "processes.sum(torch.tensor(mine, dtype=torch.float32, device=device)).tolist()",
+        "torch.tensor(mine, dtype=torch.float32, device=device).tolist()",
         (f"{UNEVEN}[grpo]",),
     ),
     Mutant(
@@ -109,8 +115,9 @@ MUTANTS = [
         (f"{DDP}parameters_are_equal_on_all_ranks[sgd]",),
     ),
     Mutant(
-        "ranks-equal", "gradients are not added up over processes", "rlhf/steps.py",
-        "flat = sum_over_ranks(accelerator, flat)", "flat = flat.clone()",
+        "ranks-equal", "gradients are not added up over processes", "runtime/processes.py",
+        "flat = self.sum(flat)",
+        "flat = flat.clone()",
         (f"{TRAINERS}parameters_are_equal_on_all_ranks_after_each_step",),
     ),
     Mutant(
@@ -119,35 +126,38 @@ MUTANTS = [
         (f"{DDP}one_all_reduce_set_per_optimizer_step",),
     ),
     Mutant(
-        "one-all-reduce", "gradients are reduced twice a step", "rlhf/steps.py",
-        "    flat = sum_over_ranks(accelerator, flat)",
-        "    sum_over_ranks(accelerator, flat.clone())\n    flat = sum_over_ranks(accelerator, flat)",
+        "one-all-reduce", "gradients are reduced twice a step", "runtime/processes.py",
+        "        flat = self.sum(flat)",
+        "        self.sum(flat.clone())\n        flat = self.sum(flat)",
         (f"{TRAINERS}gradients_are_reduced_once_a_step",),
     ),
     Mutant(
         "data-order", "each epoch has the same order", "data/order.py",
-        "seed * 1_000_003 + epoch", "seed * 1_000_003",
+        "seed * stride + epoch)",
+        "seed * stride)",
         (f"{COMMON}data_order_differs_between_epochs_and_is_the_same_for_equal_seed_and_epoch",),
     ),
     Mutant(
         "data-order", "rows that do not fill a step are left out", "train/common.py",
-        "return math.ceil(rows / (config.batch_size * config.accumulation_steps))",
-        "return rows // (config.batch_size * config.accumulation_steps)",
+        "return math.ceil(rows / config.batch_size)",
+        "return rows // config.batch_size",
         (f"{COMMON}each_epoch_sees_each_row_once_over_all_ranks",),
     ),
     Mutant(
         "data-order", "every process evaluates everything", "train/common.py",
-        "[share[0] :: share[1]]", "",
+        "processes.share(list(range(len(blocks))))",
+        "list(range(len(blocks)))",
         (f"{COMMON}evaluation_counts_each_token_once_whatever_the_batch_and_the_number_of_ranks",),
     ),
     Mutant(
         "data-order", "prompts and pairs come in the same order each epoch", "data/order.py",
-        "seed * 100_003 + epoch", "seed * 100_003",
+        "epoch_order(total, seed, epoch, stride=100_003)",
+        "epoch_order(total, seed, 0, stride=100_003)",
         (f"{TRAINERS}prompts_come_in_another_order_each_epoch_and_the_ranks_together_see_each_once",),
     ),
     Mutant(
         "data-order", "every process evaluates every pair", "rlhf/dpo_train.py",
-        "sorted(pairs, key=pair_length)[accelerator.process_index :: accelerator.num_processes]",
+        "stage.processes.share(sorted(pairs, key=pair_length))",
         "sorted(pairs, key=pair_length)",
         (f"{TRAINERS}held_out_pairs_are_counted_once_over_the_ranks[3]",),
     ),
@@ -158,37 +168,44 @@ MUTANTS = [
     ),
     Mutant(
         "schedule", "a skipped step counts (AMP)", "train/train_lm_amp_ckpt.py",
-        "            continue\n", "",
+        "            continue  # AMP",
+        "            updates.count += 1  # AMP",
         (f"{AMP}the_schedule_stands_still_on_skipped_steps_and_ends_at_its_minimum",),
     ),
     Mutant(
-        "schedule", "a skipped step counts (DPO)", "rlhf/dpo_train.py",
-        "updates += taken", "updates += 1",
+        "schedule", "a skipped step counts (DPO)", "train/updates.py",
+        "            return False\n",
+        "            self.count += 1\n            return False\n",
         (f"{TRAINERS}the_schedule_counts_optimizer_steps_and_stands_still_on_skipped_ones",),
     ),
     Mutant(
-        "schedule", "PPO's schedule counts rollouts", "rlhf/ppo_train.py",
-        "lr_at(updates + 1,", "lr_at(step,",
+        "schedule", "PPO's schedule counts rollouts", "train/updates.py",
+        "lr_at(self.count + 1, total,",
+        "lr_at(step, total,",
         (f"{TRAINERS}the_schedule_ends_at_its_minimum[ppo]",),
     ),
     Mutant(
-        "clipping", "scaled gradients are clipped", "train/train_lm_amp_ckpt.py",
-        "        scaler.unscale_(optimizer)  # AMP: clipping must see the true gradients\n", "",
+        "clipping", "scaled gradients are clipped", "train/updates.py",
+        "        scaler.unscale_(optimizer)  # clipping must see the true gradients\n",
+        "",
         (f"{AMP}the_norm_is_that_of_the_unscaled_gradients_and_the_limit_holds",),
     ),
     Mutant(
-        "clipping", "nothing is clipped (DDP)", "train/train_lm_ddp.py",
-        "clip_grad_norm_(model.parameters(), config.max_grad_norm)", "clip_grad_norm_(model.parameters(), 1e9)",
+        "clipping", "nothing is clipped (DDP)", "train/updates.py",
+        "clip_grad_norm_(self.parameters, config.max_grad_norm)",
+        "clip_grad_norm_(self.parameters, 1e9)",
         (f"{DDP}with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6[two]",),
     ),
     Mutant(
-        "clipping", "nothing is clipped (RLHF)", "rlhf/steps.py",
-        "clip_grad_norm_(parameters, run.config.max_grad_norm)", "clip_grad_norm_(parameters, 1e9)",
+        "clipping", "nothing is clipped (RLHF)", "train/updates.py",
+        "clip_grad_norm_(self.parameters, config.max_grad_norm)",
+        "clip_grad_norm_(self.parameters, 1e9)",
         (LIMIT,),
     ),
     Mutant(
-        "clipping", "the norm that is logged is the one after clipping", "rlhf/steps.py",
-        "return norm.item(),", "return norm.clamp(max=run.config.max_grad_norm).item(),",
+        "clipping", "the norm that is logged is the one after clipping", "train/updates.py",
+        "self.grad_norm, scale = norm.item(),",
+        "self.grad_norm, scale = norm.clamp(max=config.max_grad_norm).item(),",
         (LIMIT,),
     ),
     Mutant(
@@ -299,8 +316,8 @@ MUTANTS = [
     ),
     Mutant(
         "stop-token", "an answer has no stop token", "models/tokens.py",
-        "return [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]",
-        "return tokenizer(completion, add_special_tokens=False).input_ids",
+        "return [*ids, end_of_turn(tokenizer)]",
+        "return [*ids]",
         (f"{LOADER}an_answer_ends_with_the_stop_token_in_every_template",),
     ),
     Mutant(
@@ -469,19 +486,21 @@ MUTANTS = [
         (f"{TRAINERS}the_reference_is_frozen_and_never_changes",),
     ),
     Mutant(
-        "dpo-ln-2", "the reference is in training mode", "rlhf/utils.py",
-        "    was_training = model.training\n    model.eval()\n",
-        "    was_training = model.training\n    model.train()\n",
+        "dpo-ln-2", "the reference is in training mode", "rlhf/policy.py",
+        "    model.eval()\n",
+        "    model.train()\n",
         (f"{MODELS}dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config",),
     ),
     Mutant(
         "dpo-sums", "DPO takes means over tokens", "rlhf/dpo_train.py",
-        'per_token = config.loss_type == "ipo"', "per_token = True",
+        'policy.tokenizer, stage.device, config.loss_type == "ipo")',
+        "policy.tokenizer, stage.device, True)",
         (f"{TRAINERS}dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs",),
     ),
     Mutant(
         "dpo-sums", "IPO takes sums", "rlhf/dpo_train.py",
-        'per_token = config.loss_type == "ipo"', "per_token = False",
+        'policy.tokenizer, stage.device, config.loss_type == "ipo")',
+        "policy.tokenizer, stage.device, False)",
         (f"{TRAINERS}dpo_uses_the_means_for_ipo_alone_and_logs_both_log_probs",),
     ),
     Mutant(
@@ -512,12 +531,11 @@ MUTANTS = [
     ),
     Mutant(
         "cached-reference", "the cache outlives the run, known by the data alone", "rlhf/dpo_train.py",
-        "    in_order = sorted(pairs, key=pair_length) if known is None else []\n",
-        "    known = known if known is not None else globals().setdefault('KEPT', {}).get(pairs[0]['where'])\n"
-        "    in_order = sorted(pairs, key=pair_length) if known is None else []\n"
-        "    if known is None:\n"
-        "        both = [[x.tolist() for x in reference_logps([pair])] for pair in pairs]\n"
-        "        KEPT[pairs[0]['where']] = torch.tensor(both, dtype=torch.float64)[..., 0]\n",
+        "    done = 0\n    for number",
+        "    known = known if known is not None else globals().setdefault('KEPT', "
+        "{}).get(pairs[0]['where'])\n    if known is None:\n        both = [[x.tolist() for x "
+        "in reference_logps([pair])] for pair in pairs]\n        KEPT[pairs[0]['where']] = "
+        "torch.tensor(both, dtype=torch.float64)[..., 0]\n    done = 0\n    for number",
         (f"{TRAINERS}what_one_run_cached_is_of_no_use_to_another",),
     ),
     Mutant(
@@ -591,8 +609,9 @@ MUTANTS = [
     ),
     Mutant(
         "bootstrap", "an answer of full length counts as cut though it stopped", "rlhf/rollouts.py",
-        'stopped=[reason == "stop" for reason in generation.finish_reasons]',
-        "stopped=[len(c) < config.max_new_tokens // 2 for c in generation.completions]",
+        "finish_reasons=generation.finish_reasons",
+        'finish_reasons=["stop" if len(c) < self.config.max_new_tokens // 2 else "length" for '
+        "c in generation.completions]",
         (f"{TRAINERS}an_answer_is_cut_where_its_finish_reason_says_so",),
     ),
     Mutant(
@@ -602,7 +621,8 @@ MUTANTS = [
     ),
     Mutant(
         "whitening", "PPO whitens the tokens of each process", "rlhf/ppo_train.py",
-        ", reduce=lambda x: sum_over_ranks(accelerator, x))", ")",
+        "masked_whiten(flat, torch.ones_like(flat), reduce=processes.sum)",
+        "masked_whiten(flat, torch.ones_like(flat))",
         (f"{UNEVEN}[ppo]", f"{SCRIPTS}ppo_two_processes_take_the_steps_of_one"),
     ),
     Mutant(
@@ -617,8 +637,10 @@ MUTANTS = [
         (f"{LOSSES}masked_whiten",),
     ),
     Mutant(
-        "ppo-first-step", "old log-probs are taken at another temperature", "rlhf/ppo_train.py",
-        "model, packed, config.temperature, value_head=value_head", "model, packed, 0.9, value_head=value_head",
+        "ppo-first-step", "old log-probs are taken at another temperature", "rlhf/policy.py",
+        "packed_logprobs(self.model, batch.packed, self.config.temperature, entropy, value_head)",
+        "packed_logprobs(self.model, batch.packed, 0.9 if torch.is_grad_enabled() else "
+        "self.config.temperature, entropy, value_head)",
         (f"{SCRIPTS}ppo_first_inner_step_has_ratio_1",),
     ),
     Mutant(
@@ -630,16 +652,15 @@ MUTANTS = [
     ),
     Mutant(
         "values-fixed", "old log-probs follow the policy", "rlhf/ppo_train.py",
-        '                    loss = pg_loss + config.vf_coef * vf_loss\n',
-        '                    loss = pg_loss + config.vf_coef * vf_loss\n'
-        '                    batch["old_logprobs"] = logprobs.detach()\n',
+        "loss = pg_loss + config.vf_coef * vf_loss\n",
+        "loss = pg_loss + config.vf_coef * vf_loss\n                batch.old_logprobs = "
+        "logprobs.detach()\n",
         (f"{TRAINERS}old_values_and_old_log_probs_do_not_change_over_the_inner_epochs",),
     ),
     Mutant(
         "values-fixed", "old values follow the value head", "rlhf/ppo_train.py",
-        '                    loss = pg_loss + config.vf_coef * vf_loss\n',
-        '                    loss = pg_loss + config.vf_coef * vf_loss\n'
-        '                    batch["values"] = values.detach()\n',
+        "loss = pg_loss + config.vf_coef * vf_loss\n",
+        "loss = pg_loss + config.vf_coef * vf_loss\n                batch.values = values.detach()\n",
         (f"{TRAINERS}old_values_and_old_log_probs_do_not_change_over_the_inner_epochs",),
     ),
     Mutant(
@@ -660,7 +681,8 @@ MUTANTS = [
     ),
     Mutant(
         "kl-gradients", "the ratio of ratio * k3 has no gradient", "rlhf/grpo_train.py",
-        '(ratio * kl if kl_kind == "ratio_k3" else kl)', '(ratio.detach() * kl if kl_kind == "ratio_k3" else kl)',
+        "+ ratio * d - log_ratio.expm1()",
+        "+ ratio.detach() * d - log_ratio.expm1().detach()",
         (f"{LOSSES}kl_estimators_in_expectation_over_an_enumerable_policy",),
     ),
     Mutant(
@@ -686,13 +708,14 @@ MUTANTS = [
     ),
     Mutant(
         "sampler-logprobs", "training forgets the temperature", "rlhf/packing.py",
-        "head_logprobs(head, states, packed.targets[at], temperature, entropy)",
-        "head_logprobs(head, states, packed.targets[at], 1.0, entropy)",
+        "packed.targets[at], temperature, entropy)",
+        "packed.targets[at], 1.0, entropy)",
         (f"{MODELS}log_probs_recomputed_in_training_equal_the_samplers",),
     ),
     Mutant(
-        "sampler-logprobs", "rollouts are cut by top-p", "rlhf/rollouts.py",
-        "            temperature=config.temperature,\n", "            temperature=config.temperature, top_p=0.9,\n",
+        "sampler-logprobs", "rollouts are cut by top-p", "rlhf/sampler.py",
+        "            temperature=config.temperature,\n",
+        "            temperature=config.temperature, top_p=0.9,\n",
         (f"{TRAINERS}rollouts_are_drawn_from_the_whole_distribution_at_the_training_temperature",),
     ),
     Mutant(
@@ -741,19 +764,20 @@ MUTANTS = [
     ),
     Mutant(
         "no-signal", "groups that differ are counted", "rlhf/grpo_train.py",
-        "float(group.max() == group.min())", "float(group.max() != group.min())",
+        "float(max(rewards) == min(rewards))",
+        "float(max(rewards) != min(rewards))",
         (f"{TRAINERS}the_share_of_groups_without_any_difference_is_logged",),
     ),
     Mutant(
         "offline-online", "stored log-probs are left aside for the reference's", "rlhf/grpo_train.py",
-        'batch["old"] = packed.align([rollout.logprobs[i] for i in batch["rows"]])',
-        'batch["old"] = packed_logprobs(model, packed, 1.3)',
+        "        return batch.sampler_logprobs\n",
+        "        return policy.logprobs(batch).detach() if batch.ref_logprobs is None else None\n",
         (f"{TRAINERS}the_offline_gradient_is_that_of_the_online_step_on_the_same_data",),
     ),
     Mutant(
-        "offline-online", "stored log-probs belong to other answers", "rlhf/grpo_train.py",
-        'packed.align([rollout.logprobs[i] for i in batch["rows"]])',
-        "packed.align([[-5.0] * len(rollout.logprobs[i]) for i in batch[\"rows\"]])",
+        "offline-online", "stored log-probs belong to other answers", "rlhf/rollouts.py",
+        "batch.packed.align([self.logprobs[i] for i in piece])",
+        "batch.packed.align([[-5.0] * len(self.logprobs[i]) for i in piece])",
         (f"{SCRIPTS}grpo_offline_starts_on_policy_with_stored_logprobs",),
     ),
     # LoRA, checkpoints
@@ -791,13 +815,16 @@ MUTANTS = [
     ),
     Mutant(
         "resume", "the language model's step is taken twice", "train/train_lm.py",
-        "step, kept = checkpoints.load()", "step, kept = checkpoints.load()\n    step = max(step - 1, 0)",
+        "_, carried = checkpoints.load()  # {} unless this run was interrupted\n",
+        "_, carried = checkpoints.load()  # {} unless this run was interrupted\n    "
+        "updates.count = max(updates.count - 1, 0)\n",
         ("tests/train/test_resume.py::test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics"
          "[dropout]",),
     ),
     Mutant(
         "resume", "PPO's KL coefficient begins anew", "rlhf/ppo_train.py",
-        'kl_coef = kept.get("kl_coef", config.kl_coef)', "kl_coef = config.kl_coef",
+        'self.coef = state["coef"]',
+        "self.coef = self.config.kl_coef",
         ("tests/rlhf/test_resume.py::test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics[ppo]",),
     ),
     Mutant(
@@ -807,12 +834,16 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation-pure", "a sample draws from the global generator", "train/common.py",
-        "stop_ids=stop, seed=config.seed)", "stop_ids=stop)",
+        "never=never_sampled(tokenizer), seed=config.seed\n",
+        "never=never_sampled(tokenizer)\n",
         (f"{COMMON}evaluation_and_samples_leave_parameters_and_random_state_as_they_were",),
     ),
     Mutant(
         "evaluation-pure", "DPO's evaluation draws random numbers", "rlhf/dpo_train.py",
-        "    mine = sorted(pairs, key=pair_length)[", "    torch.rand(1)\n    mine = sorted(pairs, key=pair_length)[",
+        '    """The same means on held-out pairs, as a dict. Each pair is read by one '
+        'process. {} if there are no pairs."""\n    meter = Meter()',
+        '    """The same means on held-out pairs, as a dict. Each pair is read by one '
+        'process. {} if there are no pairs."""\n    torch.rand(1)\n    meter = Meter()',
         (f"{TRAINERS}evaluation_leaves_parameters_and_random_state_as_they_were",),
     ),
     Mutant(
