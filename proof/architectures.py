@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 
 import torch
@@ -164,10 +165,11 @@ def examine(folder):
         try:
             far = work(model, folder)
         except UserError as error:
-            cells[kind] = f"refused: {str(error).splitlines()[0][:160]}"
+            cells[kind] = f"refused: {shorten(str(error).splitlines()[0], 160, placeholder=' …')}"
             continue
         except Exception as error:  # what a user would see as a traceback: the page says so
-            cells[kind] = f"FAILS: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            first = (str(error).splitlines() or [""])[0]
+            cells[kind] = f"FAILS: {type(error).__name__}: {shorten(first, 120, placeholder=' …')}"
             continue
         way = next((x for x in admitted(model) if x["kind"] == ADMITTED.get(kind) and x["differed"]), None)
         how = f"slower: {way['way']}" if way else "exact"
