@@ -70,11 +70,15 @@ def reward_all(function, prompts: list, completions: list[str], columns: list[di
 
     function: `(prompt, completion) -> float`, or TRL's `(prompts, completions, **columns) -> list of floats`, told by
         the names of its parameters. Either gets the columns of the prompt file that it has parameters for (all of them
-        with **kwargs): a value for the first form, a list for the second.
+        with **kwargs): a value for the first form, a list for the second. If a prompt is messages, the second form gets
+        its completion as TRL gives it: a list of one assistant message.
     prompts: texts, or lists of messages. columns: for each completion the other columns of its prompt's row.
     Raises UserError, naming the function, for anything else than a finite number for each completion.
     """
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        parameters = {}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     names = {key for row in columns for key in row if takes_all or key in parameters}
     if "completions" not in parameters:
@@ -82,8 +86,9 @@ def reward_all(function, prompts: list, completions: list[str], columns: list[di
         return [call_reward(function, text_of(p), c, **more) for p, c, more in zip(prompts, completions, pick)]
     name = getattr(function, "__qualname__", repr(function))
     lists = {key: [row.get(key) for row in columns] for key in names}
+    given = [[{"role": "assistant", "content": c}] if isinstance(p, list) else c for p, c in zip(prompts, completions)]
     try:
-        found = function(prompts=prompts, completions=completions, **lists)
+        found = function(prompts=prompts, completions=given, **lists)
         values = [math.nan if isinstance(x, (str, bytes)) or x is None else float(x) for x in found]
     except (Exception, SystemExit) as error:
         raise UserError(

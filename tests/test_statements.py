@@ -1,6 +1,7 @@
 """Every statement has a test and a mutant, and each of them names a statement."""
 
 import ast
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -39,3 +40,10 @@ def test_a_mutant_fits_the_code_and_its_tests_are_of_its_statement(mutant):
     for name in mutant.tests:
         file, function = name.split("::")
         assert mutant.statement in tests[file, function.split("[")[0]], name
+
+
+def test_a_mutant_finds_its_code_where_it_has_moved():
+    mutant = next(m for m in MUTANTS if m.symbol == "Updates.step")
+    moved = replace(mutant, file="rlhf/gone.py")
+    assert moved.fits(ROOT) and moved.path(ROOT) == mutant.path(ROOT) == ROOT / "train/updates.py"
+    assert not replace(moved, symbol="Updates.remaining").fits(ROOT) and not replace(mutant, old="    ").fits(ROOT)

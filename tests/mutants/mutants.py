@@ -1,32 +1,69 @@
 """Ways to break the code, each what a statement of tests/statements.py fears, with the tests that must notice.
 
-`old` occurs once in its file. A breakage that no longer fits says that the code has changed: break it anew, or drop it.
+`old` occurs once in its file, or once in the function or class `symbol` of it. Code that has moved to another file is
+found there. A mutant that no longer fits says that the code has changed: break it anew, or drop it.
 """
 
 import ast
 from dataclasses import dataclass
+
+PRODUCT = ("configs", "runtime", "models", "data", "train", "rlhf", "report", "proof")  # the folders of the code
 
 
 @dataclass(frozen=True)
 class Mutant:
     statement: str  # key of tests/statements.py
     what: str  # what is wrong then
-    file: str
+    file: str  # where the code was last; see `path`
     old: str
     new: str
     tests: tuple[str, ...]  # "path::function" or "path::function[case]"; one of them at least must fail
+    symbol: str = ""  # "grpo_loss" or "Updates.step": `old` counts in its definition alone
 
     def __str__(self):
         return f"{self.statement}: {self.what}"
 
+    def broken(self, text):
+        """The text with `old` replaced. None if `old` does not occur in it exactly once."""
+        start, end = extent(text, self.symbol)
+        if text.count(self.old, start, end) != 1:
+            return None
+        at = text.index(self.old, start, end)
+        return text[:at] + self.new + text[at + len(self.old) :]
+
+    def path(self, root):
+        """The file in `root` to break: `file`, or else the one file of the code that can be broken so. None: stale."""
+        named = root / self.file
+        if named.is_file() and self.broken(named.read_text(encoding="utf-8")) is not None:
+            return named
+        files = [path for folder in PRODUCT for path in (root / folder).rglob("*.py")]
+        found = [path for path in files if self.broken(path.read_text(encoding="utf-8")) is not None]
+        return found[0] if len(found) == 1 else None
+
     def fits(self, root):
-        """Whether the text to replace occurs exactly once in the code in `root`, and what comes out is Python."""
-        text = (root / self.file).read_text(encoding="utf-8")
+        """Whether the code in `root` can be broken so, and what comes out is Python."""
+        path = self.path(root)
+        if path is None:
+            return False
         try:
-            ast.parse(text.replace(self.old, self.new))
+            ast.parse(self.broken(path.read_text(encoding="utf-8")))
         except SyntaxError:
             return False
-        return text.count(self.old) == 1
+        return True
+
+
+def extent(text, symbol):
+    """(start, end) of the definition of "function" or "Class.method" in a text; (0, 0) if it has none."""
+    if not symbol:
+        return 0, len(text)
+    nodes = [ast.parse(text)]
+    for name in symbol.split("."):
+        kinds = ast.FunctionDef | ast.ClassDef
+        nodes = [x for node in nodes for x in node.body if isinstance(x, kinds) and x.name == name]
+    if len(nodes) != 1:
+        return 0, 0
+    lines = text.splitlines(keepends=True)
+    return len("".join(lines[: nodes[0].lineno - 1])), len("".join(lines[: nodes[0].end_lineno]))
 
 
 COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("common", "steps", "ddp", "amp"))

@@ -1,9 +1,9 @@
 """Break a copy of the code in each way of mutants.py, one at a time, and see its tests notice.
 
-    make mutants                                      # all; exit status 1 if a breakage survives or no longer fits
+    make mutants                                      # all; exit status 1 if a mutant survives or no longer fits
     python tests/mutants/run.py --only token-mean     # those of one statement
 
-First the tests run on the unbroken copy and must pass. Then each breakage runs only its own tests, of which one must
+First the tests run on the unbroken copy and must pass. Then each mutant runs only its own tests, of which one must
 fail by what it asserts, or by an error that the code raises; one that merely does not run (a name, a type, an import)
 shows nothing and counts as not caught. The libraries are imported once: each run is a fork of this process, which has
 imported none of this project's modules, with the copy first on the import path.
@@ -19,10 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import MUTANTS
+from mutants import MUTANTS, PRODUCT
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ("configs", "runtime", "models", "data", "train", "rlhf", "report", "proof")
 MODEL = "models/smollm2-135m"  # fetched, not tracked: tests need it
 DOES_NOT_RUN = (SyntaxError, ImportError, NameError, AttributeError, TypeError)
 
@@ -93,11 +92,11 @@ def run_tests(folder, tests):
 
 def check_imports(folder):
     """The copy's modules are what is imported, here and in processes that tests start."""
-    loaded = [name for name in sys.modules if name.split(".")[0] in FLOORS]
+    loaded = [name for name in sys.modules if name.split(".")[0] in PRODUCT]
     assert not loaded, f"imported before the copy was there: {loaded}"
-    program = f"import importlib; print(*(importlib.import_module(name).__path__[0] for name in {FLOORS}))"
+    program = f"import importlib; print(*(importlib.import_module(name).__path__[0] for name in {PRODUCT}))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
-    expected = [str(folder / name) for name in FLOORS]
+    expected = [str(folder / name) for name in PRODUCT]
     assert found.stdout.split() == expected, (found.stdout, found.stderr)
     from configs.config import ROOT as root
 
@@ -123,43 +122,44 @@ def outcome(folder, wanted):
 
 
 def run_all(jobs, folders, say):
-    """Run (breakage or None, tests) jobs, one at a time in each folder. Returns [(breakage, good, words, seconds)]."""
+    """Run (mutant or None, tests) jobs, one at a time in each folder. Returns [(mutant, good, words, seconds)]."""
     free, waiting, running, found = list(folders), list(jobs), {}, []
     began = time.time()
     while waiting or running:
         while waiting and free:
-            breakage, tests = waiting.pop(0)
+            mutant, tests = waiting.pop(0)
             folder = free.pop()
-            original = break_code(folder, breakage) if breakage else None
-            running[run_tests(folder, tests)] = breakage, folder, original, time.time()
+            original = break_code(folder, mutant) if mutant else None
+            running[run_tests(folder, tests)] = mutant, folder, original, time.time()
         pid, _ = os.wait()
-        breakage, folder, original, started = running.pop(pid)
+        mutant, folder, original, started = running.pop(pid)
         free.append(folder)
-        if breakage:
-            (folder / breakage.file).write_text(original, encoding="utf-8")
-        good, words = outcome(folder, "fail" if breakage else "pass")
-        found.append((breakage, good, words, time.time() - started))
+        if original:
+            path, text = original
+            path.write_text(text, encoding="utf-8")
+        good, words = outcome(folder, "fail" if mutant else "pass")
+        found.append((mutant, good, words, time.time() - started))
         left = (time.time() - began) / len(found) * (len(waiting) + len(running))
         say(len(found), len(jobs), *found[-1], left)
     return found
 
 
-def break_code(folder, breakage):
-    """Apply a breakage to the copy; returns the file's text before."""
-    path = folder / breakage.file
-    original = path.read_text(encoding="utf-8")
-    path.write_text(original.replace(breakage.old, breakage.new), encoding="utf-8")
-    return original
+def break_code(folder, mutant):
+    """Apply a mutant to the copy. Returns (the file, its text before)."""
+    path = mutant.path(folder)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(mutant.broken(text), encoding="utf-8")
+    return path, text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="KEY", help="the breakages of one statement")
+    parser.add_argument("--only", metavar="KEY", help="the mutants of one statement")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="runs at a time")
     options = parser.parse_args()
-    chosen = [b for b in MUTANTS if options.only in (None, b.statement)]
+    chosen = [m for m in MUTANTS if options.only in (None, m.statement)]
     if not chosen:
-        parser.error(f"no breakage belongs to {options.only!r}: {', '.join(sorted({b.statement for b in MUTANTS}))}")
+        parser.error(f"no mutant belongs to {options.only!r}: {', '.join(sorted({m.statement for m in MUTANTS}))}")
     if not (ROOT / MODEL / "config.json").is_file():
         parser.error(f"{MODEL} is not there. This makes it: python models/fetch.py")
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -169,35 +169,35 @@ def main():
         folders = [Path(home).resolve() / str(i) for i in range(options.jobs)]
         for folder in folders:
             copy_tree(folder)
-        stale = [b for b in chosen if not b.fits(folders[0])]
-        for breakage in stale:
-            print(f"stale: {breakage}: the code of {breakage.file} has changed", flush=True)
-        unbroken = sorted({test for breakage in chosen for test in breakage.tests})
+        stale = [m for m in chosen if not m.fits(folders[0])]
+        for mutant in stale:
+            print(f"stale: {mutant}: the code of {mutant.file} has changed", flush=True)
+        unbroken = sorted({test for mutant in chosen for test in mutant.tests})
         print(f"{len(unbroken)} tests on the unbroken code", flush=True)
         files = sorted({test.split("::")[0] for test in unbroken})
         shares = [[t for t in unbroken if t.split("::")[0] in files[i :: len(folders)]] for i in range(len(folders))]
         sound = run_all([(None, share) for share in shares if share], folders, say_unbroken)
         if not all(good for _, good, _, _ in sound):
             sys.exit(1)
-        found = run_all([(b, b.tests) for b in chosen if b not in stale], folders, say_broken)
+        found = run_all([(m, m.tests) for m in chosen if m not in stale], folders, say_broken)
     caught = sum(good for _, good, _, _ in found)
-    for breakage, good, words, _ in found:
+    for mutant, good, words, _ in found:
         if not good:
-            print(f"survived: {breakage} ({words})")
+            print(f"survived: {mutant} ({words})")
     minutes = (time.time() - began) / 60
-    statements = len({b.statement for b in chosen})
-    print(f"caught {caught} of {len(chosen)} breakages of {statements} statements, {minutes:.1f} min")
+    statements = len({m.statement for m in chosen})
+    print(f"caught {caught} of {len(chosen)} mutants of {statements} statements, {minutes:.1f} min")
     sys.exit(0 if caught == len(chosen) else 1)
 
 
-def say_unbroken(done, total, breakage, good, words, seconds, left):
+def say_unbroken(done, total, mutant, good, words, seconds, left):
     print(f"  share {done}/{total}: {words}, {seconds:.0f} s", flush=True)
 
 
-def say_broken(done, total, breakage, good, words, seconds, left):
+def say_broken(done, total, mutant, good, words, seconds, left):
     verdict = "caught" if good else "SURVIVED"
     clock = f"{left // 60:.0f}m{left % 60:02.0f}s left"
-    print(f"{done:>4}/{total} {verdict} in {seconds:4.1f} s, {clock} | {breakage} | {words}", flush=True)
+    print(f"{done:>4}/{total} {verdict} in {seconds:4.1f} s, {clock} | {mutant} | {words}", flush=True)
 
 
 if __name__ == "__main__":
