@@ -511,7 +511,7 @@ DATA = [
     case("pairs", "{here}/prompts.json: prompt 'p0': this id stands twice", prompts=prompts(asked(), asked())),
     case(
         "pairs",
-        "{here}/prompts.json: prompt 'p1': prompt must be a text that is not empty, got ' '",
+        "{here}/prompts.json: prompt 'p1': prompt must be a text that is not empty, or messages, got ' '",
         prompts=prompts(asked(), asked(1, prompt=" ")),
     ),
     case(
