@@ -24,7 +24,7 @@ import torch
 from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
 from data.prompts import PROMPTS, load_prompts, read_prompts, text_of
-from data.rewards import call_reward, load_reward
+from data.rewards import columns_of, load_reward, reward_all
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash
@@ -199,12 +199,16 @@ def sample_and_score(config, task):
     answers = as_completions(tokenizer, generation, config.samples_per_prompt)
     say(f"sampled {rate(answers, before + time.time() - started)}")
     for row, group in zip(prompts, answers):
-        for answer in group:
-            if reward:
-                answer.score = call_reward(reward, text_of(row["prompt"]), answer.text)
-            else:
-                answer.score = score(answer.text, row["checks"])
+        for answer, value in zip(group, scores_of(row, [a.text for a in group], reward)):
+            answer.score = value
     return Sampled(task, answers, policy, before)
+
+
+def scores_of(row, texts, reward=None):
+    """The scores of the completions `texts` of one prompt: by the reward function, else by the checks of its row."""
+    if reward:
+        return reward_all(reward, [row["prompt"]] * len(texts), texts, [columns_of(row)] * len(texts))
+    return [score(text, row["checks"]) for text in texts]
 
 
 def messages(role, content):

@@ -65,6 +65,11 @@ def call_reward(function, prompt: str, completion: str, **columns) -> float:
     return result
 
 
+def columns_of(row: dict) -> dict:
+    """The columns of a prompt's row that a reward function may ask for."""
+    return {key: value for key, value in row.items() if key not in ("id", "prompt", "split", "checks")}
+
+
 def reward_all(function, prompts: list, completions: list[str], columns: list[dict]) -> list[float]:
     """The rewards of completions, in order.
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from configs.config import option
-from data.checks import score
+from data.preferences import scores_of
 from data.prompts import text_of
-from data.rewards import call_reward, load_reward
+from data.rewards import load_reward
 from models.completions import lengths, mean, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide
 from runtime.cli import cli
@@ -51,8 +51,9 @@ def main(config):
 
     # 2. the reward of each completion
     for row, group, base_group in zip(both.rows, own, base):
-        for a in (*group, *base_group):
-            a.score = call_reward(reward, text_of(row["prompt"]), a.text) if reward else score(a.text, row["checks"])
+        completions = [*group, *base_group]
+        for a, value in zip(completions, scores_of(row, [a.text for a in completions], reward)):
+            a.score = value
 
     rows = []
     for number, (prompt, group, base_group) in enumerate(zip(both.prompts, own, base), 1):

@@ -11,6 +11,7 @@ from configs.config import UserError, option
 from data.order import step_indices
 from data.pairs import load_groups
 from data.prompts import read_prompts, text_of
+from data.rewards import columns_of
 from models.loader import check_length, context_length
 from models.tokens import completion_text, prompt_ids, stop_ids
 from rlhf.packing import Packed, pack
@@ -20,8 +21,6 @@ from rlhf.stage import TrainingConfig
 from rlhf.steps import in_words
 from runtime.console import say
 from runtime.files import in_root, sha256_file
-
-NOT_COLUMNS = ("id", "prompt", "split", "checks")  # of a prompt's row: what a reward function is not handed
 
 
 @dataclass
@@ -277,7 +276,7 @@ class SampledRollouts:
                 texts=[completion_text(self.tokenizer, ids) for ids in generation.completions],
                 questions=[text_of(row["prompt"]) for row in rows],
                 asked=[row["prompt"] for row in rows],
-                columns=[{k: v for k, v in row.items() if k not in NOT_COLUMNS} for row in rows],
+                columns=[columns_of(row) for row in rows],
                 group_sizes=[self.samples] * len(share),
                 places=[place for place, _, _ in share],
                 checks=[row["checks"] for row in rows] if all(row.get("checks") for row in rows) else None,

@@ -3,7 +3,8 @@
 import pytest
 
 from configs.config import UserError
-from data.rewards import reward_all
+from data.preferences import scores_of
+from data.rewards import columns_of, reward_all
 
 ROWS = [{"answer": "4", "level": 1}, {"answer": "6", "level": 2}]
 PROMPTS, COMPLETIONS = ["2 + 2?", "3 + 3?"], ["It is 4.", "It is 5."]
@@ -70,3 +71,12 @@ def test_a_column_that_the_file_lacks_is_an_error_that_names_it():
 
     with pytest.raises(UserError, match="solution"):
         reward_all(my_reward, PROMPTS, COMPLETIONS, ROWS)
+
+
+def test_preferences_and_inference_hand_a_reward_the_same_columns():
+    def reward(prompt, completion, answer):
+        return float(answer in completion)
+
+    row = {"id": "a", "prompt": "2 + 2?", "split": "train", "answer": "4", "checks": []}
+    assert scores_of(row, ["4", "5"], reward) == [1.0, 0.0]
+    assert columns_of(row) == {"answer": "4"}
