@@ -81,7 +81,7 @@ def reward_all(function, prompts: list, completions: list[str], columns: list[di
     Raises UserError, naming the function, for anything else than a finite number for each completion.
     """
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a builtin without a signature
         parameters = {}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

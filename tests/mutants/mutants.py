@@ -71,7 +71,9 @@ BLOCKS = "tests/train/test_blocks.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 DATASET = "tests/data/test_pairs.py::test_"
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
-GENERATION, LOADER = (f"tests/models/test_{name}.py::test_" for name in ("generation", "loader"))
+GENERATION, LOADER, ADMISSION = (
+    f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "admission")
+)
 LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
@@ -131,7 +133,7 @@ MUTANTS = [
     Mutant(
         "token-mean-ranks", "DDP's average is taken for a sum: Adam would hide it, clipping does not",
         "train/train_lm_ddp.py",
-        "nats * processes", "nats",
+        "nats * processes.world_size", "nats",
         (f"{TWO_RANKS}[sgd]",),
     ),
     Mutant(
@@ -213,7 +215,7 @@ MUTANTS = [
         "schedule", "a skipped step counts (DPO)", "train/updates.py",
         "            return False\n",
         "            self.count += 1\n            return False\n",
-        (f"{TRAINERS}the_schedule_counts_optimizer_steps_and_stands_still_on_skipped_ones",),
+        (f"{TRAINERS}the_schedule_counts_optimizer_steps_and_stands_still_on_skipped_ones",), "Updates.step",
     ),
     Mutant(
         "schedule", "PPO's schedule counts rollouts", "train/updates.py",
@@ -475,6 +477,17 @@ MUTANTS = [
          f"{MODELS}packed_gradients_equal_separate_ones"),
     ),
     Mutant(
+        "packed-apart", "a window keeps one token too many", "models/fast/attention.py",
+        "from_here <= window", "from_here <= window + 1",
+        (f"{ADMISSION}completions_that_share_a_prompt_have_the_log_probs_that_they_have_alone[mistral, window]",
+         f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[mistral, window]"), "windowed",
+    ),
+    Mutant(
+        "packed-apart", "the first way is taken, right or not", "models/admission.py",
+        "if far <= TOLERANCE[weight.dtype]:", "if True:",
+        (f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[opt, ignores positions]",), "_try_ways",
+    ),
+    Mutant(
         "adapter-off", "the adapter is in use when it is disabled", "models/fast/lora.py",
         "if self.disable_adapters or self.merged or", "if self.merged or",
         (f"{LORA}pefts_methods_work_on_it",),
@@ -526,7 +539,7 @@ MUTANTS = [
         "dpo-ln-2", "the reference is in training mode", "rlhf/policy.py",
         "    model.eval()\n",
         "    model.train()\n",
-        (f"{MODELS}dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config",),
+        (f"{MODELS}dpo_at_step_0_is_ln_2_exactly_with_dropout_in_the_config",), "as_reference",
     ),
     Mutant(
         "dpo-sums", "DPO takes means over tokens", "rlhf/dpo_train.py",
@@ -718,8 +731,8 @@ MUTANTS = [
     ),
     Mutant(
         "kl-gradients", "the ratio of ratio * k3 has no gradient", "rlhf/grpo_train.py",
-        "+ ratio * d - log_ratio.expm1()",
-        "+ ratio.detach() * d - log_ratio.expm1().detach()",
+        "torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()",
+        "ratio.detach() * ((-d).expm1() + d)",
         (f"{LOSSES}kl_estimators_in_expectation_over_an_enumerable_policy",),
     ),
     Mutant(
@@ -808,7 +821,7 @@ MUTANTS = [
     Mutant(
         "offline-online", "stored log-probs are left aside for the reference's", "rlhf/grpo_train.py",
         "        return batch.sampler_logprobs\n",
-        "        return policy.logprobs(batch).detach() if batch.ref_logprobs is None else None\n",
+        "        return policy.ref_logprobs(batch)\n",
         (f"{TRAINERS}the_offline_gradient_is_that_of_the_online_step_on_the_same_data",),
     ),
     Mutant(
@@ -877,11 +890,8 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation-pure", "DPO's evaluation draws random numbers", "rlhf/dpo_train.py",
-        '    """The same means on held-out pairs, as a dict. Each pair is read by one '
-        'process. {} if there are no pairs."""\n    meter = Meter()',
-        '    """The same means on held-out pairs, as a dict. Each pair is read by one '
-        'process. {} if there are no pairs."""\n    torch.rand(1)\n    meter = Meter()',
-        (f"{TRAINERS}evaluation_leaves_parameters_and_random_state_as_they_were",),
+        "    meter = Meter()\n", "    torch.rand(1)\n    meter = Meter()\n",
+        (f"{TRAINERS}evaluation_leaves_parameters_and_random_state_as_they_were",), "evaluate",
     ),
     Mutant(
         "torn-checkpoint", "the hash of a checkpoint's files is not looked at", "runtime/checkpoint.py",
