@@ -13,6 +13,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-fast: $(VENV)/installed-dev
+	$(BIN)/python models/fetch.py
 	$(BIN)/python -m pytest -m "not slow"
 
 verify: $(VENV)/installed

@@ -230,15 +230,15 @@ MUTANTS = [
         (f"{AMP}the_norm_is_that_of_the_unscaled_gradients_and_the_limit_holds",),
     ),
     Mutant(
-        "clipping", "nothing is clipped (DDP)", "train/updates.py",
+        "clipping", "nothing is clipped", "train/updates.py",
         "clip_grad_norm_(self.parameters, config.max_grad_norm)",
         "clip_grad_norm_(self.parameters, 1e9)",
-        (f"{DDP}with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6[two]",),
+        (LIMIT, f"{DDP}with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6[two]"),
     ),
     Mutant(
-        "clipping", "nothing is clipped (RLHF)", "train/updates.py",
-        "clip_grad_norm_(self.parameters, config.max_grad_norm)",
-        "clip_grad_norm_(self.parameters, 1e9)",
+        "clipping", "each tensor is clipped by its own norm", "train/updates.py",
+        "torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)",
+        "max(torch.nn.utils.clip_grad_norm_([p], config.max_grad_norm) for p in self.parameters)",
         (LIMIT,),
     ),
     Mutant(
@@ -477,12 +477,6 @@ MUTANTS = [
          f"{MODELS}packed_gradients_equal_separate_ones"),
     ),
     Mutant(
-        "packed-apart", "a window keeps one token too many", "models/fast/attention.py",
-        "from_here <= window", "from_here <= window + 1",
-        (f"{ADMISSION}completions_that_share_a_prompt_have_the_log_probs_that_they_have_alone[mistral, window]",
-         f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[mistral, window]"), "windowed",
-    ),
-    Mutant(
         "packed-apart", "the first way is taken, right or not", "models/admission.py",
         "if far <= TOLERANCE[weight.dtype]:", "if True:",
         (f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[opt, ignores positions]",), "_try_ways",
@@ -515,7 +509,7 @@ MUTANTS = [
     Mutant(
         "sampled-ids", "rollouts are encoded again from their text", "rlhf/rollouts.py",
         "completions=generation.completions,",
-        "completions=[tokenizer(tokenizer.decode(c)).input_ids for c in generation.completions],",
+        "completions=[self.tokenizer(self.tokenizer.decode(c)).input_ids for c in generation.completions],",
         (f"{TRAINERS}rollouts_train_on_the_sampled_ids",),
     ),
     Mutant(
@@ -819,9 +813,9 @@ MUTANTS = [
         (f"{TRAINERS}the_share_of_groups_without_any_difference_is_logged",),
     ),
     Mutant(
-        "offline-online", "stored log-probs are left aside for the reference's", "rlhf/grpo_train.py",
+        "offline-online", "stored log-probs are divided by the temperature once more", "rlhf/grpo_train.py",
         "        return batch.sampler_logprobs\n",
-        "        return policy.ref_logprobs(batch)\n",
+        "        return batch.sampler_logprobs / config.temperature\n",
         (f"{TRAINERS}the_offline_gradient_is_that_of_the_online_step_on_the_same_data",),
     ),
     Mutant(
