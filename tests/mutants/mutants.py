@@ -19,6 +19,7 @@ class Mutant:
     new: str
     tests: tuple[str, ...]  # "path::function" or "path::function[case]"; one of them at least must fail
     symbol: str = ""  # "grpo_loss" or "Updates.step": `old` counts in its definition alone
+    unchecked: bool = False  # models/admission.py, which would see it and take a slower way, is broken, too
 
     def __str__(self):
         return f"{self.statement}: {self.what}"
@@ -87,6 +88,12 @@ TWO_RANKS = f"{DDP}two_ranks_with_1_and_9_counted_tokens_take_the_step_of_one_pr
 LIMIT = f"{TRAINERS}with_sgd_at_lr_1_and_a_limit_of_1e_6_weights_move_by_at_most_1e_6"
 POISON = f"{LOSSES}mask_before_exp"
 RECOMPUTES = f"{TRAINERS}gradient_checkpointing_recomputes_and_changes_nothing"
+
+FIRST_WAY = Mutant(
+    "packed-apart", "the first way is taken, right or not", "models/admission.py",
+    "if far <= TOLERANCE[weight.dtype]:", "if True:",
+    (f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[opt, ignores positions]",), "_try_ways",
+)  # fmt: skip
 
 MUTANTS = [
     # loss and gradient book-keeping
@@ -261,7 +268,8 @@ MUTANTS = [
     ),
     Mutant(
         "mask-before-exp", "the KL in GRPO's loss masks after exp", "rlhf/grpo_train.py",
-        "d = torch.where(counted, logprobs - ref_logprobs, 0.0)", "d = logprobs - ref_logprobs",
+        "torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()",
+        "ratio * ((ref_logprobs - logprobs).expm1() + logprobs - ref_logprobs)",
         (POISON,),
     ),
     Mutant(
@@ -476,10 +484,12 @@ MUTANTS = [
         (f"{ATTENTION}rows_go_there_and_back_with_what_they_begin_with_once",
          f"{MODELS}packed_gradients_equal_separate_ones"),
     ),
+    FIRST_WAY,
     Mutant(
-        "packed-apart", "the first way is taken, right or not", "models/admission.py",
-        "if far <= TOLERANCE[weight.dtype]:", "if True:",
-        (f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[opt, ignores positions]",), "_try_ways",
+        "packed-apart", "a window keeps one token too many", "models/fast/attention.py",
+        "from_here <= window", "from_here <= window + 1",
+        (f"{ADMISSION}completions_that_share_a_prompt_have_the_log_probs_that_they_have_alone[mistral, window]",),
+        "windowed", unchecked=True,
     ),
     Mutant(
         "adapter-off", "the adapter is in use when it is disabled", "models/fast/lora.py",
@@ -494,17 +504,17 @@ MUTANTS = [
     Mutant(
         "left-padding", "positions count padding (prefill)", "models/generation.py",
         "(mask.cumsum(-1) - 1)[:, shared:].clamp(min=0)", "(torch.ones_like(mask).cumsum(-1) - 1)[:, shared:]",
-        (f"{GENERATION}greedy_equals_transformers_on_a_padded_batch[tiny-gpt2]",),
+        (f"{GENERATION}greedy_equals_transformers_on_a_padded_batch[tiny-gpt2]",), unchecked=True,
     ),
     Mutant(
         "left-padding", "new tokens see the padding", "models/generation.py",
         "self.seen = torch.cat([mask, room], 1)", "self.seen = torch.cat([torch.ones_like(mask), room], 1)",
-        (f"{GENERATION}a_row_gets_in_a_batch_what_it_gets_alone",),
+        (f"{GENERATION}a_row_gets_in_a_batch_what_it_gets_alone",), unchecked=True,
     ),
     Mutant(
         "left-padding", "all rows go on at the same position", "models/generation.py",
         "self.next_position = mask.sum(-1)", "self.next_position = torch.ones_like(mask).sum(-1)",
-        (f"{GENERATION}greedy_equals_transformers_on_a_padded_batch",),
+        (f"{GENERATION}greedy_equals_transformers_on_a_padded_batch",), unchecked=True,
     ),
     Mutant(
         "sampled-ids", "rollouts are encoded again from their text", "rlhf/rollouts.py",
@@ -772,7 +782,7 @@ MUTANTS = [
     Mutant(
         "sampler-logprobs", "the decoder turns a new token by the angle of the next one", "models/fast/decoder.py",
         "positions[:, None])  # (B, 1, D)", "positions[:, None] + 1)  # (B, 1, D)",
-        (f"{DECODING}it_computes_what_transformers_does",),
+        (f"{DECODING}it_computes_what_transformers_does",), unchecked=True,
     ),
     Mutant(
         "sampler-logprobs", "a recorded token is computed at the position of the first", "models/fast/decoder.py",
@@ -783,6 +793,7 @@ MUTANTS = [
         "left-padding", "the decoder sees padding", "models/fast/decoder.py",
         "added_mask(seen, x.dtype)", "added_mask(seen | seen[-1:], x.dtype)",
         (f"{DECODING}it_computes_what_transformers_does", f"{GENERATION}greedy_equals_transformers_on_a_padded_batch"),
+        unchecked=True,
     ),
     Mutant(
         "sampler-logprobs", "within its block a token is drawn as if nothing lay before", "models/generation.py",

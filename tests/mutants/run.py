@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import MUTANTS, PRODUCT
+from mutants import FIRST_WAY, MUTANTS, PRODUCT
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "models/smollm2-135m"  # fetched, not tracked: tests need it
@@ -129,13 +129,12 @@ def run_all(jobs, folders, say):
         while waiting and free:
             mutant, tests = waiting.pop(0)
             folder = free.pop()
-            original = break_code(folder, mutant) if mutant else None
-            running[run_tests(folder, tests)] = mutant, folder, original, time.time()
+            originals = break_code(folder, mutant) if mutant else []
+            running[run_tests(folder, tests)] = mutant, folder, originals, time.time()
         pid, _ = os.wait()
-        mutant, folder, original, started = running.pop(pid)
+        mutant, folder, originals, started = running.pop(pid)
         free.append(folder)
-        if original:
-            path, text = original
+        for path, text in originals:
             path.write_text(text, encoding="utf-8")
         good, words = outcome(folder, "fail" if mutant else "pass")
         found.append((mutant, good, words, time.time() - started))
@@ -145,11 +144,14 @@ def run_all(jobs, folders, say):
 
 
 def break_code(folder, mutant):
-    """Apply a mutant to the copy. Returns (the file, its text before)."""
-    path = mutant.path(folder)
-    text = path.read_text(encoding="utf-8")
-    path.write_text(mutant.broken(text), encoding="utf-8")
-    return path, text
+    """Apply a mutant to the copy. Returns [(a file, its text before)]."""
+    originals = []
+    for one in (mutant, FIRST_WAY) if mutant.unchecked else (mutant,):
+        path = one.path(folder)
+        text = path.read_text(encoding="utf-8")
+        path.write_text(one.broken(text), encoding="utf-8")
+        originals.append((path, text))
+    return originals
 
 
 def main():
