@@ -20,8 +20,10 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -33,13 +35,23 @@ class UserError(ValueError):
     """A mistake in what the user gave (a key, a file, a row). The message says what is wrong and what is allowed."""
 
 
-def shown(path):
+def shown(path: Path) -> str:
     """A path as a person would type it from the repository's root."""
     path = Path(path).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def option(default, help="", *, at_least=None, at_most=None, above=None, below=None, identity=True, reads=False):
+def option(
+    default: Any,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    identity: bool = True,
+    reads: bool | str = False,
+) -> Any:
     """A dataclass field with its documentation, its allowed range, and what it means to a run.
 
     at_least, at_most, above, below: the range (at_*: inclusive).
@@ -53,7 +65,7 @@ def option(default, help="", *, at_least=None, at_most=None, above=None, below=N
     return field(default=default, metadata={"help": help, "identity": identity, "reads": reads, **limits})
 
 
-def options(Config):
+def options(Config: Any) -> dict[str, Any]:
     """{name: what `option` said of it} of a dataclass (or an instance of one).
 
     A class that gives an inherited option another default (`out: str = "models/dpo"`) need not say the rest again.
@@ -67,13 +79,13 @@ def options(Config):
     return found
 
 
-def names_with(Config, **said):
+def names_with(Config: Any, **said) -> list[str]:
     """The names of the options of which `option` was told this: names_with(Config, reads=True)."""
     wanted = said.items()
     return [name for name, metadata in options(Config).items() if wanted <= metadata.items()]
 
 
-def load_config(Config, argv=None):
+def load_config(Config: Any, argv: list[str] | None = None) -> Any:
     """Build `Config` from its defaults, then a YAML file, then the command line; later ones win.
 
     Config: a dataclass; its class attribute CONFIG names the YAML that is read when `--config` is not given, and its
@@ -104,7 +116,7 @@ def load_config(Config, argv=None):
     return config
 
 
-def read_yaml(path):
+def read_yaml(path: str | Path) -> dict:
     """The mapping in a YAML file, read with the safe loader. Raises UserError naming the file and line."""
     path = Path(path)
     if not path.is_file():
@@ -123,15 +135,15 @@ def read_yaml(path):
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{shown(path)}: must be a mapping of keys to values, one `key: value` a line")
-    lines = {}  # the library keeps the last of several equal keys
-    for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:
+    lines: dict[str, int] = {}  # the library keeps the last of several equal keys
+    for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:  # type: ignore[union-attr]  # a mapping: not None
         line = key.start_mark.line + 1
         if lines.setdefault(key.value, line) != line:
             raise UserError(f"{shown(path)} line {line}: {key.value} stands in line {lines[key.value]} already")
     return content
 
 
-def refuse_unused(config, keys, because):
+def refuse_unused(config: Any, keys: Iterable[str], because: str) -> None:
     """Raise UserError if one of these keys was set: they have no effect, `because` of another."""
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     for key in keys:
@@ -139,11 +151,11 @@ def refuse_unused(config, keys, because):
             raise UserError(f"{key} = {getattr(config, key)!r} has no effect with {because}")
 
 
-def config_to_dict(config):
+def config_to_dict(config: Any) -> dict:
     return dataclasses.asdict(config)
 
 
-def format_config(config):
+def format_config(config: Any) -> str:
     """`key: value` lines that `read_yaml` reads back to the same configuration."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, default_flow_style=False)
 
@@ -177,7 +189,7 @@ def _parse_command_line(Config, argv):
     return edits, path
 
 
-def usage(Config):
+def usage(Config: Any) -> str:
     """The help text: every key with its default (after the YAML), what it takes and what it does."""
     path = getattr(Config, "CONFIG", None)
     in_yaml = read_yaml(ROOT / path) if path else {}

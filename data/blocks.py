@@ -6,7 +6,9 @@ transformers builds the block-diagonal mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ import torch
 from configs.config import UserError
 from models.tokens import completion_ids, prompt_ids, readable
 from runtime.console import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -44,11 +49,11 @@ class Blocks:
     def __len__(self):
         return len(self.input_ids)
 
-    def pick(self, rows):
+    def pick(self, rows: Any) -> Blocks:
         """The blocks with these indices, as `Blocks`."""
         return Blocks(*(x[rows] for x in vars(self).values()))
 
-    def batch(self, rows, device):
+    def batch(self, rows: Any, device: torch.device | str) -> dict[str, torch.Tensor]:
         """The blocks with these indices as a batch for `lm_loss`, on `device`."""
         return {
             "input_ids": self.input_ids[rows].long().to(device),
@@ -56,16 +61,18 @@ class Blocks:
             "mask": self.mask[rows].to(device),
         }
 
-    def named(self, micro_batches):
+    def named(self, micro_batches: Iterable[Iterable[int]]) -> str:
         """A text that names the blocks of these micro-batches, for messages."""
         return "blocks " + " + ".join(", ".join(str(row) for row in rows) for rows in micro_batches)
 
-    def counted(self, rows):
+    def counted(self, rows: Any) -> int:
         """The number of tokens in these blocks that count in the loss."""
         return int(self.mask[rows].sum())
 
 
-def make_blocks(documents, kind, tokenizer, max_length, name):
+def make_blocks(
+    documents: list[dict], kind: str, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
+) -> Blocks:
     """Pack documents into blocks of `max_length` tokens.
 
     Text is cut where a block is full. A cut repeats one token as context, so every token except the first of a document
@@ -104,7 +111,7 @@ def make_blocks(documents, kind, tokenizer, max_length, name):
     return blocks
 
 
-def text_sample(tokenizer, text):
+def text_sample(tokenizer: PreTrainedTokenizerBase, text: str) -> Sample:
     """The `Sample` of a document with an end-of-sequence token at its end. Its bytes are the UTF-8 bytes of `text`."""
     encoded = tokenizer(text, return_offsets_mapping=True)
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -118,7 +125,14 @@ def text_sample(tokenizer, text):
     return Sample(np.array(ids), np.ones(len(ids), dtype=bool), sizes)
 
 
-def completion_sample(tokenizer, prompt, completion, max_length, where, finish_reason="stop"):
+def completion_sample(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    completion: str | list[dict],
+    max_length: int,
+    where: str,
+    finish_reason: str = "stop",
+) -> tuple[Sample | None, bool]:
     """(sample, whether the prompt was cut). (None, False) if the completion alone does not fit into max_length tokens.
 
     finish_reason: "length" for a completion that was cut at a length limit. It gets no stop token, because the model

@@ -7,6 +7,8 @@ score of a completion. With `--reward module:function`, a reward function of the
 Before a check reads a completion, white space at both ends is dropped and curly quotes become straight quotes.
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections import Counter

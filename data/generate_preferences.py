@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from configs.config import UserError, option
 from data.preferences import (
@@ -32,6 +32,9 @@ from data.preferences import (
 from runtime.cli import cli
 from runtime.console import say
 
+if TYPE_CHECKING:
+    from models.completions import Completion
+
 
 @dataclass
 class Config(SamplingConfig):
@@ -41,7 +44,7 @@ class Config(SamplingConfig):
     )
 
 
-def make_pairs(answers, pairs_per_prompt=1):
+def make_pairs(answers: list[Completion], pairs_per_prompt: int = 1) -> list[tuple[Completion, Completion]]:
     """(chosen, rejected) completions: the k-th best with the k-th worst, as long as their scores differ.
 
     Among equal scores, completions with finish_reason "stop" come before cut completions, as chosen and as rejected. A
@@ -54,7 +57,7 @@ def make_pairs(answers, pairs_per_prompt=1):
     return [(c, r) for c, r in zip(best, worst) if c.score > r.score][:pairs_per_prompt]
 
 
-def main(config):
+def main(config: Config) -> None:
     started = time.time()
     claim(config)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from configs.config import UserError, option
 from data.preferences import (
@@ -36,6 +36,9 @@ from data.preferences import (
 from runtime.cli import cli
 from runtime.console import say
 
+if TYPE_CHECKING:
+    from models.completions import Completion
+
 
 @dataclass
 class Config(SamplingConfig):
@@ -45,12 +48,12 @@ class Config(SamplingConfig):
     out: str = option("data/groups.jsonl", "the file to write, one JSON object per line")
 
 
-def order_group(answers):
+def order_group(answers: list[Completion]) -> list[Completion]:
     """The completions from best to worst. Among equal scores: finish_reason "stop" first, then in sampling order."""
     return sorted(answers, key=lambda a: (-a.score, a.finish_reason != "stop"))
 
 
-def main(config):
+def main(config: Config) -> None:
     started = time.time()
     claim(config)
 

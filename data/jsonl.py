@@ -10,7 +10,7 @@ from runtime.files import json_error
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
 
 
-def parse_jsonl(content, name):
+def parse_jsonl(content: bytes, name: str) -> list[tuple[str, dict]]:
     """A list of (place, row), one per line of the bytes `content`. Blank lines are skipped. A place is 'NAME line 12'.
 
     Only "\\n" ends a line, because texts may contain other separators, such as U+2028.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def epoch_order(rows, seed, epoch, stride=1_000_003):
+def epoch_order(rows: int, seed: int, epoch: int, stride: int = 1_000_003) -> list[int]:
     """A permutation of range(rows): the order in which an epoch reads the rows. It depends on (seed, epoch) only.
 
     The generator's seed is seed * stride + epoch. Runs with neighbouring seeds share an order after `stride` epochs.
@@ -14,7 +14,7 @@ def epoch_order(rows, seed, epoch, stride=1_000_003):
     return torch.randperm(rows, generator=generator).tolist()
 
 
-def step_indices(total, count, step, seed):
+def step_indices(total: int, count: int, step: int, seed: int) -> list[int]:
     """Indices of the `count` items of step `step` (from 1). Each epoch is a new permutation of all `total` items."""
     found, order_of = [], {}
     for position in range((step - 1) * count, step * count):

@@ -6,6 +6,8 @@ Prompts and completions are plain texts or lists of messages.
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from configs.config import UserError
 from data.corpus import finish_reason_of
@@ -14,8 +16,11 @@ from data.rows import in_one_form, read_rows
 from models.tokens import completion_ids, prompt_ids
 from runtime.console import say
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def split_prompt(row):
+
+def split_prompt(row: dict) -> tuple[Any, Any, Any]:
     """(prompt, chosen, rejected) of a pairwise row; without a `prompt`, it is what both sides begin with."""
     row = in_one_form(row)
     for key in ("chosen", "rejected"):
@@ -33,7 +38,15 @@ def _keys(row):
     return ", ".join(k for k in row if k != "where")
 
 
-def encode(tokenizer, prompt, completion, max_length, where, truncation="left", finish_reason="stop"):
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    completion: str | list[dict],
+    max_length: int,
+    where: str,
+    truncation: str = "left",
+    finish_reason: str = "stop",
+) -> tuple[list[int], list[int]] | None:
     """(prompt ids, completion ids), at most max_length tokens together. None if the row is dropped.
 
     finish_reason: "length" for a completion that was cut at a length limit; it gets no stop token.
@@ -57,7 +70,9 @@ def encode(tokenizer, prompt, completion, max_length, where, truncation="left", 
     return p, c
 
 
-def load_pairs(source, tokenizer, max_length, truncation="left"):
+def load_pairs(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str = "left"
+) -> tuple[list[dict], dict[str, int], str]:
     """(pairs, counts, hash of the data).
 
     counts: {"dropped": rows dropped as too long, "cut": prompts cut, "equal": rows whose completions are equal}.
@@ -108,7 +123,7 @@ def _is_number(value):
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def count_steps(config, pairs):
+def count_steps(config: Any, pairs: list[dict]) -> int:
     """The number of optimizer steps of a run on `pairs` pairs. Raises UserError if batch_size is larger than that."""
     if config.batch_size > pairs:
         raise UserError(f"batch_size = {config.batch_size}: there are only {pairs} pairs to train on; set at most that")
@@ -116,7 +131,7 @@ def count_steps(config, pairs):
     return min(steps, config.max_steps or steps)
 
 
-def split_by_prompt(rows, fraction, seed=0):
+def split_by_prompt(rows: list[dict], fraction: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """(train, heldout). Rows of the same prompt stay on one side; a hash of the prompt and the seed decides.
 
     Raises UserError if one side is empty and `fraction` is not 0.
@@ -141,7 +156,7 @@ def split_by_prompt(rows, fraction, seed=0):
     return train, heldout
 
 
-def load_groups(source, tokenizer, max_length):
+def load_groups(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[dict], str]:
     """(groups, hash of the data). The chosen completion comes first in its group, then the rejected ones.
 
     A group is a dict {prompt: ids, completions: list of ids, logprobs: list of lists in nats or None, scores,
@@ -211,7 +226,7 @@ def _lists_of(value, good):
     return isinstance(value, list) and all(isinstance(x, list) and all(map(good, x)) for x in value)
 
 
-def describe_pairs(train, heldout, counts):
+def describe_pairs(train: list[dict], heldout: list[dict], counts: dict[str, int]) -> None:
     """Print the numbers of pairs, their lengths in tokens, and how often the chosen completion is longer."""
     lengths = sorted(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in train)
     longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in train) / len(train)
@@ -223,6 +238,6 @@ def describe_pairs(train, heldout, counts):
     )
 
 
-def pair_length(pair):
+def pair_length(pair: dict) -> int:
     """The number of tokens computed for a pair: its prompt once, and both completions."""
     return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -55,7 +55,7 @@ class SamplingConfig:
     out: str = option("data/preferences.jsonl", "the file to write, one JSON object per line", identity=False)
     overwrite: bool = option(False, "replace a file that another configuration made", identity=False)
 
-    def check(self):
+    def check(self) -> None:
         if not self.out.endswith(".jsonl"):
             raise UserError(f"out = {self.out!r}: must be a file name that ends in .jsonl")
         if in_root(self.out).resolve() == in_root(self.prompts).resolve():
@@ -86,12 +86,12 @@ class Sampled:
         return iter(zip(self.task.prompts, self.answers))
 
 
-def manifest_path(out):
+def manifest_path(out: str | Path) -> Path:
     """data/preferences.jsonl -> data/preferences.manifest.json"""
     return in_root(out).with_suffix(".manifest.json")
 
 
-def claim(config):
+def claim(config: SamplingConfig) -> None:
     """Check that config.out may be written. If it already holds the result of this run, exit with status 0.
 
     Raises UserError if something else made the file, or if its folder cannot be written to.
@@ -131,7 +131,7 @@ def _differences(before, config):
     return found or [f"{vars(config).get(key, 'data/checks.py')}: its content has changed since" for key in changed]
 
 
-def prompt_file(config):
+def prompt_file(config: SamplingConfig) -> Path:
     """The path of the prompt file. Raises UserError if there is none."""
     path = in_root(config.prompts)
     if not path.is_file():
@@ -139,7 +139,7 @@ def prompt_file(config):
     return path
 
 
-def load_task(config):
+def load_task(config: SamplingConfig) -> Task:
     """The `Task`: the training prompts and the reward function.
 
     Raises UserError, naming the prompt, if a training prompt is also held out: models are measured on held-out prompts.
@@ -165,7 +165,7 @@ def _plain(prompt):
     return " ".join(text_of(prompt).casefold().split())
 
 
-def sample_and_score(config, task):
+def sample_and_score(config: SamplingConfig, task: Task) -> Sampled:
     """Sample config.samples_per_prompt completions per prompt and score them. Prints progress. Returns a `Sampled`."""
     quiet_libraries()
     prompts, reward = task.prompts, task.reward
@@ -204,19 +204,19 @@ def sample_and_score(config, task):
     return Sampled(task, answers, policy, before)
 
 
-def scores_of(row, texts, reward=None):
+def scores_of(row: dict, texts: list[str], reward: Callable | None = None) -> list[float]:
     """The scores of the completions `texts` of one prompt: by the reward function, else by the checks of its row."""
     if reward:
         return reward_all(reward, [row["prompt"]] * len(texts), texts, [columns_of(row)] * len(texts))
     return [score(text, row["checks"]) for text in texts]
 
 
-def messages(role, content):
+def messages(role: str, content: str | list[dict]) -> list[dict]:
     """A text as a list of one message, the form that TRL and others read. A list of messages is returned unchanged."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
-def summarise(config, sampled, matches):
+def summarise(config: SamplingConfig, sampled: Sampled, matches: list[tuple[Completion, Completion]]) -> dict:
     """Print numbers by which a person can judge the data. Returns them as a dict for the manifest.
 
     matches: (chosen, rejected) completions; the chosen one has the higher score.
@@ -226,7 +226,7 @@ def summarise(config, sampled, matches):
     longer = [len(c.ids) - len(r.ids) for c, r in matches]
     longer_wins = sum(d > 0 for d in longer) + 0.5 * sum(d == 0 for d in longer)  # equal lengths count half
     longer_right = longer_wins / len(matches)
-    summary = {
+    summary: dict[str, Any] = {
         "answers": len(answers),
         "mean_score": mean(scores),
         "ended_by_themselves": mean(a.finish_reason == "stop" for a in answers),
@@ -267,8 +267,10 @@ def summarise(config, sampled, matches):
     return summary
 
 
-def pass_rates(sampled):
+def pass_rates(sampled: Sampled) -> dict[str, float]:
     """{name of a check: share of completions that pass it}. Empty if the prompts have no checks."""
+    tried: Counter[str]
+    right: Counter[str]
     tried, right = Counter(), Counter()
     for row, group in sampled:
         checks = row.get("checks") or []
@@ -279,7 +281,7 @@ def pass_rates(sampled):
     return {name: right[name] / tried[name] for name in sorted(tried)}
 
 
-def histogram(values, bins=8, width=40):
+def histogram(values: list[float], bins: int = 8, width: int = 40) -> str:
     """A histogram as text: one bar per value if there are at most `bins` values, else `bins` equal intervals."""
     distinct = sorted(set(values))
     if len(distinct) <= bins:
@@ -292,14 +294,16 @@ def histogram(values, bins=8, width=40):
     return "\n".join(f"  {name:>{label}} | {'#' * round(width * n / most):<{width}} {n:,}" for name, n in bars)
 
 
-def show_match(prompt, chosen, rejected):
+def show_match(prompt: dict, chosen: Completion, rejected: Completion) -> None:
     """Print one prompt with its chosen and its rejected completion."""
     say(f"\na sample\n  prompt:   {text_of(prompt['prompt'])!r}")
     for name, answer in (("chosen:", chosen), ("rejected:", rejected)):
         say(f"  {name:<9} {answer.text!r} (score {answer.score:g}, {len(answer.ids)} tokens, {answer.finish_reason})")
 
 
-def save(config, rows, sampled, summary, started, next_command):
+def save(
+    config: SamplingConfig, rows: list[dict], sampled: Sampled, summary: dict, started: float, next_command: str
+) -> None:
     """Write the rows, then the manifest, each atomically. Print where they are and the next command."""
     out = in_root(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -320,6 +324,6 @@ def save(config, rows, sampled, summary, started, next_command):
     say(f"next: {next_command}")
 
 
-def data_option(config, key, default):
+def data_option(config: SamplingConfig, key: str, default: str) -> str:
     """` --KEY FILE` for the next command, or "" if config.out is the default file of the next stage."""
     return "" if config.out == default else f" --{key} {config.out}"

@@ -14,7 +14,7 @@ from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
 from runtime.files import in_root
 
 
-def read_prompts(source, split="heldout", need_checks=False):
+def read_prompts(source: str | Path, split: str = "heldout", need_checks: bool = False) -> list[dict]:
     """Prompts as dicts with at least "prompt" (a text, or a list of messages), in file order.
 
     source: a `.json` file in the form of data/prompts.json (its rows with this split), a `.jsonl` file whose rows have
@@ -28,7 +28,7 @@ def read_prompts(source, split="heldout", need_checks=False):
     return parse_prompts(content, where, need_checks, jsonl=str(source).endswith(".jsonl"))
 
 
-def parse_prompts(content, where, need_checks=False, jsonl=False):
+def parse_prompts(content: bytes, where: str, need_checks: bool = False, jsonl: bool = False) -> list[dict]:
     """The prompts in the bytes `content`: JSONL if `jsonl` or if it begins with a brace, else one prompt per line."""
     if not content.strip():
         raise UserError(f"{where}: there is no prompt in it")
@@ -71,7 +71,7 @@ def _decoded(content, where):
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def text_of(value):
+def text_of(value: str | list[dict]) -> str:
     """The plain text of a prompt or a completion (a text, or a list of messages), for reward functions and printing."""
     return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
 

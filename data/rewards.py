@@ -7,13 +7,14 @@ import importlib.util
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from configs.config import UserError
 from data.prompts import text_of
 
 
-def load_reward(spec: str):
+def load_reward(spec: str) -> Callable:
     """`module:function` -> a callable reward(prompt, completion) -> float.
 
     The module is searched in the working directory first, then on Python's import path. Raises UserError if the module
@@ -48,7 +49,7 @@ def load_reward(spec: str):
     return function
 
 
-def call_reward(function, prompt: str, completion: str, **columns) -> float:
+def call_reward(function: Callable, prompt: str, completion: str, **columns) -> float:
     """The reward as a finite float. Raises UserError, naming function, prompt and completion, for any other result."""
     name = getattr(function, "__qualname__", repr(function))
     where = f"reward {name} on prompt {prompt!r} and completion {completion!r}"
@@ -70,7 +71,7 @@ def columns_of(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in ("id", "prompt", "split", "checks")}
 
 
-def reward_all(function, prompts: list, completions: list[str], columns: list[dict]) -> list[float]:
+def reward_all(function: Callable, prompts: list, completions: list[str], columns: list[dict]) -> list[float]:
     """The rewards of completions, in order.
 
     function: `(prompt, completion) -> float`, or TRL's `(prompts, completions, **columns) -> list of floats`, told by

@@ -7,6 +7,7 @@ files, folders of `save_to_disk`, hub datasets) are read by the `datasets` libra
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from configs.config import UserError, shown
@@ -32,13 +33,13 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
          "assistant": "assistant", "system": "system"}  # fmt: skip
 
 
-def kind_of_file(path):
+def kind_of_file(path: str | Path) -> str | None:
     """The `datasets` builder for a file name ("csv" for x.csv.gz). None for another kind of file."""
     suffixes = [s for s in Path(path).suffixes if s not in PACKED]
     return TABLES.get(suffixes[-1]) if suffixes else None
 
 
-def read_rows(source, made_by=None):
+def read_rows(source: str | Path, made_by: str | None = None) -> tuple[Collection[dict], str]:
     """(rows, hash) of a file, a folder of `save_to_disk`, or a hub dataset (NAME or NAME:CONFIGURATION, split train).
 
     Each row is a dict with its place, "pairs.jsonl line 12", under "where". made_by: the command that makes the file.
@@ -116,7 +117,7 @@ def _reason(error):
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
-def in_one_form(row):
+def in_one_form(row: dict) -> dict:
     """Convert a row to the form of the stages: `messages`, `prompt` and `completion`, pairs, or `text`.
 
     Keys with the value null are left out. `conversations` of `from` and `value` (ShareGPT) become `messages`.

@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,7 +50,7 @@ _admitted: weakref.WeakKeyDictionary = (
 _said: set[tuple] = set()  # messages that were printed: a run loads some models twice
 
 
-def window_of(model):
+def window_of(model: torch.nn.Module) -> int | None:
     """The smallest attention window of the model's layers, in tokens, by its configuration. None without a window."""
     config = unwrapped(model).config.get_text_config().to_dict()
     if config.get("use_sliding_window") is False:
@@ -58,7 +60,14 @@ def window_of(model):
     return min(sizes, default=None)
 
 
-def admit(model, kind, ways, check, longest, costs=None):
+def admit(
+    model: torch.nn.Module,
+    kind: str,
+    ways: Sequence[str],
+    check: Callable,
+    longest: int,
+    costs: dict[str, str] | None = None,
+) -> str:
     """The first of `ways` to compute `kind` with `model` for which check(way, lengths) finds no difference.
 
     check: runs in eval mode without gradients. It returns (found, expected), lists with one tensor per sequence; the
@@ -68,12 +77,12 @@ def admit(model, kind, ways, check, longest, costs=None):
     Raises UserError that names the model, the check and the difference, if no way is right.
     """
     inner = unwrapped(model)
-    window = window_of(model)
+    window: Any = window_of(model)
     beyond = window is not None and longest > window
     known = _admitted.setdefault(inner, {})
     if (kind, beyond) not in known:
         context = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-        lengths = (window + LAST + 4 if beyond else 19, 11, 14)
+        lengths: tuple[int, ...] = (window + LAST + 4 if beyond else 19, 11, 14)
         lengths = tuple(int(min(n, max(2, context - BEFORE))) for n in lengths)
         known[kind, beyond] = _try_ways(model, kind, ways, check, lengths)
         found = known[kind, beyond]
@@ -88,7 +97,7 @@ def admit(model, kind, ways, check, longest, costs=None):
     return known[kind, beyond].way
 
 
-def admitted(model):
+def admitted(model: torch.nn.Module) -> list[dict]:
     """The results of all checks of a model so far, as a list of dicts for a manifest."""
     return [vars(found) for found in _admitted.get(unwrapped(model), {}).values()]
 
@@ -117,7 +126,7 @@ def _try_ways(model, kind, ways, check, lengths):
 
 
 @contextlib.contextmanager
-def exact_weights(model):
+def exact_weights(model: torch.nn.Module) -> Iterator[None]:
     """A context with the bf16 and fp16 weights of a model in float32, so that rounding hides no error.
 
     Large models keep their dtype. Afterwards the weights are exactly the same as before.
@@ -145,7 +154,7 @@ def _attempt(check, way, lengths, errors):
         return None, None
 
 
-def apart(found, expected):
+def apart(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """Mean difference / mean size over the last tokens of a sequence; the maximum over the sequences."""
     if found is None:
         return float("inf")
@@ -157,7 +166,7 @@ def apart(found, expected):
     return worst
 
 
-def check_tokens(model, lengths, seed=0):
+def check_tokens(model: Any, lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
     """Random token ids in sequences of these lengths, for a check. The same seed gives the same ids."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
@@ -166,20 +175,20 @@ def check_tokens(model, lengths, seed=0):
     return [torch.randint(low, high, (n,), generator=generator).tolist() for n in lengths]
 
 
-def masks_by_layer(model, mask):
+def masks_by_layer(model: torch.nn.Module, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """{kind of layer: its mask} from a bool mask (B, 1, T, T). Layers with a window see only the window."""
     window = window_of(model)
     kinds = kinds_of_layers(model)
     return {kind: windowed(mask, window) if "sliding" in kind and window else mask for kind in kinds}
 
 
-def kinds_of_layers(model):
+def kinds_of_layers(model: torch.nn.Module) -> list[str]:
     """The names of the kinds of attention layers of a model; [] if it has only one kind."""
     kinds = unwrapped(model).config.get_text_config().to_dict().get("layer_types") or []
     return sorted(set(kinds)) if len(set(kinds)) > 1 else []
 
 
-def plain_states(model, sequences):
+def plain_states(model: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
     """The hidden states (T, H) of each sequence alone, by the plain forward pass of transformers."""
     device = model.get_input_embeddings().weight.device
     body = unwrapped(model).base_model
@@ -188,7 +197,7 @@ def plain_states(model, sequences):
         return [body(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows]
 
 
-def plain_logits(model, sequences, last):
+def plain_logits(model: Any, sequences: list[list[int]], last: int) -> list[torch.Tensor]:
     """The logits (last, V) of the last tokens of each sequence alone, by the plain forward pass of transformers."""
     device = model.get_input_embeddings().weight.device
     rows = [torch.tensor([ids], device=device) for ids in sequences]
@@ -197,7 +206,7 @@ def plain_logits(model, sequences, last):
 
 
 @contextlib.contextmanager
-def plain_attention(model):
+def plain_attention(model: Any) -> Iterator[None]:
     """A context in which the model uses the attention of transformers instead of matmul attention."""
     inner = unwrapped(model)
     ours = takes_ragged(inner)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +19,11 @@ from models.generation import generate
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from runtime.console import duration, say
 from runtime.files import in_root, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from models.generation import Generation
 
 
 @dataclass
@@ -27,7 +35,14 @@ class Completion:
     score: float = 0.0
 
 
-def sample_completions(model, tokenizer, prompts, max_new_tokens, samples_per_prompt=1, **sampling):
+def sample_completions(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list,
+    max_new_tokens: int,
+    samples_per_prompt: int = 1,
+    **sampling,
+) -> list[list[Completion]]:
     """Sample `samples_per_prompt` completions of each prompt. Returns a list of Completions for each prompt.
 
     prompts: texts, or lists of messages. sampling: options of `generate` (temperature, top_k, top_p, seed, batch_size).
@@ -46,14 +61,16 @@ def sample_completions(model, tokenizer, prompts, max_new_tokens, samples_per_pr
     return as_completions(tokenizer, generation, samples_per_prompt)
 
 
-def as_completions(tokenizer, generation, samples_per_prompt):
+def as_completions(
+    tokenizer: PreTrainedTokenizerBase, generation: Generation, samples_per_prompt: int
+) -> list[list[Completion]]:
     """Turn the `Generation` of `generate` into a list of Completions for each prompt."""
     rows = zip(generation.completions, generation.logprobs, generation.finish_reasons)
     answers = [Completion(completion_text(tokenizer, ids), ids, logprobs, finish) for ids, logprobs, finish in rows]
     return [answers[i : i + samples_per_prompt] for i in range(0, len(answers), samples_per_prompt)]
 
 
-def progress_line(every=5.0):
+def progress_line(every: float = 5.0) -> Callable:
     """A `progress` function for `generate`. It prints the completions done, the time passed and the time left.
 
     every: the least number of seconds between two lines. The returned function also takes `kept`: how many of the
@@ -81,12 +98,12 @@ class TextStream:
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], 0
 
-    def add(self, token):
+    def add(self, token: int) -> str:
         """Add a token and return the new text: often one word, sometimes nothing."""
         self.ids.append(token)
         return self._new(self._text().rstrip("\ufffd"))
 
-    def end(self):
+    def end(self) -> str:
         """Return the rest of the text when no token follows. Bytes that are no character become U+FFFD."""
         return self._new(self._text())
 
@@ -99,20 +116,20 @@ class TextStream:
         return new
 
 
-def sampling(config):
+def sampling(config: Any) -> dict[str, Any]:
     """The sampling options of a configuration as keyword arguments of `sample_completions`."""
     found = {k: v for k, v in vars(config).items() if k in ("temperature", "top_k", "top_p", "seed")}
     return found | {"batch_size": config.sampling_batch_size}
 
 
-def show_completion(name, answer, note):
+def show_completion(name: str, answer: Completion, note: str) -> None:
     """Print one completion: the model's name, a note with numbers, the length in tokens, and the indented text."""
     say(f"  {name} | {note} | {len(answer.ids)} tokens{', cut' if answer.finish_reason == 'length' else ''}")
     for line in answer.text.splitlines() or [""]:
         say(f"      {line}")
 
 
-def show_table(header, rows):
+def show_table(header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Print rows of cells under their headers. Numbers get two decimals; the first column is aligned left."""
     cells = [header, *([c if isinstance(c, str) else f"{c:.2f}" for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -120,7 +137,7 @@ def show_table(header, rows):
         say("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:]))]))
 
 
-def check_out(out, prompts=None):
+def check_out(out: str | Path | None, prompts: str | Path | None = None) -> None:
     """Raise UserError if the file `out` cannot be written, or is the file of the prompts. Call it before the work."""
     if out is None:
         return
@@ -131,7 +148,7 @@ def check_out(out, prompts=None):
         raise UserError(f"out = {out!r} is the file of the prompts: give another one")
 
 
-def write_rows(out, rows):
+def write_rows(out: str | Path | None, rows: Sequence[dict]) -> None:
     """Write all rows to the JSONL file `out` atomically, and print it. Does nothing if `out` is None."""
     if out is None:
         return
@@ -139,24 +156,24 @@ def write_rows(out, rows):
     say(f"written to {out}: {len(rows)} rows")
 
 
-def mean(values):
+def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
 
 
-def lengths(groups):
+def lengths(groups: Iterable[list[Completion]]) -> tuple[float, float]:
     """(mean length in tokens, share with finish_reason "stop") over lists of completions."""
     answers = [answer for group in groups for answer in group]
     return mean(len(a.ids) for a in answers), mean(a.finish_reason == "stop" for a in answers)
 
 
-def rate(groups, seconds):
+def rate(groups: Iterable[list[Completion]], seconds: float) -> str:
     """A text with the number of generated tokens, the seconds, and the tokens per second."""
     tokens = sum(len(answer.ids) for group in groups for answer in group)
     return f"{tokens:,} tokens in {seconds:.1f}s, {tokens / max(seconds, 1e-9):,.0f} tok/s"
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Wait until the GPU is idle, so that the next clock reading includes its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ CPUINFO = Path("/proc/cpuinfo")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device():
+def pick_device() -> torch.device:
     """This process's GPU if there is one, else the CPU. Raises UserError if this machine has fewer GPUs than processes.
 
     One GPU belongs to each process.
@@ -31,7 +32,7 @@ def pick_device():
     return torch.device("cpu")
 
 
-def pick_precision(precision, device):
+def pick_precision(precision: str, device: torch.device) -> str:
     """Replace `auto` by bf16 where the hardware computes in bf16, else by fp16 on a GPU and fp32 on a CPU.
 
     Other values are returned as they are.
@@ -44,17 +45,17 @@ def pick_precision(precision, device):
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-def autocast(device, precision):
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context that runs forward passes in `precision` (fp32, bf16 or fp16). The weights stay float32."""
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def frozen_dtype(precision):
+def frozen_dtype(precision: str) -> torch.dtype:
     """The dtype of weights that are never trained. bf16 and fp16 need half the memory, and no cast per forward pass."""
     return PRECISIONS[precision]
 
 
-def cast_weights(model, dtype):
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> Any:
     """Cast the weights of `model` to `dtype`, in place. Returns `model`.
 
     model.to(dtype) would also round the frequencies of the rotary positions, by 0.3 % in bf16. They are not weights.
@@ -64,14 +65,14 @@ def cast_weights(model, dtype):
     return model
 
 
-def checkpoint_activations(model):
+def checkpoint_activations(model: Any) -> None:
     """Recompute the activations of each layer in the backward pass instead of keeping them (in training mode only)."""
     # prefer the newer of the two names: with the older one, transformers prints a deprecation warning
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # also works where the inputs need no gradient, as with LoRA
 
 
-def compile_layers(model):
+def compile_layers(model: torch.nn.Module) -> None:
     """Compile each layer with torch.compile, for passes with gradients. All layers share the compiled code.
 
     Evaluation and sampling are not compiled, because their shapes change from pass to pass.

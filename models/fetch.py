@@ -300,7 +300,7 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.open = False
 
-    def show(self, done):
+    def show(self, done: int) -> None:
         now = time.monotonic()
         if done == 0 or now - self.shown < (0.2 if self.terminal else 5):
             return
@@ -314,7 +314,7 @@ class Progress:
         else:
             print(line, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         if self.open:
             print(flush=True)
 
@@ -471,7 +471,7 @@ def _table():
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fetch the embedded model and texts.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(DEFAULTS)}")
     parser.add_argument("--list", action="store_true", help="show what there is, and fetch nothing")

@@ -15,7 +15,9 @@ On a CPU, reinforcement learning spends most of its time in this loop:
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,21 +44,21 @@ class Generation:
 
 @torch.no_grad()
 def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    samples_per_prompt=1,
-    stop_ids=(),
-    never=(),
-    seed=None,
-    uniforms=None,
-    batch_size=64,
-    on_token=None,
-    progress=None,
-):
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    samples_per_prompt: int = 1,
+    stop_ids: Iterable[int] = (),
+    never: Sequence[int] = (),
+    seed: int | None = None,
+    uniforms: torch.Tensor | None = None,
+    batch_size: int = 64,
+    on_token: Callable | None = None,
+    progress: Callable | None = None,
+) -> Generation:
     """Sample `samples_per_prompt` completions for each prompt. Returns a `Generation`.
 
     prompts: token ids, one list per prompt. temperature: 0 is greedy; the log-probs are then those at temperature 1.
@@ -75,6 +77,8 @@ def generate(
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64)
     assert uniforms.shape == (rows, max_new_tokens), (uniforms.shape, rows, max_new_tokens)
+    completions: list[list[int]]
+    logprobs: list[list[float]]
     completions, logprobs, reasons = [[]] * rows, [[]] * rows, ["length"] * rows
 
     prompts_at_once = max(1, batch_size // samples_per_prompt)
@@ -151,7 +155,7 @@ def _draw(logits, uniform, temperature, top_k, top_p):
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
-def inverse_cdf(p, uniform):
+def inverse_cdf(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """For each row of p (B, V), the first token at which the running sum of p exceeds `uniform` (B,) times the total.
 
     It works in two steps: it finds a block of BLOCK tokens, then the token in the block. On a CPU, the running sum over
@@ -173,7 +177,9 @@ def _first_above(ends, target):
     return torch.minimum(found, torch.searchsorted(ends, ends[:, -1:].contiguous()))
 
 
-def tempered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
+def tempered_logprobs(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
     """Log-probs (B, V), float32, nats, of the distribution that is sampled from logits (B, V).
 
     The logits are divided by the temperature, then truncated and renormalised. top_k keeps the k most probable tokens.
@@ -214,7 +220,7 @@ COSTS = {
 }
 
 
-def batches_of(prompts, size, one_length=False):
+def batches_of(prompts: list[list[int]], size: int, one_length: bool = False) -> list[list[int]]:
     """Indices of prompts in batches of `size`. Prompts of similar length share a batch, so that it has little padding.
 
     one_length: only prompts of the same length share a batch.
@@ -222,7 +228,7 @@ def batches_of(prompts, size, one_length=False):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if not one_length:
         return [order[start : start + size] for start in range(0, len(order), size)]
-    groups = {}
+    groups: dict[int, list[int]] = {}
     for i in order:
         groups.setdefault(len(prompts[i]), []).append(i)
     return [g[start : start + size] for g in groups.values() for start in range(0, len(g), size)]
@@ -263,7 +269,7 @@ class _PlainBatch:
         self.ids = torch.tensor(prompts, device=device).repeat_interleave(samples, 0)
         self._forward(self.ids)
 
-    def step(self, token):
+    def step(self, token: torch.Tensor) -> None:
         """Append one token to each row. token: (B,)."""
         self.ids = torch.cat([self.ids, token[:, None]], 1)
         self._forward(token[:, None] if self.with_cache else self.ids)
@@ -310,7 +316,7 @@ class _Batch:
         room = mask.new_zeros(len(prompts), capacity - self.length)
         self.seen = torch.cat([mask, room], 1).bool().repeat_interleave(samples, 0)  # (B, keys)
 
-    def step(self, token):
+    def step(self, token: torch.Tensor) -> None:
         """Append one token to each row. token: (B,)."""
         self.seen[:, self.length] = True
         if self.decoder:
@@ -321,7 +327,7 @@ class _Batch:
         self.next_position = self.next_position + 1
         self.length += 1
 
-    def move(self, holes, movers, count):
+    def move(self, holes: Any, movers: Any, count: int) -> None:
         """Continue with `count` rows; see `_moves`."""
         self.seen, self.next_position = (_moved(x, holes, movers, count) for x in (self.seen, self.next_position))
         self.cache.move(holes, movers, count)
@@ -354,13 +360,15 @@ class _PreallocatedLayer(DynamicLayer):
         super().__init__()
         self.capacity, self.length, self.decoding = capacity, 0, False
 
-    def lazy_initialization(self, key_states, value_states):
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = _room(key_states, self.capacity)
-        self.values = _room(value_states, self.capacity)
+        self.keys: torch.Tensor = _room(key_states, self.capacity)
+        self.values: torch.Tensor = _room(value_states, self.capacity)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
@@ -369,7 +377,7 @@ class _PreallocatedLayer(DynamicLayer):
         self.length = end
         return (self.keys, self.values) if self.decoding else (self.keys[:, :, :end], self.values[:, :, :end])
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
         return self.length
 
 
@@ -382,18 +390,20 @@ class _PreallocatedCache(Cache):
     def __init__(self, layers, capacity):
         super().__init__(layers=[_PreallocatedLayer(capacity) for _ in range(layers)])
 
-    def decoding(self):
+    def decoding(self) -> None:
         """Call this after the prefill. From now on each step adds one token per row."""
+        layer: Any  # a _PreallocatedLayer
         for layer in self.layers:
             layer.decoding = True
 
-    def move(self, holes, movers, count):
+    def move(self, holes: Any, movers: Any, count: int) -> None:
         """Remove finished rows from all layers; see `_moves`."""
+        layer: Any  # a _PreallocatedLayer
         for layer in self.layers:
             layer.keys, layer.values = (_moved(x, holes, movers, count) for x in (layer.keys, layer.values))
 
 
-def common_prefix(prompts):
+def common_prefix(prompts: list[list[int]]) -> int:
     """The length of the common prefix of all prompts, in tokens. Each prompt keeps at least one token of its own.
 
     0 for a single prompt.
@@ -418,7 +428,15 @@ def _decode_attention(model):
             inner.set_attn_implementation(before)
 
 
-def check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt):
+def check_sampling(
+    model: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    samples_per_prompt: int,
+) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for i, prompt in enumerate(prompts):
         if not len(prompt):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +24,11 @@ from models.tiny import TINY_MODELS, build_tiny
 from models.tokens import add_stop_ids, note_vocabulary
 from runtime.files import in_root, read_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def resolve_model(name):
+
+def resolve_model(name: str | Path) -> str | Path:
     """The folder (a Path) or the hub id (a str) of a `model_name`. Raises UserError for a name that is neither."""
     name = str(name)
     folder = in_root(name)
@@ -46,7 +51,14 @@ def resolve_model(name):
     return name
 
 
-def load_model(name, dtype=torch.float32, device=None, merge_adapter=False, trainable=False, **options):
+def load_model(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    merge_adapter: bool = False,
+    trainable: bool = False,
+    **options,
+) -> Any:
     """Load a causal language model in eval mode.
 
     dtype: dtype of the weights; use float32 for weights that will be trained. device: default `pick_device()`.
@@ -73,7 +85,7 @@ def load_model(name, dtype=torch.float32, device=None, merge_adapter=False, trai
     return model.to(device or pick_device()).eval()
 
 
-def load_tokenizer(name):
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. A missing pad token is set to eos: masks come from lengths, not from token ids.
 
     Raises UserError if it has no end-of-sequence token, or if the model reads no text.
@@ -116,13 +128,13 @@ def _generation_stops(name):
         return None
 
 
-def same_tokens(tokenizer, name):
+def same_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
     """Raise UserError if the model `name` has another vocabulary than `tokenizer`: its log-probs would mean nothing."""
     if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{name} has another tokenizer than the model that it is to work with: give another one")
 
 
-def model_config(name):
+def model_config(name: str | Path) -> Any:
     """The configuration of a model, as transformers reads it. For an adapter: the configuration of its base."""
     from transformers import AutoConfig
 
@@ -130,24 +142,24 @@ def model_config(name):
     return model_config(adapter_base(path)) if _is_adapter(path) else _read(AutoConfig, path, name)
 
 
-def context_length(model):
+def context_length(model: Any) -> int | None:
     """The most tokens that a model reads in a row; None where its positions have no end (ALiBi, recurrent layers)."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def state_size(model):
+def state_size(model: torch.nn.Module) -> int:
     """The size of the hidden states that the head reads: mostly `hidden_size`, but not in OPT-350m."""
     return unwrapped(model).get_output_embeddings().weight.shape[-1]
 
 
-def check_length(model, config):
+def check_length(model: torch.nn.Module, config: Any) -> None:
     """Raise UserError if config.max_length (in tokens) is longer than the context of the model."""
     context = context_length(model)
     if context and config.max_length > context:
         raise UserError(f"max_length = {config.max_length}: {config.model_name} reads at most {context} tokens")
 
 
-def adapter_base(folder):
+def adapter_base(folder: str | Path) -> str:
     """The name of the base model in the adapter_config.json of the adapter in `folder`.
 
     Raises UserError if it names no base, a base that is not there, or another adapter, or if it is no LoRA adapter.
@@ -215,7 +227,7 @@ def _resize_vocabulary(model, stored):
             return
 
 
-def read_weights(auto_class, path, name, new=(), **options):
+def read_weights(auto_class: Any, path: str | Path, name: str | Path, new: Sequence[str] = (), **options) -> Any:
     """A transformers model with the memory-efficient layers of models/fast/layers.py and matmul attention.
 
     The weights are read from safetensors only. new: names of weights that may be missing, because training makes them.
@@ -253,7 +265,7 @@ def _first_line(error):
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
 
 
-def portable_name(path):
+def portable_name(path: str | Path) -> str:
     """The name of an adapter's base: relative to the repository if it lies inside, so that a moved copy still loads."""
     return shown(path) if isinstance(path, Path) else path
 
@@ -283,7 +295,7 @@ def _read(auto_class, path, name, **options):
         ) from None
 
 
-def weights_hash(model):
+def weights_hash(model: torch.nn.Module) -> str:
     """A hash of all weights of the model, adapters included: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):

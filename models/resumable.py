@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,15 +18,25 @@ from runtime.console import clock, say
 from runtime.run_folder import hold, release
 
 
-def partial_path(out):
+def partial_path(out: Path) -> Path:
     """The path of the file that keeps the completions until the file `out` is written."""
     return out.with_name(out.name + ".partial")
 
 
 def generate_resumable(
-    path, identity, model, prompts, max_new_tokens, temperature, samples_per_prompt, stop_ids, seed, batch_size, show,
-    never=(),
-):  # fmt: skip
+    path: Path,
+    identity: Any,
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    samples_per_prompt: int,
+    stop_ids: Sequence[int],
+    seed: int,
+    batch_size: int,
+    show: Callable | None,
+    never: Sequence[int] = (),
+) -> tuple[Generation, float]:
     """Call `generate`, and keep finished batches in the file `path` until `discard(path)`.
 
     Returns (the Generation, seconds spent on it before an interruption). The completions are exactly those of one call
@@ -34,7 +47,11 @@ def generate_resumable(
     The other arguments are those of `generate`. Raises UserError as `generate` does.
     """
     check_sampling(model, prompts, max_new_tokens, temperature, 0, 1.0, samples_per_prompt)
-    settings = {"samples_per_prompt": samples_per_prompt, "stop_ids": stop_ids, "temperature": temperature}
+    settings: dict[str, Any] = {
+        "samples_per_prompt": samples_per_prompt,
+        "stop_ids": stop_ids,
+        "temperature": temperature,
+    }
     settings |= {"never": list(never)} if never else {}
     text = json.dumps([identity, prompts, max_new_tokens, settings, seed, batch_size], sort_keys=True)
     header = {"answers_of": hashlib.sha256(text.encode()).hexdigest()}
@@ -63,7 +80,7 @@ def generate_resumable(
             index = [i * samples_per_prompt + s for i in batch for s in range(samples_per_prompt)]
             if number == len(done):
                 began = time.time()
-                share = {"uniforms": uniforms[index], "batch_size": batch_size}
+                share: dict[str, Any] = {"uniforms": uniforms[index], "batch_size": batch_size}
                 part = generate(model, [prompts[i] for i in batch], max_new_tokens, **settings, **share)
                 done.append({**vars(part), "seconds": time.time() - began})
                 file.write(json.dumps(done[-1]) + "\n")
@@ -94,7 +111,7 @@ def _read(path, header):
     return done, size
 
 
-def discard(path):
+def discard(path: Path) -> None:
     """Remove the file of kept completions and its lock. Call it when the final file is written."""
     path.unlink(missing_ok=True)
     release(path)

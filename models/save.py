@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from runtime.files import synced
 
+if TYPE_CHECKING:
+    pass
 
-def save_model(model, tokenizer, folder):
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the weights and the tokenizer. config.json is written last, so a kill leaves no half-written model."""
     temporary = folder / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

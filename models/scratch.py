@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from configs.config import UserError
@@ -9,8 +12,11 @@ from models.fast.attention import use_matmul_attention
 from models.fast.layers import use_memory_efficient_layers
 from models.tiny import CHAT_TEMPLATE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-def train_tokenizer(documents, vocab_size):
+
+def train_tokenizer(documents: Sequence[dict], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016) with `vocab_size` ids. It encodes any text without loss.
 
     documents: those of `load_corpus`. Raises UserError if the corpus is too small for so many ids.
@@ -46,7 +52,9 @@ def _texts(documents):
             yield from [value] if isinstance(value, str) else [m["content"] for m in value or []]
 
 
-def build_scratch(architecture, layers, width, heads, context, tokenizer, seed):
+def build_scratch(
+    architecture: str, layers: int, width: int, heads: int, context: int, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Any:
     """A causal language model with random float32 weights, initialised as transformers does for the architecture.
 
     architecture: "llama" (rotary positions, RMSNorm, SwiGLU of 8/3 width) or "gpt2" (learned positions, LayerNorm).
@@ -55,15 +63,25 @@ def build_scratch(architecture, layers, width, heads, context, tokenizer, seed):
     """
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config: Any
+    shape: dict[str, Any]
+    ids: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     if architecture == "gpt2":
-        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": context}
         config = GPT2Config(vocab_size=len(tokenizer), **shape, **dropout, **ids)
     else:
         inner = -(-width * 8 // 3 // 32) * 32  # 8/3 of the width, rounded up to a multiple of 32
         shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
-        attention = {"num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": context}
+        attention: dict[str, Any] = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": context,
+        }
         config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **attention, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

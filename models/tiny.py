@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from configs.config import ROOT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -23,7 +27,7 @@ CHAT_TEMPLATE = (
 TINY_MODELS = ("tiny-llama", "tiny-gpt2")  # rotary positions, learned positions
 
 
-def byte_tokenizer(chat=True):
+def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """A tokenizer with one id for each byte and three special tokens; pad is its own token only without `chat`."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
@@ -43,7 +47,7 @@ def byte_tokenizer(chat=True):
     return fast
 
 
-def tiny_config(name, vocab_size, eos_token_id, **changes):
+def tiny_config(name: str, vocab_size: int, eos_token_id: int | None, **changes) -> PreTrainedConfig:
     """The configuration of a tiny model. `changes` override single entries (dropout in a test, for example)."""
     from transformers import GPT2Config, LlamaConfig
 
@@ -57,7 +61,7 @@ def tiny_config(name, vocab_size, eos_token_id, **changes):
     return LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **{**shape, **heads, **ids, **changes})
 
 
-def save_whole(model, folder):
+def save_whole(model: Any, folder: str | Path) -> None:
     """Call `save_pretrained` so that it writes in every process.
 
     Once processes are connected, transformers (5.23) writes on rank 0 only, without a message. Here the first process
@@ -67,7 +71,7 @@ def save_whole(model, folder):
     model.save_pretrained(folder)
 
 
-def build_tiny(name):
+def build_tiny(name: str) -> Path:
     """The folder of a tiny model. It is made on first use, atomically: other processes see all of it or nothing."""
     from transformers import AutoModelForCausalLM
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from configs.config import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def prompt_ids(tokenizer, prompt):
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
     """The token ids of a prompt. Training, rollouts, evaluation and inference all use this function.
 
     prompt: a list of chat messages, or a plain text. With a chat template, a text is one user message. Without a
@@ -45,12 +50,12 @@ def prompt_ids(tokenizer, prompt):
     return readable(tokenizer, ids)
 
 
-def render(tokenizer, messages, add_generation_prompt=False):
+def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """Messages as the text that the chat template makes of them."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def end_of_turn(tokenizer):
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id with which the chat template ends a message of the assistant; without one, or a template, eos.
 
     It is the target after a completion: a model that learns another one would not stop where its template does.
@@ -60,22 +65,22 @@ def end_of_turn(tokenizer):
     return _ends[tokenizer]
 
 
-def stop_ids(tokenizer):
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All ids that end a completion, in order: the end of a turn, eos, and those of the model's generation_config."""
     return tuple(sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *_of_config.get(tokenizer, ())}))
 
 
-def note_vocabulary(tokenizer, rows, without_token):
+def note_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, without_token: Iterable[int]) -> None:
     """Remember how many embedding rows the model of a tokenizer has, and which of their ids have no token."""
     _vocabulary[tokenizer] = (rows, tuple(without_token))
 
 
-def never_sampled(tokenizer):
+def never_sampled(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids that a model must not sample: its embedding has rows for them, its tokenizer no token. Mostly none."""
     return _vocabulary.get(tokenizer, (None, ()))[1]
 
 
-def readable(tokenizer, ids):
+def readable(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """These ids. Raises UserError for one that the model has no embedding row for: some tokenizers have more ids."""
     rows = _vocabulary.get(tokenizer, (None, ()))[0]
     odd = next((i for i in ids if rows is not None and i >= rows), None)
@@ -88,7 +93,7 @@ def readable(tokenizer, ids):
     return ids
 
 
-def add_stop_ids(tokenizer, ids):
+def add_stop_ids(tokenizer: PreTrainedTokenizerBase, ids: int | list[int] | None) -> None:
     """Remember the stop ids of a model's generation_config with its tokenizer; None for none."""
     found = [ids] if isinstance(ids, int) else ids or []
     _of_config[tokenizer] = tuple(i for i in found if i is not None)
@@ -113,7 +118,7 @@ def _find_end(tokenizer):
     return next((i for i in ids if i in special), tokenizer.eos_token_id)
 
 
-def completion_ids(tokenizer, completion):
+def completion_ids(tokenizer: PreTrainedTokenizerBase, completion: str | list[dict]) -> list[int]:
     """The token ids of a completion, with the stop token at the end.
 
     The completion is tokenised without the prompt, so no token can span the boundary between them.
@@ -143,6 +148,6 @@ def _adds_bos(tokenizer):
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def completion_text(tokenizer, ids):
+def completion_text(tokenizer: Any, ids: list[int]) -> str:
     """The text of sampled ids, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()

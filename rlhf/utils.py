@@ -5,13 +5,23 @@ All per-token tensors have shape (B, T-1) and are aligned with `input_ids[:, 1:]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from configs.config import UserError
 from models.fast.head import head_logprobs, hidden_states, output_head
 
 
-def token_logprobs(model, input_ids, attention_mask, temperature=1.0, where=None, entropy=False):
+def token_logprobs(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    temperature: float = 1.0,
+    where: torch.Tensor | None = None,
+    entropy: bool = False,
+) -> Any:
     """Log-prob of each token given the tokens before it, (B, T-1), float32, nats, at the sampling temperature.
 
     Positions come from the mask, so left-padded, right-padded and unpadded rows get the same values.
@@ -30,7 +40,7 @@ def token_logprobs(model, input_ids, attention_mask, temperature=1.0, where=None
     return empty.masked_scatter(at, measured)
 
 
-def masked_mean(x, mask, dim=None):
+def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """Mean of x over the entries with mask 1; 0 if there are none. Masked entries may be anything, inf and NaN too."""
     x = torch.where(mask.bool(), x, 0.0)
     if dim is None:
@@ -38,7 +48,9 @@ def masked_mean(x, mask, dim=None):
     return x.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def masked_whiten(x, mask, shift_mean=True, reduce=None):
+def masked_whiten(
+    x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, reduce: Callable | None = None
+) -> torch.Tensor:
     """(x - mean) / sqrt(population variance + 1e-8) over the counted entries. Masked entries become 0.
 
     shift_mean=False keeps the mean. reduce: a function that sums a tensor over all processes; then mean and variance
@@ -57,7 +69,7 @@ def masked_whiten(x, mask, shift_mean=True, reduce=None):
     return torch.where(mask, white, 0.0)
 
 
-def kl_estimate(logprobs, ref_logprobs, kind):
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
     """Per-token estimates (B, T-1) of KL(policy || reference) on tokens that the policy sampled.
 
     With d = logprobs - ref_logprobs:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d
@@ -78,7 +90,9 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     raise UserError(f"KL estimator {kind!r}: must be k1, k2 or k3")
 
 
-def pad_rows(rows, value, device, left=False):
+def pad_rows(
+    rows: Sequence[Sequence[float]], value: float, device: torch.device | str, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(tensor (B, longest), mask) of lists of numbers, padded with `value` on the right, or on the left with `left`.
 
     The mask is 1 on real entries. A float `value` gives a float32 tensor, an int gives int64.
@@ -93,7 +107,13 @@ def pad_rows(rows, value, device, left=False):
     return torch.tensor(filled, dtype=dtype, device=device), torch.tensor(mask, device=device)
 
 
-def completion_batch(prompts, completions, pad_id, device, width=None):
+def completion_batch(
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    pad_id: int,
+    device: torch.device | str,
+    width: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prompts and completions as right-padded (input_ids, attention_mask, mask). mask (B, T-1) is 1 on the completion.
 
     The masks come from lengths, never from token ids: if pad equals eos, the final eos still counts.

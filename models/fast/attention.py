@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -57,8 +59,9 @@ class Ragged:
     shared: int = 0
 
     @staticmethod
-    def of(lengths, device, shared=0):
+    def of(lengths: Sequence[int], device: torch.device | str, shared: int = 0) -> Ragged:
         """The `Ragged` for rows of these lengths. Each length includes the `shared` tokens."""
+        places: Any  # a list, then a tensor
         aligned = ALIGNED[torch.device(device).type]
         width, places = -(-max(lengths) // aligned) * aligned, []
         for r, length in enumerate(lengths):
@@ -69,11 +72,11 @@ class Ragged:
         padded.view(-1)[places] = torch.arange(len(places), device=device)
         return Ragged(padded.view(-1), places, (len(lengths), width), shared)
 
-    def pad(self, x):
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
         """(1, heads, N, D) as (R, heads, T, D)."""
         return _Padded.apply(x[0].transpose(0, 1), self).unflatten(0, self.shape).transpose(1, 2)
 
-    def unpad(self, x):
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
         """(R, T, ...) as (1, N, ...)."""
         return _Unpadded.apply(x.flatten(0, 1), self)[None]
 
@@ -115,12 +118,12 @@ class _Unpadded(torch.autograd.Function):
         return empty.index_copy_(0, ctx.rows.places, gradient), None
 
 
-def takes_ragged(model):
+def takes_ragged(model: Any) -> bool:
     """Whether the transformers model `model` uses matmul attention. Then its forward pass takes `rows=`."""
     return model.config._attn_implementation == NAME
 
 
-def use_matmul_attention(model):
+def use_matmul_attention(model: Any) -> Any:
     """Replace PyTorch's attention kernel by `attention` in the transformers model `model`. Returns `model`.
 
     Architectures that do not support a custom attention function keep their own.
@@ -130,7 +133,17 @@ def use_matmul_attention(model):
     return model
 
 
-def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, rows=None, **kwargs):
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    rows: Ragged | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
     """softmax(query key^T * scaling + mask) value. The arguments are those of an attention function of transformers.
 
     query: (B, heads, T, D). key, value: (B, kv_heads, L, D); each serves heads / kv_heads query heads.
@@ -167,7 +180,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     return out.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3), None
 
 
-def mask_of_pass(*args, dtype=torch.float32, **kwargs):
+def mask_of_pass(*args, dtype: torch.dtype = torch.float32, **kwargs) -> torch.Tensor | None:
     """The mask of a forward pass. For matmul attention it is made additive here, once for all layers."""
     mask = sdpa_mask(*args, dtype=dtype, **kwargs)
     if mask is None or mask.device.type != "cpu":
@@ -181,12 +194,12 @@ AttentionMaskInterface.register(NAME, mask_of_pass)
 
 
 @functools.lru_cache(maxsize=1)
-def causal_mask(length, keys, dtype):
+def causal_mask(length: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
     """An additive causal mask (1, 1, length, keys): each of the last `length` tokens sees itself and earlier tokens."""
     return added_mask(torch.ones(length, keys, dtype=torch.bool).tril(keys - length)[None, None], dtype)
 
 
-def added_mask(mask, dtype):
+def added_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Turn a bool mask (True where a key is seen) into numbers of `dtype` that are added to the scores.
 
     An additive mask is only cast to `dtype`. A key that is not seen gets a large negative number instead of -inf:
@@ -199,7 +212,7 @@ def added_mask(mask, dtype):
 
 
 @functools.lru_cache(maxsize=1)  # a tensor is known by its identity: all layers of a pass get the same mask
-def windowed(mask, window):
+def windowed(mask: torch.Tensor, window: int) -> torch.Tensor:
     """The mask, bool or additive, restricted to a window: each token sees the last `window` of its tokens, with itself.
 
     A token sees the tokens of its sequence in order, and itself last. So the number of seen tokens from a key on is the
@@ -220,12 +233,12 @@ class Block:
     mask: torch.Tensor  # (B or 1, 1, queries, keys)
     length: int  # T
 
-    def rows(self, x):
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
         """The part of x (B, kv_heads, T * group, ...) that belongs to the queries of this block."""
         group = x.shape[2] // self.length
         return x[:, :, self.queries.start * group : self.queries.stop * group]
 
-    def seen(self, x):
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
         """The part of x (B, kv_heads, L, ...) that belongs to the keys of this block."""
         return x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys)
 
@@ -267,7 +280,7 @@ class _Attention(torch.autograd.Function):
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
 
-def blocks_of(mask):
+def blocks_of(mask: torch.Tensor | None) -> list[Block] | None:
     """The `Block`s of an additive mask; None if one block would hold all queries."""
     return None if mask is None or mask.shape[2] <= BLOCK else _find_blocks(mask)
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from models.fast.layers import GatedMLP, RMSNorm, rms_norm
 ROWS = 32  # the batch size that the packed layout is made for; other batch sizes work, too
 
 
-def decoder_for(model):
+def decoder_for(model: Any) -> Decoder | None:
     """A `Decoder` of `model`. None if a part of the model is not supported here: an adapter, a bias, a hook."""
     if type(model).__name__ != "LlamaForCausalLM" or model.device.type not in ("cpu", "cuda"):
         return None
@@ -113,7 +115,7 @@ class CudaGraphDecoder:
         return self.logits
 
 
-def record(run, device):
+def record(run: Callable, device: torch.device) -> tuple[Callable, Any]:
     """Capture run() as a CUDA graph. Returns (replay, result): replay() repeats the GPU work and updates `result`.
 
     It works like `torch.cuda.graph`, but does not empty the allocator's cache, because the passes after sampling would
@@ -139,7 +141,7 @@ def record(run, device):
 
 
 @functools.cache
-def side_stream(device):
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One CUDA stream for all captures: each stream that is used keeps a cuBLAS workspace until the process ends."""
     return torch.cuda.Stream(device)
 
@@ -166,7 +168,7 @@ def _product(*linears):
 
 
 @functools.cache
-def packs():
+def packs() -> bool:
     """Whether torch can pack weights for oneDNN here. The operation is internal to torch's compiler and may change."""
     weight, x = torch.eye(16, dtype=torch.bfloat16), torch.ones(2, 16, dtype=torch.bfloat16)
     try:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -29,19 +31,25 @@ PIECE = {"cpu": 26 << 20, "cuda": 128 << 20}
 HELD = {"cpu": 100 << 20, "cuda": 512 << 20}
 
 
-def unwrapped(model):
+def unwrapped(model: torch.nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper (adapters stay active: they live in its layers)."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def positions(attention_mask):
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids (B, T). They count from 0 at the first real token of each row, with left or right padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def hidden_states(model, input_ids, attention_mask=None, position_ids=None, **options):
+def hidden_states(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: Any = None,
+    position_ids: torch.Tensor | None = None,
+    **options,
+) -> torch.Tensor:
     """The output (B, T, H) of the transformer's body after its final norm. The head reads it.
 
     attention_mask: (B, T), 1 on real tokens; or (B, 1, T, T), True where a token (third axis) sees another (fourth),
@@ -73,12 +81,12 @@ class OutputHead:
     softcap: float | None = None
 
     @property
-    def plain(self):
+    def plain(self) -> bool:
         """Whether the logits are only the matmul; then this file needs little memory."""
         bare = type(self.module) is torch.nn.Linear and self.module.bias is None
         return bare and self.scale == 1.0 and self.softcap is None
 
-    def logits(self, hidden):
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V), in float32 at least."""
         made = self.module(hidden)
         made = made.to(torch.promote_types(made.dtype, torch.float32)) * self.scale
@@ -88,7 +96,7 @@ class OutputHead:
 _heads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: its OutputHead
 
 
-def output_head(model, name="this model"):
+def output_head(model: torch.nn.Module, name: str = "this model") -> OutputHead:
     """The `OutputHead` of a model, detected once by a forward pass over two tokens.
 
     Raises UserError that names the model if its logits have another form.
@@ -101,7 +109,7 @@ def output_head(model, name="this model"):
     return known
 
 
-def check_head(model, name):
+def check_head(model: torch.nn.Module, name: str) -> None:
     """Raise UserError unless an `OutputHead` gives the logits of `model`."""
     output_head(model, name)
 
@@ -130,7 +138,13 @@ def _find_head(model, module, name):
     )
 
 
-def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):
+def head_logprobs(
+    head: OutputHead | torch.nn.Linear,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> Any:
     """log softmax(logits / temperature)[targets] in float32 (float64 for a float64 model), piece by piece.
 
     head: an `OutputHead`, or a Linear without bias. hidden: (N, H). targets: (N,) token ids. Returns (N,), and with
@@ -145,7 +159,9 @@ def head_logprobs(head, hidden, targets, temperature=1.0, entropy=False):
     return found if entropy else found[0]
 
 
-def head_nll(head, hidden, targets, compiled=False):
+def head_nll(
+    head: OutputHead | torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, compiled: bool = False
+) -> torch.Tensor:
     """The sum over all rows of -log softmax(logits)[targets] in nats: a scalar; the arguments as above.
 
     compiled: compute the softmax and its gradient in one kernel; torch.compile makes it at the first call.
@@ -257,7 +273,7 @@ class HeadNLL(torch.autograd.Function):
         return *(None if x is None else x.mul_(gradient) for x in ctx.saved_tensors), None, None, None
 
 
-def nll_of_logits(logits, targets):
+def nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[targets], (n,), in nats. The logits (n, V) are overwritten by its gradient.
 
     These are the equations of `HeadNLL` on all logits at once. When compiled, only the logits are in memory.
@@ -269,12 +285,12 @@ def nll_of_logits(logits, targets):
 
 
 @functools.cache
-def compiled_nll():
+def compiled_nll() -> Callable:
     # Inductor's online softmax does not support rows this long: it would print a warning and use this one
     return torch.compile(nll_of_logits, options={"online_softmax": False})
 
 
-def pieces(length, size):
+def pieces(length: int, size: int) -> list[slice]:
     """Slices of `size` rows over `length` rows."""
     return [slice(start, start + size) for start in range(0, length, size)]
 
@@ -306,11 +322,11 @@ class Logits:
             made = self.made[: len(hidden)]
             yield at, made if self.kept else torch.mm(hidden, self.weight.T, out=made)
 
-    def parts(self, made):
+    def parts(self, made: torch.Tensor) -> list[slice]:
         """Slices of the rows of `made`, small enough for one softmax."""
         return pieces(len(made), self.piece)
 
-    def log_softmax(self, made, temperature):
+    def log_softmax(self, made: torch.Tensor, temperature: float) -> torch.Tensor:
         """log softmax(logits (n, V) / temperature), in float32 or wider. It may overwrite `made`."""
         logits = made if self.room is self.made else self.room[: len(made)].copy_(made)
         if temperature != 1.0:
@@ -318,7 +334,7 @@ class Logits:
         return torch.log_softmax(logits, -1, out=logits)
 
 
-def residual(minus_p, targets, temperature):
+def residual(minus_p: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
     """(onehot(targets) - p) / temperature, from -p, in place: the gradient of log p(target) in the logits.
 
     1 - p is computed before any rounding to bf16: if p is almost 1, this small difference is the gradient.
@@ -327,7 +343,7 @@ def residual(minus_p, targets, temperature):
     return minus_p.div_(temperature) if temperature != 1.0 else minus_p
 
 
-def add_product(total, d, hidden, dtype):
+def add_product(total: torch.Tensor | None, d: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """total + d.T @ hidden in `dtype`, in place. A total of None counts as 0."""
     hidden = hidden.to(d.dtype)
     if total is None:

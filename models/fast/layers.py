@@ -11,6 +11,8 @@ same. Unknown layers are not changed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -23,7 +25,7 @@ GELUS = ("NewGELUActivation",)  # GPT-2's activation; torch has a fused form of 
 BEFORE_PRODUCTS = ("input_layernorm", "post_attention_layernorm")  # norms whose output only goes into linear layers
 
 
-def use_memory_efficient_layers(model):
+def use_memory_efficient_layers(model: torch.nn.Module) -> Any:
     """Replace the layers of `model` by the layers of this file that compute the same. Returns `model`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -37,7 +39,7 @@ def use_memory_efficient_layers(model):
     return model
 
 
-def product_dtype(x):
+def product_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes on `x`: the autocast dtype if autocast is on, else the dtype of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -53,12 +55,12 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.weight, self.eps, self.before_products = weight, eps, before_products
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = product_dtype(x) if self.before_products else torch.promote_types(x.dtype, self.weight.dtype)
         return _Norm.apply(x, self.weight, self.eps, dtype)
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(output of the RMSNorm, 1 / sqrt(mean(x^2) + eps)). The second, (..., 1), is for the backward pass."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))  # float64 stays
     scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -92,7 +94,7 @@ class GatedMLP(torch.nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if type(self.down_proj) is torch.nn.Linear and self.down_proj.bias is None:
             return _GatedDown.apply(gate, up, self.down_proj.weight)

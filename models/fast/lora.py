@@ -10,6 +10,8 @@ peft's methods (merge, disable, switch adapters) stay the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.lora import Linear
 from torch.autograd.function import once_differentiable
@@ -17,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from models.fast.layers import product_dtype
 
 
-def use_memory_efficient_adapters(model):
+def use_memory_efficient_adapters(model: torch.nn.Module) -> Any:
     """Give the plain LoRA layers of a PEFT model the forward pass of this file. Returns `model`."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear:
@@ -28,7 +30,7 @@ def use_memory_efficient_adapters(model):
 class MemoryEfficientLinear(Linear):
     """base(x) + B(A(x)) * scaling (Hu et al. 2022, eq. 3), for one adapter on a frozen base; else peft's forward."""
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs or not self._plain(names[0], x):
             return super().forward(x, *args, **kwargs)
