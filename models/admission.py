@@ -5,7 +5,8 @@ batch with a cache. The slow way, each sequence in a separate row, is right for 
 is right depends on the architecture: a model may ignore position ids, carry a state from token to token, or see only a
 window. So a check runs when a model is first used for a kind of work. It computes a few dozen tokens by the plain
 forward pass of transformers, one sequence at a time, and by each way. The first way with equal results is used. A
-message names a slower way. If no way is right, a UserError is raised. The check cannot be turned off.
+message names a slower way. If no way is right, a UserError is raised. So is it for a model whose tokens see later
+tokens (BERT, XLNet): it is no causal model. The check cannot be turned off.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from configs.config import UserError
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
-from models.fast.head import unwrapped
+from models.fast.head import body, hidden_states, name_of, unsupported, unwrapped
 from runtime.console import say
 
 # allowed mean difference / mean size of the compared numbers: far above rounding, far below all known errors
@@ -42,11 +43,9 @@ class Admitted:
     seconds: float
 
 
-_admitted: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # model: {(kind, whether beyond its window): Admitted}
-
-
+# model: {(kind, whether beyond its window): Admitted}
+_admitted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_causal: weakref.WeakSet = weakref.WeakSet()  # models whose tokens see no later tokens
 _said: set[tuple] = set()  # messages that were printed: a run loads some models twice
 
 
@@ -81,6 +80,7 @@ def admit(
     beyond = window is not None and longest > window
     known = _admitted.setdefault(inner, {})
     if (kind, beyond) not in known:
+        _check_causal(model)
         context = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         lengths: tuple[int, ...] = (window + LAST + 4 if beyond else 19, 11, 14)
         lengths = tuple(int(min(n, max(2, context - BEFORE))) for n in lengths)
@@ -89,11 +89,11 @@ def admit(
         said = (type(inner).__name__, kind, found.way)
         if found.way != ways[0] and said not in _said:
             _said.add(said)
-            name = getattr(inner.config, "name_or_path", "") or type(inner).__name__
             why = ", ".join(
                 f"{way} is {apart:.1e} from the plain forward pass" for way, apart in found.differed.items()
             )
-            say(f"{type(inner).__name__} ({name}), {kind}: {found.way}. {(costs or {}).get(found.way, '')} ({why})")
+            cost = (costs or {}).get(found.way, "")
+            say(f"{type(inner).__name__} ({name_of(model)}), {kind}: {found.way}. {cost} ({why})")
     return known[kind, beyond].way
 
 
@@ -102,26 +102,81 @@ def admitted(model: torch.nn.Module) -> list[dict]:
     return [vars(found) for found in _admitted.get(unwrapped(model), {}).values()]
 
 
-@torch.no_grad()
-def _try_ways(model, kind, ways, check, lengths):
-    began, training, differed, errors = time.time(), model.training, {}, []
-    weight = model.get_input_embeddings().weight
+@contextlib.contextmanager
+def _checking(model):
+    """A context for a check: eval mode, no gradients, no autocast, exact weights. It gives the dtype of the weights."""
+    training, embedding = model.training, model.get_input_embeddings()
     model.eval()
     try:
-        with torch.autocast(weight.device.type, enabled=False), exact_weights(unwrapped(model)):
-            for way in ways:
-                far = apart(*_attempt(check, way, lengths, errors))
-                if far <= TOLERANCE[weight.dtype]:
-                    return Admitted(kind, way, far, differed, time.time() - began)
-                differed[way] = far
+        with torch.no_grad(), torch.autocast(embedding.weight.device.type, enabled=False):
+            with exact_weights(unwrapped(model)):
+                yield embedding.weight.dtype
     finally:
         model.train(training)
-    name = getattr(unwrapped(model).config, "name_or_path", "") or "the model"
+
+
+def _check_causal(model):
+    """Raise UserError if the hidden state of a token changes with the tokens after it."""
+    inner = unwrapped(model)
+    if inner in _causal:
+        return
+    [ids] = check_tokens(model, [12])
+    first = len(ids) // 2
+
+    def check(way, lengths):
+        longer, alone = plain_states(model, [ids, ids[:first]])
+        return [longer[:first]], [alone]
+
+    errors: list = []
+    with _checking(model) as dtype:
+        far = apart(*_attempt(check, "", (), errors))
+    if far > TOLERANCE[dtype]:
+        why = errors[-1] if errors else f"the states of a token change by {far:.1e} with the tokens after it"
+        raise UserError(f"{name_of(model)} is a {type(inner).__name__}, which is no causal language model here: {why}")
+    _causal.add(inner)
+
+
+def check_training(model: torch.nn.Module, noise: bool = False) -> None:
+    """Raise UserError if `model`, in the mode that it is in, has no gradients or is not the model of eval mode.
+
+    noise: whether it may differ from eval mode, because dropout is wanted.
+    """
+    training = model.training
+    [ids] = check_tokens(model, [12])
+    kind, trained = type(unwrapped(model)).__name__, [p for p in model.parameters() if p.requires_grad]
+    try:
+        with _checking(model) as dtype, torch.enable_grad():
+            [expected] = plain_states(model, [ids])
+            model.train(training)
+            states = hidden_states(model, torch.tensor([ids], device=expected.device))[0]
+            torch.autograd.grad(states.float().square().sum(), trained, allow_unused=True)
+            far = apart([states.detach()], [expected.detach()])
+    except Exception as error:
+        if not unsupported(error):
+            raise
+        raise UserError(
+            f"{name_of(model)} is a {kind}, which cannot be trained: {type(error).__name__}: {error}"
+        ) from None
+    if far > TOLERANCE[dtype] and not noise:
+        raise UserError(
+            f"{name_of(model)} is a {kind}, which computes other numbers in train mode than in eval mode ({far:.1e} "
+            "apart) though every dropout is 0. Try --gradient_checkpointing false, which trains in eval mode"
+        )
+
+
+def _try_ways(model, kind, ways, check, lengths):
+    began, differed, errors = time.time(), {}, []
+    with _checking(model) as dtype:
+        for way in ways:
+            far = apart(*_attempt(check, way, lengths, errors))
+            if far <= TOLERANCE[dtype]:
+                return Admitted(kind, way, far, differed, time.time() - began)
+            differed[way] = far
     tried = "; ".join(f"{way}: {apart:.1e}" for way, apart in differed.items())
     raise UserError(
-        f"{name} is a {type(unwrapped(model)).__name__}: {kind} cannot be computed right with it. Beside the plain "
-        f"forward pass of transformers, one sequence at a time, each way differs ({tried}; allowed is "
-        f"{TOLERANCE[weight.dtype]:.0e})" + (f". The last error was: {errors[-1]}" if errors else "")
+        f"{name_of(model)} is a {type(unwrapped(model)).__name__}: {kind} cannot be computed right with it. Beside the "
+        f"plain forward pass of transformers, one sequence at a time, each way differs ({tried}; allowed is "
+        f"{TOLERANCE[dtype]:.0e})" + (f". The last error was: {errors[-1]}" if errors else "")
     )
 
 
@@ -147,8 +202,8 @@ def _attempt(check, way, lengths, errors):
     """(found, expected) of a check; (None, None) if the architecture does not support this way."""
     try:
         return check(way, lengths)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        if isinstance(error, UserError) or "out of memory" in str(error).lower():
+    except Exception as error:
+        if not unsupported(error):
             raise
         errors.append(f"{type(error).__name__}: {str(error)[:200]}")
         return None, None
@@ -191,10 +246,9 @@ def kinds_of_layers(model: torch.nn.Module) -> list[str]:
 def plain_states(model: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
     """The hidden states (T, H) of each sequence alone, by the plain forward pass of transformers."""
     device = model.get_input_embeddings().weight.device
-    body = unwrapped(model).base_model
     rows = [torch.tensor([ids], device=device) for ids in sequences]
     with plain_attention(model):
-        return [body(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows]
+        return [body(model)(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows]
 
 
 def plain_logits(model: Any, sequences: list[list[int]], last: int) -> list[torch.Tensor]:

@@ -186,7 +186,7 @@ def _is_adapter(path):
 
 def _with_adapter(model, folder, trainable):
     """`model` with the adapter in `folder`. Raises UserError if the weights are damaged or do not fit exactly."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
     from models.fast.lora import use_memory_efficient_adapters
@@ -197,33 +197,50 @@ def _with_adapter(model, folder, trainable):
     try:
         with safe_open(file, "pt") as stored, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing weights; they raise UserError below
-            names = set(stored.keys())
-            _resize_vocabulary(model, stored)
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a file, not a dict
+            _resize_vocabulary(model, weights)
             model = use_memory_efficient_adapters(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
     except SafetensorError as error:
         raise UserError(f"the weights in {shown(folder)} are damaged: {error}") from None
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the adapter in {shown(folder)} does not fit its base: {_first_line(error)}") from None
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    known = set(get_peft_model_state_dict(model, save_embedding_layers=True))  # peft may save embeddings, too
-    odd = sorted((wanted - names) | (names - wanted - known))
+    set_adapter_weights(model, weights, folder)
+    return model
+
+
+@torch.no_grad()
+def set_adapter_weights(
+    model: Any, weights: dict[str, torch.Tensor], folder: Path, adapter_name: str = "default"
+) -> None:
+    """Copy the weights of an adapter's file into the adapter `adapter_name` of a PEFT model.
+
+    The names in the file are those of the model. peft's own loading renames the weights of some architectures, as
+    transformers does with the checkpoints of those, and skips a name that does not fit then.
+    Raises UserError, naming `folder`, if a weight of the adapter is missing or one in the file belongs to nothing.
+    """
+    from peft import get_peft_model_state_dict
+
+    wanted = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    # peft may save embeddings, too. These tensors share their memory with the model
+    known = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
+    odd = sorted((wanted - set(weights)) | (set(weights) - set(known)))
     if odd:
         raise UserError(
             f"the adapter in {shown(folder)} does not fit its base: {odd[0]} is only in the "
             f"{'base' if odd[0] in wanted else 'adapter'}"
         )
-    return model
+    for name, weight in weights.items():
+        known[name].copy_(weight)
 
 
-def _resize_vocabulary(model, stored):
-    """Give `model` as many embedding rows as the adapter's file `stored` holds, where it holds the embedding."""
+def _resize_vocabulary(model, weights):
+    """Give `model` as many embedding rows as the adapter's `weights` have, if they hold the embedding."""
     embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    for key in stored.keys():  # noqa: SIM118 - a file, not a dict
-        whole = key.startswith(f"base_model.model.{name}.") and key.endswith("weight") and "lora" not in key
-        rows = stored.get_slice(key).get_shape()[0] if whole else len(embedding.weight)
-        if rows != len(embedding.weight):
-            model.resize_token_embeddings(rows, mean_resizing=False)
+    module_name = next(name for name, module in model.named_modules() if module is embedding)
+    for name, weight in weights.items():
+        whole = name.startswith(f"base_model.model.{module_name}.") and name.endswith("weight") and "lora" not in name
+        if whole and len(weight) != len(embedding.weight):
+            model.resize_token_embeddings(len(weight), mean_resizing=False)
             return
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,19 +22,21 @@ from types import SimpleNamespace
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from configs.config import UserError, option, shown
 from models.admission import admitted, apart, plain_logits
-from models.fast.head import unwrapped
+from models.fast.head import body
 from models.generation import generate
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer
 from rlhf.packing import pack, packed_logprobs, score_completions
-from rlhf.policy import load_policy, save_policy
+from rlhf.policy import load_policy, prepare_training, save_policy
 from rlhf.reward_model import RewardModel
 from rlhf.sampler import Sampler
+from runtime.checkpoint import flatten, put_back, state_of, unflatten
 from runtime.cli import cli
 from runtime.console import duration, quiet_libraries, say
 from runtime.files import in_root, write_atomically
@@ -53,9 +56,22 @@ SHAPE = {
     "mamba_n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
     "v_head_dim": 8, "block_multiple_of": 8, "lru_width": 32, "attention_window_size": 8, "first_k_dense_replace": 1,
-    "chunk_size": 16, "num_ln_in_parallel_attn": None, "pad_token_id": 2, "bos_token_id": None, "eos_token_id": 2,
+    "chunk_size": 16, "num_ln_in_parallel_attn": None, "pad_token_id": 2, "bos_token_id": 2, "eos_token_id": 2,
+    "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64, "linear_head_dim": 8, "linear_num_heads": 4,
+    "num_experts_per_token": 2, "num_expert_group": 1, "mamba_d_ssm": 64, "mamba_num_heads": 8, "mamba_head_dim": 8,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 259, "num_kv_shared_layers": 0,
+    "num_dense_layers": 1, "n_shared_experts": 1,
 }  # fmt: skip
-KINDS = ("LM packing", "RLHF packing", "decoding", "sampler with adapter", "reward head")
+SPECIAL = {  # what one architecture needs beside it
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "dots1": {"num_key_value_heads": 4},
+    "modernbert-decoder": {"cls_token_id": 2, "sep_token_id": 2, "local_attention": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "roc_bert": {"is_decoder": True, "pronunciation_vocab_size": 16, "shape_vocab_size": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+}
+KINDS = ("LM packing", "RLHF packing", "decoding", "sampler with adapter", "LoRA", "reward head", "resume")
 PROMPTS = [[(7 * i) % 57 + 3 for i in range(20)], [11, 30, 8, 45, 23], [50, 9, 33, 4, 17, 29, 41, 12, 6]]
 COMPLETIONS = [[(5 * i) % 53 + 4 for i in range(14)], [6, 44, 21, 9, 13, 2], [18, 55, 7]]
 LARGEST = 3_000_000  # weights of a model that counts as tiny
@@ -68,13 +84,28 @@ class Config:
     out: str = option("docs/models.md", "the page")
 
 
+def tiny(default, tokens):
+    """The keys that make a configuration like `default` tiny, with `tokens` rows of vocabulary; its parts, too."""
+    keys = default.to_dict()
+    given = {name: value for name, value in (SHAPE | {"vocab_size": tokens}).items() if name in keys}
+    kinds = sorted(set(keys.get("layer_types") or keys.get("layers_block_type") or []))
+    if kinds:  # a layer of each kind
+        name = "layer_types" if keys.get("layer_types") else "layers_block_type"
+        given[name] = (kinds * 2)[: max(2, len(kinds))]
+        given["num_hidden_layers"] = len(given[name])
+    if "qk_rope_head_dim" in keys:  # latent attention: one key and value for each head; head_dim is its rotated part
+        given |= {"num_key_value_heads": given["num_attention_heads"], "head_dim": given["qk_rope_head_dim"]}
+    for name in default.sub_configs:
+        part = getattr(default, name, None)
+        if part is not None and "model_type" in part.to_dict():
+            given[name] = tiny(part, tokens)
+    return given | SPECIAL.get(default.model_type, {})
+
+
 def build(kind, folder):
     """A folder with a tiny random model of this model_type. Raises what transformers raises if it cannot be built."""
-    tokenizer, default = byte_tokenizer(chat=True), CONFIG_MAPPING[kind]()
-    given = {name: value for name, value in SHAPE.items() if name in default.to_dict()}
-    if default.to_dict().get("layer_types"):  # one layer of each kind
-        given["layer_types"] = (sorted(set(default.layer_types)) * 2)[:2]
-    config = CONFIG_MAPPING[kind](**given | {"vocab_size": len(tokenizer)})
+    tokenizer = byte_tokenizer(chat=True)
+    config = CONFIG_MAPPING[kind](**tiny(CONFIG_MAPPING[kind](), len(tokenizer)))
     with torch.device("meta"):  # without memory
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
@@ -86,9 +117,9 @@ def build(kind, folder):
         for p in model.parameters():
             if p.dim() >= 2:  # large enough for attention to look somewhere
                 p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if min(p.shape) > 8 else 0.1))
+        model.eval()(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False)  # transformers alone can compute it
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return type(model).__name__
 
 
 def plain(model, prompt, completion):
@@ -120,21 +151,35 @@ def decoding(model, folder):
     return max((torch.tensor(values) - plain(model, p, ids)).abs().max().item() for p, ids, values in rows)
 
 
-def sampler(model, folder):
+def policy_of(folder):
+    """A policy with an adapter on the model in `folder`, moved away from 0: (config, policy, tokenizer, parameters)."""
     config = SimpleNamespace(model_name=str(folder), lora_r=4, precision="fp32", gradient_checkpointing=False)
     policy, _, tokenizer, parameters = load_policy(config, torch.device("cpu"), "fp32", folder / "run")
-    made = Sampler(policy, config, "fp32")
     generator = torch.Generator().manual_seed(1)
     for p in parameters:
         p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    policy.eval()
+    return config, policy.eval(), tokenizer, parameters
+
+
+def sampler(model, folder):
+    config, policy, *_ = policy_of(folder)
+    logits = policy(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).logits
+    copy = Sampler(policy, config, "fp32").model()
+    return apart([copy(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).logits[0]], [logits[0]])
+
+
+def lora(model, folder):
+    """The logits of a saved adapter beside those before, loaded as an adapter and merged into its base."""
+    _, policy, tokenizer, _ = policy_of(folder)
     row = torch.tensor([PROMPTS[0]])
-    logits = policy(input_ids=row, use_cache=False).logits
+    logits = policy(input_ids=row, use_cache=False).logits[0]
     (folder / "run").mkdir(exist_ok=True)
     save_policy(policy, tokenizer, folder / "run")
-    again = load_model(folder / "run", device="cpu")(input_ids=row, use_cache=False).logits
-    copy = made.model()(input_ids=row, use_cache=False).logits
-    return max(apart([x[0]], [logits[0]]) for x in (copy, again))
+    again = [load_model(folder / "run", device="cpu", merge_adapter=merge) for merge in (False, True)]
+    base = load_model(folder, device="cpu")(input_ids=row, use_cache=False).logits[0]
+    if apart([base], [logits]) < FAR:
+        return float("inf")  # the adapter changes nothing: the comparison would say nothing
+    return max(apart([x(input_ids=row, use_cache=False).logits[0]], [logits]) for x in again)
 
 
 def reward_head(model, folder):
@@ -142,12 +187,42 @@ def reward_head(model, folder):
     found = score_completions(scorer, PROMPTS, COMPLETIONS, 2)
     worst = 0.0
     for p, c, score in zip(PROMPTS, COMPLETIONS, found):
-        hidden = unwrapped(scorer.model).base_model(input_ids=torch.tensor([p + c]), use_cache=False).last_hidden_state
+        hidden = body(scorer.model)(input_ids=torch.tensor([p + c]), use_cache=False).last_hidden_state
         worst = max(worst, abs(scorer.head(hidden[0, -1]).item() - score))
     return worst
 
 
-WORK = dict(zip(KINDS, (lm_packing, rlhf_packing, decoding, sampler, reward_head)))
+@torch.enable_grad()
+def resume(model, folder):
+    """The weights after two steps beside those of a step, a checkpoint read into a new process's model, and a step."""
+    packed = pack(PROMPTS, COMPLETIONS, 2, "cpu")
+
+    def start():
+        settings = SimpleNamespace(lora_r=0, gradient_checkpointing=False)
+        model = prepare_training(load_model(folder, device="cpu"), settings, "CAUSAL_LM")
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step(model, optimizer):
+        packed_logprobs(model, packed)[packed.mask.bool()].sum().neg().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole, optimizer = start()
+    step(whole, optimizer)
+    tensors: dict = {}
+    tree = flatten({"model": state_of(whole), "optimizer": state_of(optimizer)}, tensors)
+    save_file(tensors, folder / "checkpoint")
+    state = unflatten(json.loads(json.dumps(tree)), load_file(folder / "checkpoint"))
+    step(whole, optimizer)
+    again, optimizer = start()
+    put_back(again, state["model"])
+    put_back(optimizer, state["optimizer"])
+    step(again, optimizer)
+    weights = zip(whole.parameters(), again.parameters())
+    return max((x - y).abs().max().item() for x, y in weights if x.numel())
+
+
+WORK = dict(zip(KINDS, (lm_packing, rlhf_packing, decoding, sampler, lora, reward_head, resume)))
 ADMITTED = {"LM packing": "samples packed into one row", "RLHF packing": "completions that share a prompt",
             "decoding": "decoding"}  # fmt: skip
 
@@ -190,6 +265,11 @@ def page(found, left_out, seconds):
         "transformers, one sequence at a time. *slower*: the fast way is wrong for this architecture, so another one "
         "is taken; see `models/admission.py`. *refused*: one message, and why. A window is 8 tokens here, shorter "
         "than the rows. **FAILS** and **WRONG**: not handled yet: an error of the libraries, or numbers that differ.",
+        "",
+        "*LM packing*: the loss of samples packed into one row. *RLHF packing*: log-probs of completions that share "
+        "a prompt. *decoding*: prompts of different lengths in a left-padded batch. *sampler with adapter*: the merged "
+        "copy that samples beside the policy. *LoRA*: an adapter that is saved, loaded again, and merged. *reward "
+        "head*: scores. *resume*: the weights after two steps beside a step, a checkpoint and a step.",
         "",
         "| model_type | " + " | ".join(KINDS) + " |",
         "|---|" + "---|" * len(KINDS),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from data.pairs import load_groups
 from models.fast import head as loss_head
-from models.fast.head import hidden_states
+from models.fast.head import body, hidden_states
 from models.generation import generate
 from models.loader import load_model
 from models.save import save_model
@@ -94,7 +94,7 @@ def packed_is_separate(lab, name, dtype):
         reward_model = lab.reward_model(name, dtype, lora_r=0)
         alone = [reward_model.score(row, torch.ones_like(row)) for row in lab.rows()]
         found["reward"] = both(reward_model, [scores_of(reward_model, packed)], alone)
-        states = [model.base_model(row).last_hidden_state[0] for row in lab.rows()]
+        states = [body(model)(row).last_hidden_state[0] for row in lab.rows()]
         alone = [reward_model.head(x[len(p) - 1 : -1].float())[:, 0].float() for x, p in zip(states, PROMPTS)]
         values = packed_logprobs(model, packed, value_head=reward_model.head)[1][at]
         found["PPO's values"] = both(model, [values], alone)

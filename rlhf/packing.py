@@ -167,10 +167,11 @@ def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=No
     value_head: a module (..., H) -> (..., 1). With it, the function also returns the values (N, L) of the states before
     each token, and the values (N,) after the last token.
     """
+    head = output_head(model)  # before the states: it may run the model in eval mode
     hidden = token_states(model, packed)
     at = packed.mask.bool()
     states = hidden[packed.predictor[at]]  # (tokens of the completions, H)
-    measured = head_logprobs(output_head(model), states, packed.targets[at], temperature, entropy)
+    measured = head_logprobs(head, states, packed.targets[at], temperature, entropy)
     found = [packed.to_completions(x) for x in (measured if entropy else (measured,))]
     if value_head is not None:
         found.append(packed.to_completions(value_head(states.float()).float().squeeze(-1)))

@@ -6,12 +6,11 @@ import contextlib
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 
-from configs.config import UserError
+from models.admission import check_training
 from models.device import frozen_dtype
 from models.fast.head import check_head, unwrapped
-from models.fast.lora import use_memory_efficient_adapters
+from models.fast.lora import add_adapter
 from models.loader import load_model, load_tokenizer, portable_name, resolve_model
 from models.save import save_model
 from rlhf.packing import packed_logprobs
@@ -82,9 +81,14 @@ def disable_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
-        if key in unwrapped(model).config.to_dict():
-            setattr(unwrapped(model).config, key, 0.0)
+        for name, value in vars(module).items():  # dropout as a function, its probability a number in the layer
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+    config = unwrapped(model).config
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(part, key, 0.0)
 
 
 def load_policy(config, device, precision, out):
@@ -123,29 +127,19 @@ def prepare_training(model, config, task_type, **lora_options):
     """Prepare `model` for training and return it.
 
     Disables dropout. With config.lora_r, freezes the model and adds an adapter. With config.gradient_checkpointing,
-    turns on gradient checkpointing.
+    turns on gradient checkpointing. Without it, the model trains in eval mode: some models compute
+    something else in train mode (the routers of PhiMoE), and the policy that trains must be the one that samples.
+    Raises UserError if the model cannot be trained like that.
     """
     disable_dropout(model)
     if config.lora_r:
-        model.requires_grad_(False)
-        adapter = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=2 * config.lora_r,
-            target_modules="all-linear",
-            task_type=task_type,
-            **lora_options,
-        )
-        try:
-            model = use_memory_efficient_adapters(get_peft_model(model, adapter))
-        except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"peft cannot put an adapter into {type(model).__name__}: {error}. Try --lora_r 0"
-            ) from None
+        model = add_adapter(model, config.lora_r, 2 * config.lora_r, task_type=task_type, **lora_options)
+    check_training(model.train(config.gradient_checkpointing))  # transformers checkpoints only in train mode
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora_r:  # no weight before the checkpointed blocks trains; without this they would get no gradient
             model.enable_input_require_grads()
-    return model.train()  # transformers checkpoints activations only in train mode; all dropout is disabled
+    return model
 
 
 def save_policy(model, tokenizer, folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ from configs.config import UserError, shown
 from models.device import pick_device
 from models.fast.head import hidden_states, unwrapped
 from models.fast.lora import use_memory_efficient_adapters
-from models.loader import model_config, portable_name, read_weights, resolve_model
+from models.loader import model_config, portable_name, read_weights, resolve_model, set_adapter_weights
 from rlhf.packing import packed_scores
 from runtime.console import say
 from runtime.files import in_root, read_json
@@ -151,12 +151,11 @@ def place_reward_model(model, name, lora_r, device):
         raise UserError(f"the adapter of the reward model in {shown(adapter)} is damaged: {error}") from None
     head = torch.nn.Linear(score.shape[-1], 1, bias=False).to(device)
     head.weight.data.copy_(score)
-    targets = settings["target_modules"]
-    lora = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=targets, task_type="CAUSAL_LM")
+    same = {key: settings.get(key) for key in ("r", "lora_alpha", "target_modules", "exclude_modules")}
+    lora = LoraConfig(**same, task_type="CAUSAL_LM")
     model.add_adapter("reward", lora)
     use_memory_efficient_adapters(model)
-    missing = set_peft_model_state_dict(model, weights, adapter_name="reward")
-    assert not missing.unexpected_keys, missing.unexpected_keys
+    set_adapter_weights(model, weights, adapter, "reward")
     model.set_adapter("default")
     say(f"reward model {shown(folder)}: an adapter on the policy's backbone")
 

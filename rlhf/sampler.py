@@ -31,6 +31,16 @@ def merged_weight(layer, kind):
     return weight if delta is None else weight.float() + delta
 
 
+def layer_of(policy, name):
+    """The module `name` of the base model inside a policy. On the way, an adapter's wrapper is what it wraps."""
+    module = unwrapped(policy)
+    for part in name.split(".") if name else ():
+        while isinstance(module, LoraLayer):
+            module = module.base_layer
+        module = getattr(module, part)
+    return module
+
+
 class Sampler:
     """The model that samples: a copy of the policy in the dtype of the forward passes, updated before each rollout.
 
@@ -57,10 +67,9 @@ class Sampler:
         """A model with the current weights of the policy, ready to sample."""
         if self.copy is self.policy:
             return self.copy
-        policy = unwrapped(self.policy)
         for name, mine in self.copy.named_parameters():
             layer, _, kind = name.rpartition(".")
-            mine.data = merged_weight(policy.get_submodule(layer), kind).to(self.dtype)
+            mine.data = merged_weight(layer_of(self.policy, layer), kind).to(self.dtype)
         return self.copy
 
     @torch.no_grad()

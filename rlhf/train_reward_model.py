@@ -52,7 +52,6 @@ def main(config):
     meter = RunningMeter(stage.processes)
     checkpoints = stage.checkpoints(model=reward_model, updates=updates, meter=meter)
 
-    reward_model.train()
     for step in checkpoints.remaining():
         for batch in pairs.batches(step):
             # 1. the scores of both completions of each pair, (B,) each

@@ -29,6 +29,8 @@ STATEMENTS = {
     "same-prompt-ids": "Chosen and rejected have the same prompt ids, also where text would merge at the boundary.",
     "truncation": "Truncation never erases a completion: the prompt is cut from the left, or the row dropped and "
     "counted.",
+    "architectures": "Each architecture of transformers computes what its plain forward pass computes, by a "
+    "fast or a slower way, or is refused by name; what trains is what samples and what is saved.",
     "packed-apart": "Packed samples do not see each other: logits are those of each alone, gradients across are 0, "
     "positions restart.",
     "left-padding": "A row of a left-padded batch gets what it gets alone, in forward and generation, with learned and "

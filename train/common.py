@@ -13,6 +13,7 @@ from configs.config import UserError, option, shown
 from data.blocks import make_blocks
 from data.corpus import load_corpus
 from data.order import epoch_order
+from models.admission import check_training
 from models.fast.head import check_head, head_nll, output_head
 from models.generation import generate
 from models.loader import check_length, context_length, load_model, load_tokenizer, weights_hash
@@ -92,6 +93,8 @@ class Start:
         self.inputs = {config.data: corpus.sha256, config.model_name: weights_hash(self.model)}
         if change_model:
             self.model = change_model(self.model)
+        check_training(self.model.train(), noise=True)
+        self.model.eval()
         self.blocks, self.heldout = load_blocks(config, corpus, self.tokenizer)
 
 
@@ -160,8 +163,9 @@ def lm_loss(model, batch, compiled=False):
     compiled: that of `head_nll`. Samples that share a row do not see each other: see train/packed.py.
     """
     input_ids, at = batch["input_ids"], batch["mask"]  # (B, T), (B, T-1)
+    head = output_head(model)  # before the states: it may run the model in eval mode
     hidden = block_states(model, input_ids, batch["position_ids"])[:, :-1]  # (B, T-1, H)
-    return head_nll(output_head(model), hidden[at], input_ids[:, 1:][at], compiled), at.sum()
+    return head_nll(head, hidden[at], input_ids[:, 1:][at], compiled), at.sum()
 
 
 @torch.no_grad()

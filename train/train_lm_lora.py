@@ -55,14 +55,9 @@ def add_lora(model, model_name, r, alpha=None, dropout=0.0, dtype=torch.float32)
     alpha: default 2 r. A is drawn from torch's global generator. Returns the PEFT model; its adapter names
     `model_name` as its base.
     """
-    from peft import LoraConfig, get_peft_model
+    from models.fast.lora import add_adapter
 
-    from models.fast.lora import use_memory_efficient_adapters
-
-    settings = LoraConfig(
-        r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = use_memory_efficient_adapters(get_peft_model(cast_weights(model, dtype), settings))
+    model = add_adapter(cast_weights(model, dtype), r, alpha or 2 * r, lora_dropout=dropout, task_type="CAUSAL_LM")
     model.peft_config["default"].base_model_name_or_path = portable_name(resolve_model(model_name))
     trained, total = model.get_nb_trainable_parameters()
     say(f"LoRA of rank {r}: {trained:,} of {total:,} parameters train ({trained / total:.2%}); the rest are {dtype}")

@@ -38,13 +38,34 @@ def unwrapped(model: torch.nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def name_of(model: torch.nn.Module) -> str:
+    """The name by which a model was loaded, for messages."""
+    return getattr(unwrapped(model).config, "name_or_path", "") or "this model"
+
+
+def body(model: torch.nn.Module) -> Any:
+    """The transformer below the head: its `last_hidden_state` is what the head reads. `_find_head` checks this."""
+    inner = unwrapped(model)
+    if inner.base_model is not inner:
+        return inner.base_model
+    embedding = inner.get_input_embeddings()  # a model that does not name its body: the child with the embedding
+    return next(child for child in inner.children() if any(module is embedding for module in child.modules()))
+
+
+def unsupported(error: Exception) -> bool:
+    """Whether an exception of transformers says that a model takes no such call. UserErrors and full memory do not."""
+    kinds = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
+    ours = isinstance(error, UserError) or "out of memory" in str(error).lower()
+    return isinstance(error, kinds) and not ours
+
+
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids (B, T). They count from 0 at the first real token of each row, with left or right padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def hidden_states(
-    model: torch.nn.Module,
+    model: Any,
     input_ids: torch.Tensor,
     attention_mask: Any = None,
     position_ids: torch.Tensor | None = None,
@@ -57,13 +78,12 @@ def hidden_states(
     """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)
-    body = unwrapped(model).base_model
-    dtype = product_dtype(body.get_input_embeddings().weight)
+    dtype = product_dtype(model.get_input_embeddings().weight)
     if isinstance(attention_mask, dict):
         attention_mask = {kind: added_mask(mask, dtype) for kind, mask in attention_mask.items()}
     elif attention_mask is not None and attention_mask.dim() == 4:  # in the form that each layer would make of it
         attention_mask = added_mask(attention_mask, dtype)
-    return body(
+    return body(model)(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **options
     ).last_hidden_state
 
@@ -96,16 +116,16 @@ class OutputHead:
 _heads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: its OutputHead
 
 
-def output_head(model: torch.nn.Module, name: str = "this model") -> OutputHead:
+def output_head(model: torch.nn.Module, name: str | None = None) -> OutputHead:
     """The `OutputHead` of a model, detected once by a forward pass over two tokens.
 
-    Raises UserError that names the model if its logits have another form.
+    Raises UserError that names the model (by `name`; default `name_of`) if its logits have another form.
     """
     inner = unwrapped(model)
     module = inner.get_output_embeddings()
     known = _heads.get(inner)
     if known is None or known.module is not module:
-        known = _heads[inner] = _find_head(model, module, name)
+        known = _heads[inner] = _find_head(model, module, name or name_of(model))
     return known
 
 
@@ -119,11 +139,19 @@ def _find_head(model, module, name):
     training, device = model.training, model.get_input_embeddings().weight.device
     ids = torch.arange(3, 5, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     model.eval()
-    with torch.autocast(device.type, enabled=False):
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = hidden_states(model, ids)
-        product = module(hidden).float()
-    model.train(training)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            product = module(hidden_states(model, ids)).float()
+    except Exception as error:
+        if not unsupported(error):
+            raise
+        raise UserError(
+            f"{name} is a {type(unwrapped(model)).__name__}, which does not compute logits from token ids alone "
+            f"({type(error).__name__}: {error}): it cannot be trained or measured here"
+        ) from None
+    finally:
+        model.train(training)
     config = unwrapped(model).config.get_text_config().to_dict()
     softcap = config.get("final_logit_softcapping")
     numbers = [v for v in config.values() if isinstance(v, float) and v > 0]

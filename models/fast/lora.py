@@ -5,7 +5,7 @@ adapter, and it makes three tensors as large as the output: the product, its sca
 none of them.
 
 `use_memory_efficient_adapters` gives peft's layers this forward pass. The weights, their names, the saved files and
-peft's methods (merge, disable, switch adapters) stay the same.
+peft's methods (merge, disable, switch adapters) stay the same. `add_adapter` adds one to a model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,69 @@ import torch
 from peft.tuners.lora import Linear
 from torch.autograd.function import once_differentiable
 
+from configs.config import UserError
+from models.fast.head import hidden_states
 from models.fast.layers import product_dtype
+
+
+def add_adapter(model: torch.nn.Module, r: int, alpha: float, **options) -> Any:
+    """Freeze `model` and add a LoRA adapter of rank r to each linear layer except the head. Returns a PEFT model.
+
+    alpha: the adapter's output is scaled by alpha / r. options: of peft's LoraConfig. A is drawn from torch's global
+    generator, B is 0.
+    Raises UserError if peft cannot put an adapter into this architecture.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(exclude):
+        settings = LoraConfig(
+            r=r, lora_alpha=alpha, target_modules="all-linear", exclude_modules=exclude or None, **options
+        )
+        return use_memory_efficient_adapters(get_peft_model(model, settings))
+
+    linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    # a router of experts is a subclass that returns more than x @ W^T + bias
+    exclude = [name for name, layer in linear if type(layer).forward is not torch.nn.Linear.forward]
+    model.requires_grad_(False)
+    try:
+        found = adapted(exclude)
+        useless = without_effect(found)
+        if useless:
+            found.unload()
+            found = adapted(exclude + useless)
+    except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"peft cannot put an adapter into {type(model).__name__}: {error}. Try --lora_r 0") from None
+    return found
+
+
+def without_effect(model: Any) -> list[str]:
+    """The names of the adapted linear layers whose weight the base model reads without calling the layer.
+
+    The adapter of such a layer has no effect while it trains, but it would have one once it is merged. Jamba has one in
+    each recurrent layer.
+    """
+    base = model.get_base_model()
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear)}
+    embedding, called = base.get_input_embeddings().weight, set()
+    row = torch.arange(2, device=embedding.device)[None] % len(embedding)
+    hooks = [x.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, x in layers.items()]
+    with torch.no_grad():
+        hidden_states(model, row)
+    for hook in hooks:
+        hook.remove()
+    silent: dict[str, Any] = {
+        name: x.base_layer.weight for name, x in layers.items() if name not in called
+    }  # idle experts, too
+    if not silent:
+        return []
+    for weight in silent.values():  # of idle experts, too: those get no gradient
+        weight.requires_grad_(True)
+    with torch.enable_grad():
+        states = hidden_states(model, row).float().square().sum()
+        gradients = torch.autograd.grad(states, list(silent.values()), allow_unused=True)
+    for weight in silent.values():
+        weight.requires_grad_(False)
+    return [name for name, gradient in zip(silent, gradients) if gradient is not None]
 
 
 def use_memory_efficient_adapters(model: torch.nn.Module) -> Any:
@@ -57,10 +119,12 @@ class _Lora(torch.autograd.Function):
         rows, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
         a_cast, b_cast = a.to(dtype), (b * scaling).to(dtype)
         inner = rows @ a_cast.T  # (n, r)
-        out = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(dtype))
+        # in the shape of x from the start: the model may change this output in place, which autograd denies to a view
+        out = torch.nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
         ctx.save_for_backward(rows, inner, weight, a_cast, b_cast)
         ctx.scaling, ctx.types = scaling, (x.dtype, a.dtype, b.dtype)
-        return out.addmm_(inner, b_cast.T).view(*x.shape[:-1], -1)
+        out.view(len(rows), -1).addmm_(inner, b_cast.T)
+        return out
 
     @staticmethod
     @once_differentiable

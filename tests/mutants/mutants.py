@@ -71,6 +71,7 @@ COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("co
 BLOCKS = "tests/train/test_blocks.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 DATASET = "tests/data/test_pairs.py::test_"
+KINDS = "tests/proof/test_architectures.py::test_the_page_says_what_is_true_of_each_kind"
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
 GENERATION, LOADER, ADMISSION = (
     f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "admission")
@@ -91,7 +92,7 @@ RECOMPUTES = f"{TRAINERS}gradient_checkpointing_recomputes_and_changes_nothing"
 
 FIRST_WAY = Mutant(
     "packed-apart", "the first way is taken, right or not", "models/admission.py",
-    "if far <= TOLERANCE[weight.dtype]:", "if True:",
+    "if far <= TOLERANCE[dtype]:", "if True:",
     (f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[opt, ignores positions]",), "_try_ways",
 )  # fmt: skip
 
@@ -527,6 +528,55 @@ MUTANTS = [
         "        if ids is None:\n", "        if ids:\n",
         (f"{DATASET}groups_train_on_the_stored_ids_not_on_their_text",),
     ),
+    # architectures
+    Mutant(
+        "architectures", "an adapter around a layer that is never called stays", "models/fast/lora.py",
+        "useless = without_effect(found)", "useless = []", (f"{KINDS}[jamba]",),
+    ),
+    Mutant(
+        "architectures", "a router gets an adapter", "models/fast/lora.py",
+        "if type(layer).forward is not torch.nn.Linear.forward]", "if False]", (f"{KINDS}[phimoe]",),
+    ),
+    Mutant(
+        "architectures", "an adapted layer returns a view", "models/fast/lora.py",
+        "        return out\n", "        return out.view(out.shape)\n", (f"{KINDS}[llama4_text]",),
+    ),
+    Mutant(
+        "architectures", "an adapter is loaded as peft renames it", "models/loader.py",
+        "        known[name].copy_(weight)", "        pass", (f"{KINDS}[laguna]",),
+    ),
+    Mutant(
+        "architectures", "a model that is not causal is computed", "models/admission.py",
+        "        _check_causal(model)\n", "", (f"{KINDS}[xlnet]",),
+    ),
+    Mutant(
+        "architectures", "a body without a name is the whole model", "models/fast/head.py",
+        "    if inner.base_model is not inner:\n        return", "    if True:\n        return",
+        (f"{KINDS}[llama4_text]",), "body",
+    ),
+    Mutant(
+        "architectures", "the sampler looks for a module inside an adapter's wrapper", "rlhf/sampler.py",
+        "        while isinstance(module, LoraLayer):", "        while False:", (f"{KINDS}[ernie4_5_moe]",), "layer_of",
+    ),
+    Mutant(
+        "architectures", "an error of transformers is a traceback", "models/fast/head.py",
+        "    return isinstance(error, kinds) and not ours", "    return False", (f"{KINDS}[electra]",),
+    ),
+    Mutant(
+        "architectures", "dropout as a function stays on", "rlhf/policy.py",
+        'if isinstance(value, float) and "drop" in name:', "if False:",
+        ("tests/proof/test_architectures.py::test_dropout_that_is_a_function_is_off",),
+    ),
+    Mutant(
+        "architectures", "the policy trains in train mode", "rlhf/policy.py",
+        "model.train(config.gradient_checkpointing)", "model.train()",
+        ("tests/proof/test_architectures.py::test_a_model_that_is_another_in_train_mode_trains_in_eval_mode",),
+    ),
+    Mutant(
+        "architectures", "that train mode is another model is not noticed", "models/admission.py",
+        "if far > TOLERANCE[dtype] and not noise:", "if False:",
+        ("tests/proof/test_architectures.py::test_a_model_that_is_another_in_train_mode_trains_in_eval_mode",),
+    ),
     # DPO
     Mutant(
         "dpo-ln-2", "dropout stays on", "rlhf/policy.py",
@@ -838,7 +888,7 @@ MUTANTS = [
     # LoRA, checkpoints
     Mutant(
         "checkpointing", "the model is not in training mode, where nothing is checkpointed", "rlhf/policy.py",
-        "return model.train()  #", "return model  #",
+        "model.train(config.gradient_checkpointing)", "model",
         (f"{RECOMPUTES}[0-grpo]", f"{RECOMPUTES}[0-ppo]"),
     ),
     Mutant(
