@@ -75,6 +75,7 @@ KINDS = ("LM packing", "RLHF packing", "decoding", "sampler with adapter", "LoRA
 PROMPTS = [[(7 * i) % 57 + 3 for i in range(20)], [11, 30, 8, 45, 23], [50, 9, 33, 4, 17, 29, 41, 12, 6]]
 COMPLETIONS = [[(5 * i) % 53 + 4 for i in range(14)], [6, 44, 21, 9, 13, 2], [18, 55, 7]]
 LARGEST = 3_000_000  # weights of a model that counts as tiny
+BAD = ("FAILS", "WRONG")  # the first word of a cell that must not be
 FAR = 1e-3  # of log-probs in float32: more is a wrong number
 
 
@@ -264,7 +265,7 @@ def page(found, left_out, seconds):
         "*exact*: the fast way; in brackets how far its log-probs, scores or logits are from the plain forward pass of "
         "transformers, one sequence at a time. *slower*: the fast way is wrong for this architecture, so another one "
         "is taken; see `models/admission.py`. *refused*: one message, and why. A window is 8 tokens here, shorter "
-        "than the rows. **FAILS** and **WRONG**: not handled yet: an error of the libraries, or numbers that differ.",
+        "than the rows. A cell that said anything else would be an error of this project: the command would fail.",
         "",
         "*LM packing*: the loss of samples packed into one row. *RLHF packing*: log-probs of completions that share "
         "a prompt. *decoding*: prompts of different lengths in a left-padded batch. *sampler with adapter*: the merged "
@@ -304,9 +305,12 @@ def main(config):
         left = (time.time() - began) / number * (len(kinds) - number)
         odd = [f"{k}: {c}" for k, c in found[kind].items() if config.only or not c.startswith("exact")]
         say(f"{number:>4}/{len(kinds)} {kind} | eta {duration(left)}" + "".join(f"\n       {line}" for line in odd))
+    bad = [f"{kind}, {k}: {c}" for kind, cells in found.items() for k, c in cells.items() if c.startswith(BAD)]
     if not config.only:
         write_atomically(in_root(config.out), page(found, left_out, time.time() - began))
         say(f"\nwritten to {shown(in_root(config.out))}: {len(found)} architectures, {len(left_out)} not built")
+    if bad:
+        raise UserError(f"{len(bad)} cells are wrong. The first: {bad[0]}")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def prepare_training(model, config, task_type, **lora_options):
 
     Disables dropout. With config.lora_r, freezes the model and adds an adapter. With config.gradient_checkpointing,
     turns on gradient checkpointing. Without it, the model trains in eval mode: some models compute
-    something else in train mode (the routers of PhiMoE), and the policy that trains must be the one that samples.
+    something else in train mode (the router of PhiMoE), and the policy that trains must be the one that samples.
     Raises UserError if the model cannot be trained like that.
     """
     disable_dropout(model)
