@@ -91,7 +91,8 @@ def load_config(Config: Any, argv: list[str] | None = None) -> Any:
     Config: a dataclass; its class attribute CONFIG names the YAML that is read when `--config` is not given, and its
         method `check(self)`, where it has one, raises UserError for options that contradict each other. Its class
         attribute RENAMED = {old name: new name} tells users of a key by its old name what it is called now, and ALIASES
-        = {other name: name} takes a key by another name.
+        = {other name: name} takes a key by another name. ONE_OF names keys of which one is given: a level that sets one
+        of them takes back what the levels before it set in the others.
     argv: the arguments after the script's name (default: sys.argv[1:]): `--key value`, `--key=value`, `--config PATH`.
     Raises UserError (a ValueError) naming the key and what is allowed.
     """
@@ -106,14 +107,21 @@ def load_config(Config: Any, argv: list[str] | None = None) -> Any:
             if name in values:
                 raise UserError(f"{shown(path)}: {name} is given twice, also as {key}")
             values[name] = _cast(Config, key, value, f"in {shown(path)}")
-    for key, value in edits.items():
-        values[key] = _cast(Config, key, value, "on the command line")
+    edited = {key: _cast(Config, key, value, "on the command line") for key, value in edits.items()}
+    values = _only_one(Config, _only_one(Config, {}, values), edited)
     config = Config(**values)
     for name, metadata in options(Config).items():  # a bad default is a bug of ours: found by the same check
         _check_range(name, metadata, getattr(config, name))
     if callable(getattr(config, "check", None)):
         config.check()
     return config
+
+
+def _only_one(Config, before, values):
+    """`before | values`, without the keys of `before` and the defaults that a key of ONE_OF in `values` replaces."""
+    group = getattr(Config, "ONE_OF", ())
+    given = [key for key in group if values.get(key) is not None]
+    return before | {key: None for key in group if given} | values
 
 
 def read_yaml(path: str | Path) -> dict:

@@ -29,6 +29,7 @@ from data.preferences import (
     show_match,
     summarise,
 )
+from data.rewards import in_numbers
 from runtime.cli import cli
 from runtime.console import say
 
@@ -86,6 +87,7 @@ def main(config: Config) -> None:
     if not rows:
         raise UserError(
             f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same"
+            + (f", and {in_numbers(sampled.left_out)} have no score" if sampled.left_out else "")
         )
 
     # 3. numbers by which a person can judge the pairs

@@ -33,6 +33,7 @@ from data.preferences import (
     show_match,
     summarise,
 )
+from data.rewards import in_numbers
 from runtime.cli import cli
 from runtime.console import say
 
@@ -64,6 +65,8 @@ def main(config: Config) -> None:
     rows, matches = [], []
     for prompt, answers in sampled:
         group = order_group(answers)
+        if len(group) < 2:  # the others have no score
+            continue
         chosen, rejected = group[0], group[1:]
         if chosen.score == rejected[-1].score:
             continue
@@ -84,6 +87,7 @@ def main(config: Config) -> None:
     if not rows:
         raise UserError(
             f"no group came out: for each of the {len(sampled.answers)} prompts all completions score the same"
+            + (f", and {in_numbers(sampled.left_out)} have no score" if sampled.left_out else "")
         )
 
     # 3. numbers by which a person can judge the groups

@@ -14,8 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +22,8 @@ import torch
 
 from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
-from data.prompts import PROMPTS, load_prompts, read_prompts, text_of
-from data.rewards import columns_of, load_reward, reward_all
+from data.prompts import PROMPTS, PromptConfig, load_prompts, prompts_and_hash, text_of
+from data.rewards import RewardConfig, RewardFunctions, columns_of, in_numbers, reward_functions
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash
@@ -35,17 +34,17 @@ from runtime.files import in_root, read_json, sha256_file, write_atomically
 from runtime.provenance import files_read, provenance
 from runtime.run_folder import check_place
 
+SCORED_AT_ONCE = 64  # completions, about, that reward functions get in one call
+
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(RewardConfig, PromptConfig):
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
-    ALIASES: ClassVar[dict] = {"judge": "reward"}
     model_name: str = option(
         "smollm2-135m", "the model that samples: an embedded name, a folder, or a hub id", reads=True
     )
-    prompts: str = option(PROMPTS, "file of prompts (.json, .jsonl, .txt); of a .json those of training", reads=True)
+    prompts: str = option(PROMPTS, "prompts (.json, .jsonl, .csv, .txt, ...); of a .json those of training", reads=True)
     limit: int | None = option(None, "take only the first so many training prompts", at_least=1)
-    reward: str | None = option(None, "module:function, a reward function in place of the checks", reads="code")
     samples_per_prompt: int = option(4, "completions sampled for each prompt", at_least=2)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of the sampling; training on the samples wants 1", above=0)
@@ -56,6 +55,7 @@ class SamplingConfig:
     overwrite: bool = option(False, "replace a file that another configuration made", identity=False)
 
     def check(self) -> None:
+        super().check()
         if not self.out.endswith(".jsonl"):
             raise UserError(f"out = {self.out!r}: must be a file name that ends in .jsonl")
         if in_root(self.out).resolve() == in_root(self.prompts).resolve():
@@ -70,16 +70,17 @@ class SamplingConfig:
 @dataclass
 class Task:
     prompts: list[dict]  # with "prompt", and with "checks" where there is no reward function
-    reward: Callable | None  # None: the checks decide
-    sha256: str  # of the prompt file
+    reward: RewardFunctions | None  # None: the checks decide
+    sha256: str  # of the prompts
 
 
 @dataclass
 class Sampled:
     task: Task
-    answers: list[list[Completion]]  # one list for each prompt
+    answers: list[list[Completion]]  # one list for each prompt, without those that have no score
     policy: str  # hash of the float32 weights of the sampling model
     seconds_before: float = 0.0  # seconds of sampling before an interruption
+    left_out: dict[str, int] = field(default_factory=dict)  # {why: completions without a score}
 
     def __iter__(self):
         """(prompt, its completions), in file order."""
@@ -131,22 +132,15 @@ def _differences(before, config):
     return found or [f"{vars(config).get(key, 'data/checks.py')}: its content has changed since" for key in changed]
 
 
-def prompt_file(config: SamplingConfig) -> Path:
-    """The path of the prompt file. Raises UserError if there is none."""
-    path = in_root(config.prompts)
-    if not path.is_file():
-        raise UserError(f"prompts = {config.prompts!r}: no such file")
-    return path
-
-
 def load_task(config: SamplingConfig) -> Task:
-    """The `Task`: the training prompts and the reward function.
+    """The `Task`: the training prompts and the reward functions.
 
     Raises UserError, naming the prompt, if a training prompt is also held out: models are measured on held-out prompts.
     """
-    reward = load_reward(config.reward) if config.reward else None
-    digest = sha256_file(prompt_file(config))
-    prompts = read_prompts(prompt_file(config), "train", need_checks=reward is None)
+    reward = reward_functions(config)
+    prompts, digest = prompts_and_hash(config.prompts, "train", reward is None, config.prompt_column)
+    if reward:
+        reward.check_columns(prompts)
     if config.limit is not None and config.limit > len(prompts):
         raise UserError(f"limit = {config.limit}: {config.prompts} has only {len(prompts)} training prompts")
     prompts = prompts[: config.limit]
@@ -198,17 +192,43 @@ def sample_and_score(config: SamplingConfig, task: Task) -> Sampled:
     )
     answers = as_completions(tokenizer, generation, config.samples_per_prompt)
     say(f"sampled {rate(answers, before + time.time() - started)}")
-    for row, group in zip(prompts, answers):
-        for answer, value in zip(group, scores_of(row, [a.text for a in group], reward)):
-            answer.score = value
-    return Sampled(task, answers, policy, before)
+    answers, left_out = score_answers(prompts, answers, reward)
+    return Sampled(task, answers, policy, before, left_out)
 
 
-def scores_of(row: dict, texts: list[str], reward: Callable | None = None) -> list[float]:
-    """The scores of the completions `texts` of one prompt: by the reward function, else by the checks of its row."""
-    if reward:
-        return reward_all(reward, [row["prompt"]] * len(texts), texts, [columns_of(row)] * len(texts))
-    return [score(text, row["checks"]) for text in texts]
+def score_answers(
+    prompts: list[dict], groups: list[list[Completion]], reward: RewardFunctions | None = None
+) -> tuple[list[list[Completion]], dict[str, int]]:
+    """(the completions of each prompt that have a score, {why a completion has none: how many}).
+
+    The reward functions give the score, else the checks of the prompt's row. groups: the completions of each prompt.
+    """
+    if reward is None:
+        for row, group in zip(prompts, groups):
+            for answer in group:
+                answer.score = score(answer.text, row["checks"])
+        return groups, {}
+    found: list[list[Completion]] = []
+    left_out: Counter[str] = Counter()
+    pairs = [(row, answer) for row, group in zip(prompts, groups) for answer in group]
+    size = len(groups[0])
+    at_once = max(1, SCORED_AT_ONCE // size) * size  # whole groups
+    began = said = time.time()
+    for start in range(0, len(pairs), at_once):
+        part = pairs[start : start + at_once]
+        asked, columns = [row["prompt"] for row, _ in part], [columns_of(row) for row, _ in part]
+        scores = reward(asked, [a.text for _, a in part], columns, [a.ids for _, a in part])
+        for i, ((_, answer), value) in enumerate(zip(part, scores.values)):
+            found += [[]] if i % size == 0 else []
+            if value is not None:
+                answer.score = value
+                found[-1].append(answer)
+        left_out.update({why: number for why, number in scores.left_out.items() if number})
+        now, done = time.time(), start + len(part)
+        if now - said >= 5:
+            said = now
+            say(f"scored {done:,}/{len(pairs):,} | eta {duration((now - began) / done * (len(pairs) - done))}")
+    return found, dict(left_out)
 
 
 def messages(role: str, content: str | list[dict]) -> list[dict]:
@@ -239,9 +259,12 @@ def summarise(config: SamplingConfig, sampled: Sampled, matches: list[tuple[Comp
         "longer_wins": longer_right,
         "duplicate_answers": sum(len(group) - len({a.text for a in group}) for group in sampled.answers),
         "duplicate_prompts": len(sampled.answers) - len({_plain(row["prompt"]) for row, _ in sampled}),
+        **sampled.left_out,
         "heldout_overlap": 0,  # load_task raises UserError for any overlap
         "pass_rate": pass_rates(sampled),
     }
+    if sampled.left_out:
+        say(f"left out, without a score: {in_numbers(sampled.left_out)}")
     say(f"\nscores of all {len(answers):,} completions (mean {summary['mean_score']:.3f}):")
     say(histogram(scores))
     if summary["pass_rate"]:

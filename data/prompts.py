@@ -1,67 +1,128 @@
-"""Prompts from a file or from standard input, in one of three forms: .json, .jsonl, or lines of text."""
+"""Prompts from a file, a folder, the hub or standard input.
+
+`.json` in the form of data/prompts.json, lines of text, or rows with columns (JSONL, CSV, Parquet, ...): data/rows.py.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import json
+import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.config import UserError
+from configs.config import UserError, option
 from data.checks import CHECKS, words
 from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
-from runtime.files import in_root
+from data.rows import in_one_form, kind_of_file, read_rows
+from runtime.files import in_root, sha256_file
+
+HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # the id of a dataset, maybe with a configuration
 
 
-def read_prompts(source: str | Path, split: str = "heldout", need_checks: bool = False) -> list[dict]:
+@dataclass
+class PromptConfig:
+    """The option of all scripts that read prompts."""
+
+    prompt_column: str = option("prompt", "column of the prompts, in a file that has columns")
+
+
+def read_prompts(
+    source: str | Path, split: str | None = "heldout", need_checks: bool = False, column: str = "prompt"
+) -> list[dict]:
     """Prompts as dicts with at least "prompt" (a text, or a list of messages), in file order.
 
-    source: a `.json` file in the form of data/prompts.json (its rows with this split), a `.jsonl` file whose rows have
-    "prompt", any other file with one prompt a line, or `-`: standard input, lines or JSONL. Blank lines are skipped.
-    Raises UserError that names the file and the line: for a bad row, for no prompts, and for missing checks if
-    `need_checks`.
+    source: a `.json` file in the form of data/prompts.json (its rows with this split), rows that `read_rows` takes, any
+    other file with one prompt a line, or `-`: standard input, lines or JSONL. Blank lines are skipped.
+    column: the column that holds the prompt, in place of "prompt". The other columns stay in the dicts.
+    Raises UserError that names the file and the line: for a bad row, for a column that is not there, for no prompts,
+    and for missing checks if `need_checks`.
     """
-    if source != "-" and str(source).endswith(".json"):
-        return load_prompts(in_root(source), split, need_checks=need_checks)
-    where, content = ("standard input", sys.stdin.buffer.read()) if source == "-" else (str(source), _file(source))
-    return parse_prompts(content, where, need_checks, jsonl=str(source).endswith(".jsonl"))
+    return prompts_and_hash(source, split, need_checks, column)[0]
 
 
-def parse_prompts(content: bytes, where: str, need_checks: bool = False, jsonl: bool = False) -> list[dict]:
+def prompts_and_hash(
+    source: str | Path, split: str | None = "heldout", need_checks: bool = False, column: str = "prompt"
+) -> tuple[list[dict], str]:
+    """(the prompts of `read_prompts`, the hash of the data). Standard input has the hash ""."""
+    name, path = str(source), in_root(source)
+    if name == "-":
+        return parse_prompts(sys.stdin.buffer.read(), "standard input", need_checks, column=column), ""
+    if path.is_file() and path.suffix == ".json" and _has_splits(path):
+        return load_prompts(path, split, need_checks, column), sha256_file(path)
+    if path.is_file() and (path.suffix == ".jsonl" or not kind_of_file(path)):
+        found = parse_prompts(path.read_bytes(), name, need_checks, path.suffix == ".jsonl", column)
+        return found, sha256_file(path)
+    if not path.exists() and (kind_of_file(path) or path.suffix == ".txt" or not HUB.fullmatch(name)):
+        raise UserError(f"prompts = {name!r}: no such file")
+    rows, digest = read_rows(source)
+    return prompt_rows(((row["where"], row) for row in rows), need_checks, column), digest
+
+
+def _has_splits(path):
+    """Whether a JSON file is to be read as data/prompts.json: all but a list of rows without `split`."""
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError:
+        return True
+    return not (isinstance(rows, list) and rows and all(isinstance(x, dict) and "split" not in x for x in rows))
+
+
+def parse_prompts(
+    content: bytes, where: str, need_checks: bool = False, jsonl: bool = False, column: str = "prompt"
+) -> list[dict]:
     """The prompts in the bytes `content`: JSONL if `jsonl` or if it begins with a brace, else one prompt per line."""
     if not content.strip():
         raise UserError(f"{where}: there is no prompt in it")
-    if not (jsonl or content.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")):
-        if need_checks:
-            raise UserError(f"{where}: lines of text have no checks to be scored by; give a --reward module:function")
-        return [{"prompt": line.strip()} for line in _decoded(content, where).split("\n") if line.strip()]
-    rows = []
-    for place, row in parse_jsonl(content, where):
-        if not _is_prompt(row.get("prompt")):
+    if jsonl or content.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{"):
+        return prompt_rows(parse_jsonl(content, where), need_checks, column)
+    if need_checks:
+        raise UserError(f"{where}: lines of text have no checks to be scored by; give a --reward module:function")
+    if column != "prompt":
+        raise UserError(f"prompt_column = {column!r}: {where} has lines of text, and no columns")
+    return [{"prompt": line.strip()} for line in _decoded(content, where).split("\n") if line.strip()]
+
+
+def prompt_rows(rows: Iterable[tuple[str, dict]], need_checks: bool = False, column: str = "prompt") -> list[dict]:
+    """Rows with their prompt under "prompt". rows: (place, row); a UserError names the place of a bad row."""
+    found = []
+    for place, row in rows:
+        row = {key: value for key, value in row.items() if key != "where"} | {"prompt": _prompt_of(row, column, place)}
+        if not _is_prompt(row["prompt"]):
             raise UserError(
-                f'{place}: must be an object whose "prompt" is a text or a list of messages, '
+                f'{place}: must be an object whose "{column}" is a text or a list of messages, '
                 f"each with role and content, not {str(row)[:60]!r}"
             )
         if need_checks and not row.get("checks"):
             raise UserError(f"{place}: has no checks to be scored by; give a --reward module:function")
         if row.get("checks"):
             validate_checks(row["checks"], place)
-        rows.append(row)
-    return rows
+        found.append(row)
+    return found
+
+
+def _prompt_of(row, column, place):
+    """The prompt of a row: its column, else what the other forms of data/rows.py have in its place."""
+    others = {key: value for key, value in row.items() if key not in ("prompt", "weight", "weights")}
+    other = in_one_form(others | {"prompt": row.get(column), "where": place})
+    if column in row:
+        return other.get("prompt", row[column])
+    turns = other.get("messages")
+    if column == "prompt" and "prompt" in other:
+        return other["prompt"]
+    if column == "prompt" and isinstance(turns, list) and turns:  # a conversation without its last answer
+        return turns[:-1] if isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant" else turns
+    there = ", ".join(key for key in row if key != "where")
+    raise UserError(f"{place}: has no column {column!r}. Its columns are: {there}. --prompt_column names another")
 
 
 def _is_prompt(value):
     if isinstance(value, list):
         return bool(value) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
     return isinstance(value, str) and bool(value.strip())
-
-
-def _file(source):
-    path = in_root(source)
-    if not path.is_file():
-        raise UserError(f"prompts = {str(source)!r}: no such file")
-    return path.read_bytes()
 
 
 def _decoded(content, where):
@@ -115,7 +176,9 @@ def validate_checks(checks: list[dict], where: str) -> None:
                 raise UserError(f"{where}: check {name!r} got {key}={check[key]!r}; {takes}")
 
 
-def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_checks: bool = True) -> list[dict]:
+def load_prompts(
+    path: str | Path = PROMPTS, split: str | None = None, need_checks: bool = True, column: str = "prompt"
+) -> list[dict]:
     """Read and validate a prompt file; return its prompts, or those of one split.
 
     A relative path starts at the working directory if it is there, else at the root. With `need_checks=False` (a
@@ -140,10 +203,11 @@ def load_prompts(path: str | Path = PROMPTS, split: str | None = None, need_chec
     ids = set()
     for i, row in enumerate(rows):
         where = f"{file}: prompt {row['id']!r}" if isinstance(row, dict) and "id" in row else f"{file}: entry {i + 1}"
-        needed = ("id", "prompt", "split", "checks") if need_checks else ("id", "prompt", "split")
+        needed = ("id", column, "split", "checks") if need_checks else ("id", column, "split")
         missing = [key for key in needed if not isinstance(row, dict) or key not in row]
         if missing:
             raise UserError(f"{where}: lacks {', '.join(missing)}; every prompt is an object with {', '.join(needed)}")
+        row["prompt"] = row[column]
         if not isinstance(row["id"], str) or not row["id"].strip():
             raise UserError(f"{where}: id must be a text that is not empty, got {row['id']!r}")
         if not _is_prompt(row["prompt"]):

@@ -11,12 +11,12 @@ mean@k rises and best@k does not, training made completions more likely that the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from configs.config import option
-from data.preferences import scores_of
+from configs.config import UserError, option
+from data.preferences import score_answers
 from data.prompts import text_of
-from data.rewards import load_reward
+from data.rewards import RewardConfig, in_numbers, reward_functions
 from models.completions import lengths, mean, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide
 from runtime.cli import cli
@@ -24,13 +24,15 @@ from runtime.console import say
 
 
 @dataclass
-class Config(CompareConfig):
+class Config(RewardConfig, CompareConfig):
     model_name: str = option("models/grpo", "the folder of a GRPO run")
     limit: int = option(6, "how many of the file's prompts", at_least=1)
-    ALIASES: ClassVar[dict] = {"judge": "reward"}
     samples_per_prompt: int = option(8, "completions to each prompt: the k of mean@k and best@k", at_least=2)
-    reward: str | None = option(None, "module:function, a reward function in place of the checks")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights")
+
+    def check(self):
+        RewardConfig.check(self)
+        CompareConfig.check(self)
 
 
 def mean_at_k(group):
@@ -42,18 +44,15 @@ def best_at_k(group):
 
 
 def main(config):
-    reward = load_reward(config.reward) if config.reward else None
-    both = SideBySide(config, made_by="python rlhf/grpo_train.py", need_checks=reward is None)
+    reward = reward_functions(config)
+    both = SideBySide(config, made_by="python rlhf/grpo_train.py", need_checks=reward is None, reward=reward)
     k = config.samples_per_prompt
 
     # 1. a group of completions of each model for each prompt
     own, base = both.answers(k)
 
     # 2. the reward of each completion
-    for row, group, base_group in zip(both.rows, own, base):
-        completions = [*group, *base_group]
-        for a, value in zip(completions, scores_of(row, [a.text for a in completions], reward)):
-            a.score = value
+    (own, left_out), (base, base_left_out) = (score_answers(both.rows, groups, reward) for groups in (own, base))
 
     rows = []
     for number, (prompt, group, base_group) in enumerate(zip(both.prompts, own, base), 1):
@@ -62,7 +61,8 @@ def main(config):
             text = " ".join(a.text.split())
             say(f"  {a.score:.2f} | {text[:100]}{'...' if len(text) > 100 else ''}")
         for name, g in ((both.name, group), (both.base, base_group)):
-            say(f"  {name}: mean@{k} {mean_at_k(g):.2f}, best@{k} {best_at_k(g):.2f}")
+            if g:  # else no completion has a reward
+                say(f"  {name}: mean@{k} {mean_at_k(g):.2f}, best@{k} {best_at_k(g):.2f}")
         rows.append(
             {
                 "prompt": prompt,
@@ -74,6 +74,12 @@ def main(config):
         )
 
     # 3. mean@k and best@k over the prompts
+    for name, numbers in ((both.name, left_out), (both.base, base_left_out)):
+        if numbers:
+            say(f"\n{name}: {in_numbers(numbers)} have no reward and are left out")
+    own, base = ([group for group in groups if group] for groups in (own, base))
+    if not (own and base):
+        raise UserError("no completion of one of the models has a reward: every reward function returned None")
     say(f"\nmeans over {len(rows)} prompts")
     show_table(
         ["completions of", f"mean@{k}", f"best@{k}", "tokens", "ended"],

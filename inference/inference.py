@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from configs.config import UserError, option, refuse_unused
-from data.prompts import parse_prompts, read_prompts, text_of
+from data.prompts import PromptConfig, parse_prompts, read_prompts, text_of
 from models.completions import TextStream, check_out, rate, sample_completions, sampling, synchronize, write_rows
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
@@ -41,13 +41,13 @@ EXAMPLES = (
 
 
 @dataclass
-class Config:
+class Config(PromptConfig):
     CONFIG: ClassVar[str] = "configs/inference.yaml"
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     model_name: str = option("smollm2-135m", "an embedded name, a folder (full model or adapter), or a hub id")
     merge: bool = option(False, "fold the adapter into its base: the same completions, faster")
     prompt: str | None = option(None, "one prompt")
-    prompts: str | None = option(None, "a file of prompts: .txt one a line, .jsonl, .json; - is standard input")
+    prompts: str | None = option(None, "prompts: .txt one a line, .jsonl, .json, .csv, ...; - is standard input")
     chat: bool = option(False, "talk with the model, its completions streamed")
     max_new_tokens: int = option(96, "longest completion, in tokens", at_least=1)
     temperature: float = option(0.7, "of the sampling; 0 takes the most probable token each time", at_least=0)
@@ -65,6 +65,8 @@ class Config:
             raise UserError("out: a chat is not written to a file")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt is empty")
+        if self.prompt is not None or self.chat:
+            refuse_unused(self, ["prompt_column"], "prompt or chat: it is of a file")
         if self.temperature == 0:
             refuse_unused(self, ["top_k"], "temperature = 0, which takes the most probable token")
         check_out(self.out, self.prompts)
@@ -198,9 +200,11 @@ def asked(config):
     if config.prompt is not None:
         return [{"prompt": config.prompt}]
     if config.prompts is not None:
-        return read_prompts(config.prompts, split=None)
+        return read_prompts(config.prompts, split=None, column=config.prompt_column)
     piped = piped_bytes()
-    return parse_prompts(piped, "standard input") if piped.strip() else [{"prompt": text} for text in EXAMPLES]
+    if piped.strip():
+        return parse_prompts(piped, "standard input", column=config.prompt_column)
+    return [{"prompt": text} for text in EXAMPLES]
 
 
 def piped_bytes(wait=1.0):

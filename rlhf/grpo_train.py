@@ -30,13 +30,10 @@ from train.updates import Updates
 @dataclass
 class Config(RolloutConfig):
     CONFIG: ClassVar[str] = "configs/grpo.yaml"
-    ALIASES: ClassVar[dict] = {"judge": "reward"}
     mode: Literal["online", "offline"] = option("online", "sample groups at each step, or learn from stored ones")
     groups: str = option("data/groups.jsonl", "offline: stored groups", reads=True)
     max_length: int = option(512, "offline: longest prompt and completion together, in tokens", at_least=8)
     samples_per_prompt: int = option(8, "online: completions per prompt (the size of a group)", at_least=2)
-    reward: str | None = option(None, "online: module:function, a reward function in place of the checks", reads="code")
-    reward_model: str | None = option(None, "online: folder of a reward model in place of the checks", reads=True)
     kl_coef: float = option(0.02, "weight of the KL to the reference in the loss", at_least=0)
     kl_kind: Literal["ratio_k3", "k2", "k3"] = option("ratio_k3", "which estimator of the KL")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this", above=0, at_most=1)
@@ -46,16 +43,14 @@ class Config(RolloutConfig):
     out: str = "models/grpo"
 
     def check(self):
-        super().check()
         if self.mode == "offline" and (self.reward or self.reward_model):
             raise UserError("mode = offline takes the stored scores: reward and reward_model have no effect")
-        online_only = ("prompts", "samples_per_prompt", "sampling_batch_size")
+        super().check()
+        online_only = ("prompts", "prompt_column", "samples_per_prompt", "sampling_batch_size")
         unused = online_only if self.mode == "offline" else ("groups", "max_length")
         refuse_unused(self, unused, f"mode = {self.mode}")
         if not self.kl_coef:
             refuse_unused(self, ["kl_kind"], "kl_coef = 0")
-        if self.reward and self.reward_model:
-            raise UserError("reward and reward_model both score the completions: give one of them")
 
 
 def group_advantages(rewards, scale_std=True):
@@ -145,11 +140,12 @@ def main(config):
     updates = Updates(
         policy.parameters, config, stage.run, stage.processes, stage.precision, config.inner_epochs * config.minibatches
     )
-    checkpoints = stage.checkpoints(model=policy.model, updates=updates)
+    checkpoints = stage.checkpoints(model=policy.model, updates=updates, left_out=rollouts.left_out)
 
     for step in checkpoints.remaining():
         # 1. a group of completions for each prompt, and their rewards
-        rollout = rollouts.at(step)
+        with checkpoints.saved_before(step):
+            rollout = rollouts.at(step)
 
         # 2. the advantage of each completion over the mean of its group
         advantages = rollout.map_groups(lambda groups: advantages_of_step(groups, config), stage.processes)
@@ -176,12 +172,13 @@ def main(config):
                 )  # fmt: skip
                 updates.backward(loss)
                 measure(meter, batch, loss.item(), logprobs.detach(), old, entropy, config)
-            updates.step(step, rollout.where)
+            if minibatch.sequences:  # 0 if all its completions were left out
+                updates.step(step, rollout.where)
 
         # 6. logging
         measure_rollout(meter, rollout)
         if stage.log_due(step):
-            stage.log(step, meter.collect(stage.processes), updates)
+            stage.log(step, meter.collect(stage.processes), updates, **rollouts.left_out.collect_and_reset())
             rollout.show()
         checkpoints.save_if_due(step)
 
@@ -190,9 +187,9 @@ def main(config):
 
 
 def online(config, stage, policy):
-    """The `SampledRollouts` of the policy, scored by the reward function, the reward model, or the checks."""
+    """The `SampledRollouts` of the policy, scored by reward functions, the reward model, or the checks."""
     need_checks = config.reward is None and config.reward_model is None
-    scorer = Scorer(config.reward, config.reward_model, policy.tokenizer, stage.device)
+    scorer = Scorer(config, policy.tokenizer, stage.device)
     return SampledRollouts(config, stage, policy, config.samples_per_prompt, scorer, need_checks)
 
 
@@ -236,7 +233,7 @@ def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config):
 def measure_rollout(meter, rollout):
     """Add means over all completions of the rollout, and the share of groups whose rewards are all equal."""
     rollout.measure(meter)
-    for rewards in rollout.grouped(rollout.rewards):
+    for rewards in filter(None, rollout.grouped(rollout.rewards)):
         meter.mean(frac_reward_zero_std=float(max(rewards) == min(rewards)))
 
 

@@ -1,6 +1,7 @@
 """PPO: sample completions, score them with the reward model, and make good completions more probable in clipped steps.
 
     python rlhf/ppo_train.py                                  # needs models/reward (python rlhf/train_reward_model.py)
+    python rlhf/ppo_train.py --reward my_reward:reward        # a reward function in place of the reward model
     torchrun --nproc_per_node=2 rlhf/ppo_train.py             # the same run on two processes
 
 There are four models: the policy, its value head, the reference (the KL to it is part of the reward) and the reward
@@ -23,6 +24,7 @@ from models.loader import same_tokens, state_size
 from rlhf.policy import Policy
 from rlhf.reward_model import find_reward_model, last_token, place_reward_model
 from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches
+from rlhf.scoring import Scorer
 from rlhf.stage import Stage
 from rlhf.steps import Meter, measure_kl, measure_sampler
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
@@ -34,7 +36,7 @@ from train.updates import Updates
 class Config(RolloutConfig):
     CONFIG: ClassVar[str] = "configs/ppo.yaml"
     RENAMED: ClassVar[dict] = {"missing_end_penalty": "missing_eos_penalty"}
-    reward_model: str = option("models/reward", "folder of the reward model", reads=True)
+    reward_model: str | None = option("models/reward", "folder of the reward model; or give --reward", reads=True)
     steps: int = 20
     prompts_per_step: int = 16
     missing_eos_penalty: float = option(1.0, "subtracted from the score of a completion cut by its length", at_least=0)
@@ -55,6 +57,8 @@ class Config(RolloutConfig):
 
     def check(self):
         super().check()
+        if not (self.reward or self.reward_model):
+            raise UserError("PPO needs a reward_model or a reward function: give exactly one of them")
         if self.kl_controller == "adaptive" and self.kl_target is None:
             raise UserError("kl_controller = adaptive needs kl_target, in nats per sequence (6, say)")
         if self.kl_controller == "fixed" and self.kl_target is not None:
@@ -152,29 +156,37 @@ class KLController:
 
 
 def main(config):
-    find_reward_model(config.reward_model)  # a UserError here comes before the run changes its folder
+    if config.reward_model:
+        find_reward_model(config.reward_model)  # a UserError here comes before the run changes its folder
     stage = Stage(config, total_steps=config.steps)  # device, precision, processes, seed, the run's folder
     policy = Policy(config, stage)  # the model that trains, its reference, its tokenizer
-    reward_scores = place_reward_model(policy.model, config.reward_model, config.lora_r, stage.device)
+    reward_scores = scorer = None  # a reward model scores batches, reward functions score rollouts
+    if config.reward_model:
+        reward_scores = place_reward_model(policy.model, config.reward_model, config.lora_r, stage.device)
+        same_tokens(policy.tokenizer, config.reward_model)
+    else:
+        scorer = Scorer(config, policy.tokenizer, stage.device)
     value_head = new_value_head(policy.model, stage.device)
-    same_tokens(policy.tokenizer, config.reward_model)
-    rollouts = SampledRollouts(config, stage, policy, config.samples_per_prompt, need_checks=False)
+    rollouts = SampledRollouts(config, stage, policy, config.samples_per_prompt, scorer, need_checks=False)
     parameters = [*policy.parameters, *value_head.parameters()]
     updates_a_step = config.inner_epochs * config.minibatches
     updates = Updates(parameters, config, stage.run, stage.processes, stage.precision, updates_a_step)
     kl = KLController(config)
-    checkpoints = stage.checkpoints(model=policy.model, value_head=value_head, updates=updates, kl=kl)
+    checkpoints = stage.checkpoints(
+        model=policy.model, value_head=value_head, updates=updates, kl=kl, left_out=rollouts.left_out
+    )
 
     for step in checkpoints.remaining():
         # 1. completions of the prompts of this step
-        rollout = rollouts.at(step)
+        with checkpoints.saved_before(step):
+            rollout = rollouts.at(step)
 
         # 2. scores, log-probs, values and reference log-probs, in the batches of the updates
         minibatches = policy.minibatches(rollout)
         for batch in all_batches(minibatches):
             with torch.no_grad():
                 with stage.autocast():
-                    batch.scores = reward_scores(batch.packed)
+                    batch.scores = reward_scores(batch.packed) if reward_scores else rewards_of(batch, rollout)
                 batch.old_logprobs, batch.values, last_values = policy.logprobs(batch, value_head=value_head)
                 batch.ref_logprobs = policy.ref_logprobs(batch)
 
@@ -186,7 +198,7 @@ def main(config):
             batch.advantages, batch.returns = gae(
                 rewards, batch.values, batch.mask, config.gamma, config.lam, last_values
             )
-        whiten_advantages(all_batches(minibatches), stage.processes)
+        whiten_advantages(all_batches(minibatches), stage.processes, stage.device)
 
         # 4. clipped updates of policy and values; the losses of the batches of a minibatch are summed
         meter = Meter()
@@ -200,22 +212,31 @@ def main(config):
                 loss = pg_loss + config.vf_coef * vf_loss
                 updates.backward(loss)
                 measure(meter, batch, loss.item(), vf_loss.item(), logprobs.detach(), entropy, config)
-            updates.step(step, rollout.where)
+            if minibatch.sequences:  # 0 if all its completions were left out
+                updates.step(step, rollout.where)
 
         # 5. logging, and the KL coefficient of the next rollout
         measure_rollout(meter, rollout, all_batches(minibatches))
         means = meter.collect(stage.processes)
         if stage.log_due(step):
-            stage.log(step, means, updates, kl_coef=kl.coef)
+            stage.log(step, means, updates, kl_coef=kl.coef, **rollouts.left_out.collect_and_reset())
             rollout.show()
-        kl.update(means["kl"])
+        if "kl" in means:  # not if all completions were left out
+            kl.update(means["kl"])
         checkpoints.save_if_due(step)
 
     policy.save(stage.run.folder)
     if stage.processes.is_main:
         save_file(value_head.state_dict(), stage.run.folder / "value_head.safetensors")
-    inputs = rollouts.inputs | {config.reward_model: stage.run.files.get("reward_model")}
+    inputs = rollouts.inputs
+    if config.reward_model:
+        inputs = inputs | {config.reward_model: stage.run.files.get("reward_model")}
     stage.finish(stage.reached("reward", "gold", "kl"), inputs, "python inference/ppo_inference.py")
+
+
+def rewards_of(batch, rollout):
+    """The rewards (N,) of a batch's completions, float32, by the reward functions."""
+    return torch.tensor([rollout.rewards[i] for i in batch.rows], dtype=torch.float32, device=batch.mask.device)
 
 
 def new_value_head(model, device):
@@ -226,11 +247,12 @@ def new_value_head(model, device):
     return head
 
 
-def whiten_advantages(batches, processes):
+def whiten_advantages(batches, processes, device):
     """Give the advantages mean 0 and variance 1 over all counted tokens of the rollout, over all processes."""
-    flat = torch.cat([batch.advantages[batch.mask.bool()] for batch in batches])
+    pieces = [batch.advantages[batch.mask.bool()] for batch in batches]
+    flat = torch.cat(pieces) if pieces else torch.zeros(0, device=device)  # no batch: all completions were left out
     white = masked_whiten(flat, torch.ones_like(flat), reduce=processes.sum)
-    for batch, piece in zip(batches, white.split([int(batch.mask.sum()) for batch in batches])):
+    for batch, piece in zip(batches, white.split([len(piece) for piece in pieces])):
         batch.advantages = torch.zeros_like(batch.advantages).masked_scatter(batch.mask.bool(), piece)
 
 
@@ -250,7 +272,7 @@ def measure(meter, batch, loss, vf_loss, logprobs, entropy, config):
 
 
 def measure_rollout(meter, rollout, batches):
-    """Add means over all completions of the rollout. The logged "reward" is the score of the reward model."""
+    """Add means over all completions of the rollout. The logged "reward" is the score, without penalty and KL."""
     rollout.rewards = [0.0] * len(rollout.prompts)
     for batch in batches:
         for i, score in zip(batch.rows, batch.scores.tolist()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -10,25 +11,27 @@ import torch
 from configs.config import UserError, option
 from data.order import step_indices
 from data.pairs import load_groups
-from data.prompts import read_prompts, text_of
-from data.rewards import columns_of
+from data.prompts import PromptConfig, prompts_and_hash, text_of
+from data.rewards import RewardConfig, columns_of
 from models.loader import check_length, context_length
 from models.tokens import completion_text, prompt_ids, stop_ids
 from rlhf.packing import Packed, pack
 from rlhf.sampler import Sampler
 from rlhf.scoring import gold_scores
 from rlhf.stage import TrainingConfig
-from rlhf.steps import in_words
+from rlhf.steps import RunningCounts, in_words
 from runtime.console import say
-from runtime.files import in_root, sha256_file
 
 
 @dataclass
-class RolloutConfig(TrainingConfig):
+class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
     """The common options of PPO and GRPO."""
+
+    ONE_OF: ClassVar[tuple] = ("reward", "reward_model")
 
     RENAMED: ClassVar[dict] = {"group_size": "samples_per_prompt", "rollout_batch_size": "sampling_batch_size"}
     prompts: str = option("data/prompts.json", "prompts; their checks give the gold score", reads=True)
+    reward_model: str | None = option(None, "folder of a reward model in place of the checks", reads=True)
     steps: int = option(30, "rollouts; each is followed by inner_epochs * minibatches updates", at_least=1)
     prompts_per_step: int = option(8, "prompts per rollout, over all processes", at_least=1)
     samples_per_prompt: int = option(4, "completions per prompt; the prompt is computed once for all", at_least=1)
@@ -40,6 +43,9 @@ class RolloutConfig(TrainingConfig):
     sampling_batch_size: int = option(64, "completions sampled at once", at_least=1)
 
     def check(self):
+        super().check()
+        if self.reward and self.reward_model:
+            raise UserError("reward and reward_model both score the completions: give exactly one of them")
         if self.minibatches > self.prompts_per_step:
             raise UserError(
                 f"minibatches = {self.minibatches}: at most prompts_per_step = {self.prompts_per_step}, or one would "
@@ -88,6 +94,9 @@ def all_batches(minibatches):
     return [batch for minibatch in minibatches for batch in minibatch.batches]
 
 
+OTHER = ("group_sizes", "places", "by_function", "left_out")  # fields of a rollout without an entry per row
+
+
 @dataclass
 class Rollout:
     """The completions of one step. Entry i of each list belongs to row i; group_sizes and places are per group.
@@ -106,8 +115,20 @@ class Rollout:
     checks: list[list[dict]] | None = None
     asked: list | None = None  # the prompt of each row as the file has it: a text, or messages
     columns: list[dict] | None = None  # the other columns of its row in the file, for a reward function
-    rewards: list[float] | None = None  # what training maximises
+    rewards: list[float | None] | None = None  # what training maximises; None: to be left out
     gold: list[float] | None = None  # the share of checks passed; None if the prompts have no checks
+    by_function: dict = field(default_factory=dict)  # {reward function: its values}, if several; also of rows left out
+    left_out: dict = field(default_factory=dict)  # {why: number of rows that have no reward}
+
+    def without_left_out(self):
+        """The rollout without the rows whose reward is None. Its groups stay, with fewer rows or none."""
+        kept = [i for i, reward in enumerate(self.rewards) if reward is not None]
+        if len(kept) == len(self.rewards):
+            return self
+        sizes = [sum(reward is not None for reward in group) for group in self.grouped(self.rewards)]
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OTHER}
+        rows = {name: [values[i] for i in kept] for name, values in rows.items() if values is not None}
+        return replace(self, **rows, group_sizes=sizes)
 
     @property
     def where(self):
@@ -133,15 +154,18 @@ class Rollout:
         return found
 
     def map_groups(self, function, processes):
-        """Apply `function` to all groups of the step, over all processes. Returns this process's part as one tensor.
+        """Apply `function` to the groups of the step, over all processes. Returns this process's part as one tensor.
 
         function: takes a list with the rewards (G,) of each group, and returns a list with one tensor (G,) per group.
+        Groups of which fewer than two completions were kept have nothing to be compared with: they get zeros.
         """
         mine = [torch.tensor(group, dtype=torch.float64) for group in self.grouped(self.rewards)]  # 1e8 + 1 is no 1e8
         everywhere = processes.gather(mine)
-        found = function([group for groups in everywhere for group in groups])
-        start = sum(len(groups) for groups in everywhere[: processes.rank])
-        return torch.cat(found[start : start + len(mine)]).float()
+        found = iter(function([group for groups in everywhere for group in groups if len(group) > 1]))
+        results = [
+            [next(found) if len(group) > 1 else torch.zeros_like(group) for group in part] for part in everywhere
+        ]
+        return torch.cat(results[processes.rank]).float()
 
     def batches(self, rows, size, pad_id, device):
         """These rows as `Batch`es of at most `size` completions. A batch computes each of its prompts once.
@@ -186,9 +210,15 @@ class Rollout:
             meter.mean(reward=self.rewards[i], mean_length=len(completion), clipped_ratio=cut)
             if self.gold:
                 meter.mean(gold=self.gold[i])
+        for name, values in self.by_function.items():
+            for value in values:
+                if value is not None:
+                    meter.mean(**{f"rewards/{name}/mean": value})
 
     def show(self):
         """Print the first prompt and completion of this process."""
+        if not self.texts:
+            return
         text = " ".join(self.texts[0].split())
         say(f"        {self.questions[0]}\n        -> {text[:200]}  (reward {self.rewards[0]:.2f})")
 
@@ -199,13 +229,14 @@ class PromptStream:
     The prompts of a step are divided among the processes: see `my_places`.
     """
 
-    def __init__(self, path, tokenizer, prompts_per_step, seed, processes, need_checks=True, minibatches=1):
-        self.rows = read_prompts(path, "train", need_checks)
+    def __init__(
+        self, path, tokenizer, prompts_per_step, seed, processes, need_checks=True, minibatches=1, column="prompt"
+    ):
+        self.rows, self.sha256 = prompts_and_hash(path, "train", need_checks, column)
         if len(self.rows) < prompts_per_step:
             raise UserError(f"prompts_per_step = {prompts_per_step}: {path} has only {len(self.rows)} training prompts")
         check_prompts_per_step(prompts_per_step, processes)
         self.ids = [prompt_ids(tokenizer, row["prompt"]) for row in self.rows]
-        self.sha256 = sha256_file(in_root(path))
         self.count, self.seed, self.processes, self.minibatches = prompts_per_step, seed, processes, minibatches
 
     def at(self, step):
@@ -248,7 +279,8 @@ def check_room(stream, model, max_new_tokens):
 class SampledRollouts:
     """Rollouts that the policy samples: `samples` completions of each prompt of a step.
 
-    score: a function that takes a rollout and returns one reward per row; None if the rewards are set later.
+    score: a `Scorer`; None if the rewards are set later. left_out: the numbers of completions that have no reward and
+    were left out, since the last line of the log.
     """
 
     def __init__(self, config, stage, policy, samples, score=None, need_checks=True):
@@ -256,8 +288,11 @@ class SampledRollouts:
         self.tokenizer = policy.tokenizer
         self.stream = PromptStream(
             config.prompts, policy.tokenizer, config.prompts_per_step, config.seed, stage.processes, need_checks,
-            config.minibatches,
+            config.minibatches, config.prompt_column,
         )  # fmt: skip
+        if score:
+            score.check_columns(self.stream.rows)
+        self.left_out = RunningCounts(stage.processes)
         check_room(self.stream, policy.model, config.max_new_tokens)
         self.sampler = Sampler(policy.model, config, stage.precision)
         self.inputs = {config.prompts: self.stream.sha256}
@@ -284,6 +319,10 @@ class SampledRollouts:
             rollout.gold = gold_scores(rollout)
             if self.score:
                 rollout.rewards = self.score(rollout)
+                self.left_out.sum(**rollout.left_out)
+                rollout = rollout.without_left_out()
+                if not sum(self.stage.processes.gather(len(rollout.texts))):
+                    self.stage.run.finite(step, "all completions: no reward function applies", reward=math.nan)
         return rollout
 
 
@@ -308,6 +347,7 @@ class StoredRollouts:
                 "stored log-probs do not compare with the policy's"
             )
         self.config, self.stage, self.groups = config, stage, groups
+        self.left_out = RunningCounts(stage.processes)  # nothing: all stored groups have scores
         self.stops = stop_ids(policy.tokenizer)
         self.stored = all(g["logprobs"] for g in groups)
         self.inputs = {config.groups: sha256}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data.checks import score
-from data.rewards import load_reward, reward_all
+from data.rewards import reward_functions
 from models.loader import same_tokens
 from rlhf.packing import score_completions
 from rlhf.reward_model import RewardModel, find_reward_model
@@ -17,20 +17,32 @@ def gold_scores(rollout):
 
 
 class Scorer:
-    """The rewards of a rollout, by a reward function, by a reward model (given by its folder), or by the checks."""
+    """The rewards of a rollout, by reward functions, by a reward model, or by the checks."""
 
-    def __init__(self, reward, reward_model, tokenizer, device):
-        self.reward = load_reward(reward) if reward else None
+    def __init__(self, config, tokenizer, device):
+        """config: with the options `reward`, `reward_model` and those beside them."""
+        self.reward = reward_functions(config)
         self.reward_model = None
-        if reward_model:
-            self.reward_model = RewardModel.load(find_reward_model(reward_model), device=device)
-            same_tokens(tokenizer, reward_model)
+        if config.reward_model:
+            self.reward_model = RewardModel.load(find_reward_model(config.reward_model), device=device)
+            same_tokens(tokenizer, config.reward_model)
         self.pad_id = tokenizer.pad_token_id
 
-    def __call__(self, rollout):
-        """One reward (a float) for each row of the rollout."""
+    def check_columns(self, rows):
+        """Raise UserError if a reward function needs a column that no row has."""
         if self.reward:
-            return reward_all(self.reward, rollout.asked, rollout.texts, rollout.columns)
+            self.reward.check_columns(rows)
+
+    def __call__(self, rollout):
+        """One reward (a float) for each row of the rollout; None for a row that is to be left out.
+
+        With reward functions, this also sets `left_out` and `by_function` of the rollout.
+        """
+        if self.reward:
+            scores = self.reward(rollout.asked, rollout.texts, rollout.columns, rollout.completions)
+            rollout.left_out = {why: number for why, number in scores.left_out.items() if number}
+            rollout.by_function = scores.by_function if len(scores.by_function) > 1 else {}
+            return scores.values
         if self.reward_model:
             return score_completions(self.reward_model, rollout.prompts, rollout.completions, self.pad_id)
         return rollout.gold

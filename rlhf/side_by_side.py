@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from configs.config import UserError, option, read_yaml, refuse_unused, shown
-from data.prompts import read_prompts
+from data.prompts import PromptConfig, read_prompts
 from models.completions import check_out, sample_completions, sampling
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
@@ -19,11 +19,11 @@ from runtime.files import in_root
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(PromptConfig):
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size", "group_size": "samples_per_prompt"}
     model_name: str = option("", "the run's folder")
     prompt: str | None = option(None, "one prompt of your own, in place of the file's")
-    prompts: str = option("data/prompts.json", "file of prompts (.json, .jsonl, .txt); of a .json the held-out ones")
+    prompts: str = option("data/prompts.json", "prompts (.json, .jsonl, .csv, .txt, ...); of a .json the held-out ones")
     limit: int = option(8, "how many of the file's prompts", at_least=1)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of sampling and of the log-probs", above=0)
@@ -35,7 +35,7 @@ class CompareConfig:
     def check(self):
         check_out(self.out, self.prompts)
         if self.prompt is not None:
-            refuse_unused(self, ["prompts", "limit"], "a prompt of your own")
+            refuse_unused(self, ["prompts", "prompt_column", "limit"], "a prompt of your own")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt is empty")
 
@@ -47,12 +47,17 @@ class SideBySide:
     the run.
     """
 
-    def __init__(self, config, made_by, need_checks=False):
-        """made_by: the command that makes the folder, for the UserError if the folder is not there."""
+    def __init__(self, config, made_by, need_checks=False, reward=None):
+        """made_by: the command that makes the folder, for the UserError if the folder is not there.
+
+        reward: `RewardFunctions` whose columns the prompts must have.
+        """
         quiet_libraries()
         self.config, self.name = config, config.model_name
         self.folder = run_folder(config.model_name, made_by)
         self.rows = read_some(config, need_checks)
+        if reward:
+            reward.check_columns(self.rows)
         self.prompts = [row["prompt"] for row in self.rows]
         self.device = pick_device()
         self.dtype = frozen_dtype(pick_precision(config.precision, self.device))
@@ -108,7 +113,7 @@ def run_value(folder, key, default=None):
 def read_some(config, need_checks=False):
     """The prompts of a comparison: config.prompt, or the first config.limit prompts of the file config.prompts."""
     if config.prompt is None:
-        return read_prompts(config.prompts, "heldout", need_checks)[: config.limit]
+        return read_prompts(config.prompts, "heldout", need_checks, config.prompt_column)[: config.limit]
     if need_checks:
         raise UserError("prompt: your own prompt has no checks to be scored by; give a --reward module:function")
     return [{"prompt": config.prompt}]

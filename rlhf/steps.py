@@ -60,6 +60,13 @@ class RunningMeter(Meter):
         self.totals = {key: tuple(pair) for key, pair in state["totals"].items()} if rank() == 0 else {}
 
 
+class RunningCounts(RunningMeter):
+    """Counts over the steps between two log lines, which `sum` adds up."""
+
+    def collect_and_reset(self):
+        return {key: int(count) for key, count in super().collect_and_reset().items()}
+
+
 def measure_kl(meter, logprobs, ref_logprobs, mask):
     """Measure the KL to the reference on completions that the policy sampled, by k3. All arguments are (N, L).
 

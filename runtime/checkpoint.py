@@ -19,6 +19,7 @@ they need. Their number may be different from before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -114,6 +115,20 @@ class Checkpoints:
         """Save after `step` if it is due or if a signal came. After a signal, this ends the process; see `save`."""
         if self.due(step):
             self.save(step, carried)
+
+    @contextlib.contextmanager
+    def saved_before(self, step):
+        """A context for work that changes nothing yet, at the beginning of `step`: a UserError in it loses no step.
+
+        The steps before are saved, and the message says so. All processes must raise the UserError.
+        """
+        try:
+            yield
+        except UserError as error:
+            if self.run.skipped or step - 1 == self.done:  # nothing was learnt since the last checkpoint
+                raise
+            self.save(step - 1)
+            raise UserError(f"{error}. Step {step - 1} is saved; to go on: {command()}") from None
 
     def due(self, step):
         """Whether to save after `step`. All processes get the same result."""

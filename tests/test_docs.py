@@ -14,7 +14,7 @@ from configs.config import ROOT, UserError, load_config
 from data.corpus import load_corpus
 from data.pairs import load_groups, load_pairs
 from data.prompts import load_prompts, read_prompts
-from data.rewards import call_reward, load_reward
+from data.rewards import RewardFunctions
 from models.loader import load_tokenizer
 from report.evaluate import read_measurement
 from rlhf import dpo_train, grpo_train
@@ -133,7 +133,7 @@ def test_examples_of_prompts_rewards_configurations_and_records_load(write):
     assert [row["id"] for row in load_prompts(prompts)] == ["t1", "h1"]
     assert len(read_prompts(write("my_prompts.jsonl", examples()["my_prompts.jsonl"]))) == 2
     write("my_reward.py", examples()["my_reward.py"])
-    assert call_reward(load_reward("my_reward:reward"), "p", "a b c") == 0.25
+    assert RewardFunctions("my_reward:reward")(["p"], ["a b c"], [{}]).values == [0.25]
     config = load_config(dpo_train.Config, ["--config", write("my_dpo.yaml", examples()["my_dpo.yaml"])])
     assert (config.beta, config.lr) == (0.1, 5e-4) and yaml.safe_load(examples()["my_dpo.yaml"])
     assert [json.loads(line)["step"] for line in examples()["metrics.jsonl"].splitlines()] == [1, 2]
@@ -145,7 +145,7 @@ def errors(write, tokenizer):
     pair, group = {"prompt": "a", "chosen": "b", "rejected": "c"}, json.loads(examples()["groups_texts.jsonl"])
     first, held = json.loads(examples()["prompts.json"])
     ids, logprobs = [[5, 6, 2], [7], [8, 9]], [[-1.0, -1.0, -0.5], [-1.0], [-1.0, -1.0]]
-    more = "def nothing(p, c): pass\ndef fails(p, c): 1 / 0\n"
+    more = "def word(p, c): return 'good'\ndef maths(p, c, answer): return 1\ndef fails(p, c): 1 / 0\n"
     write("my_reward.py", examples()["my_reward.py"] + more)
 
     def text(content, name="my.jsonl"):
@@ -167,7 +167,7 @@ def errors(write, tokenizer):
         return lambda: load_config(script.Config, list(words))
 
     def reward(spec):
-        return lambda: call_reward(load_reward(spec), "p", "c")
+        return lambda: RewardFunctions(spec)(["p"], ["c"], [{}])
 
     def measurement():
         return read_measurement(Path(write("my.json", "{}")))
@@ -205,10 +205,13 @@ def errors(write, tokenizer):
         prompts(first, {**held, "prompt": first["prompt"]}),
         prompts(first, split="heldout"),
         lambda: read_prompts(write("my.jsonl", [{"prompt": "a"}]), need_checks=True),
+        lambda: read_prompts(write("my.jsonl", [{"question": "a", "answer": "b"}])),
         reward("my_reward"),
         reward("my_reward:rewrd"),
         reward("no_module:reward"),
-        reward("my_reward:nothing"),
+        lambda: RewardFunctions("my_reward:maths").check_columns([{"prompt": "p"}]),
+        lambda: RewardFunctions("my_reward:reward", "1,2"),
+        reward("my_reward:word"),
         reward("my_reward:fails"),
         yaml_of("bta: 0.2"),
         yaml_of("beta: high"),

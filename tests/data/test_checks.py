@@ -1,5 +1,4 @@
 import json
-import math
 import re
 from collections import Counter
 
@@ -8,7 +7,7 @@ import pytest
 from configs.config import ROOT, UserError
 from data.checks import CHECKS, is_degenerate, passed, score, split_sentences, words
 from data.prompts import load_prompts, validate_checks
-from data.rewards import call_reward, load_reward
+from data.rewards import load_reward
 
 # name, arguments, answers that pass, answers that nearly pass
 CASES = [
@@ -291,9 +290,7 @@ def test_arguments_stand_in_the_prompt():
 def rewards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_reward.py").write_text(
-        "import math\nlength = 3\n"
-        "def reward(prompt, completion):\n    return len(completion) - len(prompt)\n"
-        "def breaks(prompt, completion):\n    raise KeyError('no such word')\n"
+        "import math\nlength = 3\ndef reward(prompt, completion):\n    return len(completion) - len(prompt)\n"
     )
     (tmp_path / "own_folder").mkdir()
     (tmp_path / "own_folder" / "inner.py").write_text("def reward(prompt, completion):\n    return True\n")
@@ -302,8 +299,8 @@ def rewards(tmp_path, monkeypatch):
 
 
 def test_a_reward_function_in_the_working_directory_is_found(rewards):
-    assert call_reward(load_reward("own_reward:reward"), "ab", "abcde") == 3.0
-    assert call_reward(load_reward("own_folder.inner:reward"), "ab", "c") == 1.0
+    assert load_reward("own_reward:reward")("ab", "abcde") == 3
+    assert load_reward("own_folder.inner:reward")("ab", "c") is True
     assert load_reward("data.checks:score")("bees", [{"name": "lowercase"}]) == 1.0  # an installed module
 
 
@@ -325,26 +322,3 @@ def test_a_reward_function_in_the_working_directory_is_found(rewards):
 def test_a_reward_function_that_cannot_be_loaded(rewards, spec, message):
     with pytest.raises(UserError, match=message):
         load_reward(spec)
-
-
-@pytest.mark.parametrize(
-    "value, message",
-    [
-        (math.nan, "returned nan, which is not a finite number"),
-        (-math.inf, "returned -inf"),
-        ("0.5", "returned '0.5'"),
-        (None, "returned None, which is not a number"),
-        ([1.0], "not a number"),
-    ],
-)
-def test_a_reward_function_that_returns_no_number(value, message):
-    def my_reward(prompt, completion):
-        return value
-
-    with pytest.raises(UserError, match=f"my_reward on prompt 'Describe bees.' and completion 'bzz'.*{message}"):
-        call_reward(my_reward, "Describe bees.", "bzz")
-
-
-def test_a_reward_function_that_raises(rewards):
-    with pytest.raises(UserError, match="breaks on prompt 'p' and completion 'c' raised KeyError: 'no such word'"):
-        call_reward(load_reward("own_reward:breaks"), "p", "c")

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,7 +198,7 @@ def test_a_heldout_prompt_is_refused_by_name(tiny_options, tmp_path):
     path = tmp_path / "leak.json"
     leak = {**heldout, "id": "mine", "split": "train", "prompt": "  " + heldout["prompt"].upper()}
     path.write_text(json.dumps([leak]))
-    config = SimpleNamespace(prompts=str(path), reward=None, limit=None)
+    config = SamplingConfig(prompts=str(path))
     with pytest.raises(UserError, match=heldout["id"]):
         load_task(config)
     options = [path if option == tiny_options[-1] else option for option in tiny_options]
