@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     if not rows:
         raise UserError(
             f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same"
-            + (f", and {in_numbers(sampled.left_out)} have no score" if sampled.left_out else "")
+            + (f", and {in_numbers(sampled.left_out)} have no score" if any(sampled.left_out.values()) else "")
         )
 
     # 3. numbers by which a person can judge the pairs

@@ -34,8 +34,6 @@ from runtime.files import in_root, read_json, sha256_file, write_atomically
 from runtime.provenance import files_read, provenance
 from runtime.run_folder import check_place
 
-SCORED_AT_ONCE = 64  # completions, about, that reward functions get in one call
-
 
 @dataclass
 class SamplingConfig(RewardConfig, PromptConfig):
@@ -208,27 +206,18 @@ def score_answers(
             for answer in group:
                 answer.score = score(answer.text, row["checks"])
         return groups, {}
-    found: list[list[Completion]] = []
-    left_out: Counter[str] = Counter()
     pairs = [(row, answer) for row, group in zip(prompts, groups) for answer in group]
-    size = len(groups[0])
-    at_once = max(1, SCORED_AT_ONCE // size) * size  # whole groups
-    began = said = time.time()
-    for start in range(0, len(pairs), at_once):
-        part = pairs[start : start + at_once]
-        asked, columns = [row["prompt"] for row, _ in part], [columns_of(row) for row, _ in part]
-        scores = reward(asked, [a.text for _, a in part], columns, [a.ids for _, a in part])
-        for i, ((_, answer), value) in enumerate(zip(part, scores.values)):
-            found += [[]] if i % size == 0 else []
+    asked, columns = [row["prompt"] for row, _ in pairs], [columns_of(row) for row, _ in pairs]
+    scores = reward.in_parts(asked, [a.text for _, a in pairs], columns, [a.ids for _, a in pairs], len(groups[0]))
+    values = iter(scores.values)
+    found: list[list[Completion]] = []
+    for group in groups:
+        found.append([])
+        for answer, value in zip(group, values):
             if value is not None:
                 answer.score = value
                 found[-1].append(answer)
-        left_out.update({why: number for why, number in scores.left_out.items() if number})
-        now, done = time.time(), start + len(part)
-        if now - said >= 5:
-            said = now
-            say(f"scored {done:,}/{len(pairs):,} | eta {duration((now - began) / done * (len(pairs) - done))}")
-    return found, dict(left_out)
+    return found, scores.left_out
 
 
 def messages(role: str, content: str | list[dict]) -> list[dict]:
@@ -263,7 +252,7 @@ def summarise(config: SamplingConfig, sampled: Sampled, matches: list[tuple[Comp
         "heldout_overlap": 0,  # load_task raises UserError for any overlap
         "pass_rate": pass_rates(sampled),
     }
-    if sampled.left_out:
+    if any(sampled.left_out.values()):
         say(f"left out, without a score: {in_numbers(sampled.left_out)}")
     say(f"\nscores of all {len(answers):,} completions (mean {summary['mean_score']:.3f}):")
     say(histogram(scores))

@@ -19,6 +19,7 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from typing import Any, ClassVar
 
 from configs.config import UserError, option, refuse_unused
 from data.prompts import text_of
-from runtime.console import say
+from runtime.console import duration, say
 from runtime.processes import gather
 
 PAUSE = 1.0  # seconds before the calls that raised are tried again
 WAITED = 0.05  # seconds: a call that takes longer, and computes in less than a tenth of its time, waits for something
+AT_ONCE = 64  # completions, about, in one call of `in_parts`
 LISTS = ("prompts", "completions", "completion_ids")  # parameters that tell TRL's form
 
 
@@ -364,6 +366,29 @@ class RewardFunctions:
         }
         return Scores(values, by_function, {"reward_failed": sum(failed), "reward_none": none})
 
+    def in_parts(self, prompts: list, completions: list[str], columns: list[dict], ids: list, samples: int) -> Scores:
+        """The `Scores` of many completions, `samples` of each prompt, in calls of about AT_ONCE completions.
+
+        Prints the progress. A call in TRL's form that raises twice costs one part.
+        """
+        size = max(1, AT_ONCE // samples) * samples
+        values: list[float | None] = []
+        by_function: dict[str, list[float | None]] = {f.name: [] for f in self.functions}
+        left_out: Counter[str] = Counter()
+        began = said = time.time()
+        for start in range(0, len(completions), size):
+            part = slice(start, start + size)
+            scores = self(prompts[part], completions[part], columns[part], ids[part])
+            values += scores.values
+            left_out.update(scores.left_out)
+            for name, found in scores.by_function.items():
+                by_function[name] += found
+            now = time.time()
+            if now - said >= 5:
+                said, left = now, (now - began) / len(values) * (len(completions) - len(values))
+                say(f"rewards {len(values):>6,}/{len(completions):,} | {duration(now - began)} | eta {duration(left)}")
+        return Scores(values, by_function, dict(left_out))
+
     def _sum(self, row):
         """The weighted sum of the values that are there; None if there are none."""
         terms = [weight * x for weight, x in zip(self.weights, row) if x is not None]
@@ -390,5 +415,6 @@ def reward_functions(config: Any) -> RewardFunctions | None:
 
 
 def in_numbers(left_out: dict[str, int]) -> str:
-    """`3 completions (reward_failed 2, reward_none 1)`, for messages."""
-    return f"{sum(left_out.values())} completions ({', '.join(f'{why} {n}' for why, n in left_out.items())})"
+    """`3 completions (reward_failed 2, reward_none 1)`, for messages. Empty if there are none."""
+    why = ", ".join(f"{key} {number}" for key, number in left_out.items() if number)
+    return f"{sum(left_out.values())} completions ({why})" if why else ""

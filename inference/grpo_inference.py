@@ -75,7 +75,7 @@ def main(config):
 
     # 3. mean@k and best@k over the prompts
     for name, numbers in ((both.name, left_out), (both.base, base_left_out)):
-        if numbers:
+        if any(numbers.values()):
             say(f"\n{name}: {in_numbers(numbers)} have no reward and are left out")
     own, base = ([group for group in groups if group] for groups in (own, base))
     if not (own and base):

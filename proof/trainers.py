@@ -82,8 +82,8 @@ def _method(method):
     """The script of a method of report/methods.py that learns from pairs, rollouts or groups."""
     script = importlib.import_module(method.script.removesuffix(".py").replace("/", "."))
     options = LEARNS_FROM[method.learns_from] | method.tiny
-    if method.learns_from == "rollouts" and hasattr(script.Config, "reward"):
-        options["reward"] = "reward:reward"  # the prompts have no checks
+    if method.learns_from == "rollouts" and not script.Config.reward_model:
+        options["reward"] = "reward:reward"  # in place of the checks, which the prompts do not have
     together = GROUP if method.learns_from == "groups" else options.get("samples_per_prompt", 1)
     return _rlhf(script, f"smoke/{method.key}", together, **options)
 

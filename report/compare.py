@@ -44,6 +44,7 @@ class Config(Measure):
     out: str = option("report", "the folder that receives REPORT.md and figures/")
 
     def check(self):
+        super().check()
         self.seed_list()
 
     def seed_list(self):

@@ -2,10 +2,12 @@
 
     python report/evaluate.py --model_name models/dpo
     python report/evaluate.py --model_name smollm2-135m --best_of 4     # the best of 4 completions by the reward model
+    python report/evaluate.py --prompts my.jsonl --reward my_reward:reward    # reward functions in place of the checks
 
-It samples completions and scores them with the checks (gold) and the reward model (proxy). It estimates the KL to the
-base from the sampler's log-probs and one forward pass of the base over the same tokens. It also reads held-out text.
-It writes report/runs/NAME.json with all completions. If an equal measurement is already there, it is read instead.
+It samples completions and scores them with the checks, or with reward functions (gold), and with the reward model
+(proxy). It estimates the KL to the base from the sampler's log-probs and one forward pass of the base over the same
+tokens. It also reads held-out text. It writes report/runs/NAME.json with all completions. If an equal measurement is
+already there, it is read instead.
 
 Intervals are 95 % Student intervals over the mean scores of the prompts: prompts are independent, completions of one
 prompt are not. Left out: the spread over training seeds; report/compare.py adds it if there are several runs.
@@ -29,7 +31,8 @@ from data.blocks import make_blocks
 from data.checks import is_degenerate, passed, score
 from data.corpus import load_corpus
 from data.order import epoch_order
-from data.prompts import PROMPTS, load_prompts
+from data.prompts import PROMPTS, PromptConfig, prompts_and_hash, text_of
+from data.rewards import RewardConfig, columns_of, in_numbers, reward_functions
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
@@ -44,14 +47,14 @@ from models.loader import (
 )
 from models.resumable import discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
-from report.intervals import keep_best, plus_minus, summarise
+from report.intervals import keep_best, number_or_dash, plus_minus, summarise
 from rlhf.packing import completion_logprobs, score_completions
 from rlhf.reward_model import RewardModel
 from rlhf.utils import kl_estimate
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically
-from runtime.provenance import provenance
+from runtime.provenance import code_read, provenance
 from runtime.run_folder import check_place
 from train.common import evaluate_lm
 
@@ -59,7 +62,7 @@ BLOCKS_AT_ONCE = 8
 
 
 @dataclass
-class Measure:
+class Measure(RewardConfig, PromptConfig):
     """The options of a measurement. They are the same for all models that are compared."""
 
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
@@ -67,7 +70,7 @@ class Measure:
     reward_model: str | None = option(
         "models/reward", "folder of the reward model, the proxy; left out if not there", reads=True
     )
-    prompts: str = option(PROMPTS, "prompt file; completions of its held-out prompts are measured", reads=True)
+    prompts: str = option(PROMPTS, "prompts; of a .json in the form of data/prompts.json the held-out ones", reads=True)
     limit: int | None = option(None, "take only the first so many held-out prompts", at_least=2)
     samples_per_prompt: int = option(2, "completions measured for each prompt", at_least=1)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
@@ -132,16 +135,14 @@ def read_measurement(path):
 def identity(config):
     """Everything that decides the measured numbers: settings, and hashes of weights, prompts and the checks' code.
 
-    Raises UserError if the prompt file, or a reward model that best_of needs, is not there.
+    Raises UserError if the prompts, or a reward model that best_of needs, are not there.
     """
     free = names_with(config, identity=False)
     settings = {k: v for k, v in config_to_dict(config).items() if k not in free}
     settings["precision"] = pick_precision(config.precision, pick_device())
     reward = config.reward_model and in_root(config.reward_model)
     there = bool(reward) and reward.is_dir()
-    prompts = in_root(config.prompts)
-    if not prompts.is_file():
-        raise UserError(f"prompts = {config.prompts!r}: no such file")
+    _, prompts = prompts_and_hash(config.prompts, None, column=config.prompt_column)
     if config.best_of > 1 and not there:
         raise UserError(
             f"best_of = {config.best_of} needs a reward model, and reward_model = {config.reward_model!r} is not "
@@ -151,8 +152,9 @@ def identity(config):
         "model": files_hash(config.model_name),
         "base": files_hash(config.base),
         "reward_model": files_hash(config.reward_model) if there else None,
-        "prompts": sha256_file(prompts)[:16],
+        "prompts": prompts[:16],
         "checks": sha256_file(ROOT / "data" / "checks.py")[:16],
+        **code_read(config),
     }
     return {"config": settings, "hashes": hashes}
 
@@ -161,8 +163,8 @@ def evaluate(config):
     """Measure config.model_name. Returns a dict, and writes it to `measurement_path(config)`.
 
     Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers
-    (the completions), seconds (of sampling, kl, reward_model, text, total), git_commit, versions, machine. If an equal
-    measurement is already there, it is read instead.
+    (the completions), left_out (numbers of completions without a gold score), seconds (of sampling, kl, reward_model,
+    rewards, text, total), git_commit, versions, machine. If an equal measurement is already there, it is read instead.
     Raises UserError for models with different tokenizers, and for everything that the loaders refuse.
     """
     started = time.time()
@@ -180,6 +182,9 @@ def evaluate(config):
     tokenizer = load_tokenizer(config.model_name)
     same_tokens(tokenizer, config.base)
     prompts, unseen = heldout_prompts(config)
+    reward = reward_functions(config)
+    if reward:
+        reward.check_columns(prompts)
     blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
     reward_model = None
     if who["hashes"]["reward_model"]:  # before sampling, so that an error in it is reported at once
@@ -227,7 +232,7 @@ def evaluate(config):
 
     # 3. held-out text, then the KL: k1 of each completion
     clock = time.time()
-    text = evaluate_lm(model, blocks, BLOCKS_AT_ONCE)
+    heldout_text = evaluate_lm(model, blocks, BLOCKS_AT_ONCE)
     del model
     seconds["text"] = time.time() - clock
     clock = time.time()
@@ -240,23 +245,35 @@ def evaluate(config):
         kls = completion_kls(generation.logprobs, config.base, dtype, *rows)
     seconds["kl"] = time.time() - clock
 
-    # 4. the checks, and the summary
+    # 4. the gold score (None: the reward functions give none), the checks, and the summary
+    clock = time.time()
+    rows = [row for row in prompts for _ in range(per_prompt)]
+    texts = [completion_text(tokenizer, ids) for ids in completions]
+    left_out = {}
+    if reward:
+        asked, columns = [row["prompt"] for row in rows], [columns_of(row) for row in rows]
+        found = reward.in_parts(asked, texts, columns, completions, per_prompt)
+        golds, left_out = found.values, found.left_out
+        if all(gold is None for gold in golds):
+            raise UserError(f"{in_numbers(left_out)} have no reward: there is nothing to measure")
+    else:
+        golds = [score(text, row["checks"]) for row, text in zip(rows, texts)]
+    seconds["rewards"] = time.time() - clock
     answers = []
-    for i, ids in enumerate(completions):
-        row = prompts[i // per_prompt]
-        said = completion_text(tokenizer, ids)
-        good = [x and not is_degenerate(said) for x in passed(said, row["checks"])]
+    for i, (row, text) in enumerate(zip(rows, texts)):
+        checks = row.get("checks") or []
+        good = [x and not is_degenerate(text) for x in passed(text, checks)]
         answers.append(
             {
                 "id": row["id"],
-                "prompt": row["prompt"],
-                "text": said,
-                "gold": score(said, row["checks"]),
+                "prompt": text_of(row["prompt"]),
+                "text": text,
+                "gold": golds[i],
                 "proxy": scores[i],
                 "kl": kls[i],
-                "tokens": len(ids),
+                "tokens": len(completions[i]),
                 "finish_reason": generation.finish_reasons[i],
-                "checks": [[check["name"], x] for check, x in zip(row["checks"], good)],
+                "checks": [[check["name"], x] for check, x in zip(checks, good)],
             }
         )
     if config.best_of > 1:
@@ -269,8 +286,9 @@ def evaluate(config):
         "model_name": config.model_name,
         "identity": who,
         "measured": measured,
-        "text": text,
+        "text": heldout_text,
         "unseen_types": unseen,
+        "left_out": left_out,
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "answers": answers,
     }
@@ -280,15 +298,20 @@ def evaluate(config):
 
 
 def heldout_prompts(config):
-    """(held-out prompts, check types that no training prompt has). Raises UserError if no prompt is held out."""
-    path = PROMPTS if config.prompts == PROMPTS else in_root(config.prompts)
-    rows = load_prompts(path)
-    trained = {check["name"] for row in rows if row["split"] == "train" for check in row["checks"]}
-    heldout = [row for row in rows if row["split"] == "heldout"]
+    """(held-out prompts, check types that no training prompt has). Raises UserError if no prompt is held out.
+
+    All prompts of a file without splits are held out.
+    """
+    rows, _ = prompts_and_hash(config.prompts, None, config.reward is None, config.prompt_column)
+    trained = {check["name"] for row in rows if row.get("split") == "train" for check in row.get("checks") or ()}
+    heldout = [row for row in rows if row.get("split") != "train"]
     if not heldout:
         raise UserError(f"{config.prompts} has no held-out prompts")
-    unseen = sorted({check["name"] for row in heldout for check in row["checks"]} - trained)
-    return heldout[: config.limit], unseen
+    unseen = {check["name"] for row in heldout for check in row.get("checks") or ()} - trained
+    names = [str(row.get("id")) for row in heldout]
+    if len(set(names)) < len(names):  # rows without ids: completions are grouped by the place of their prompt
+        heldout = [row | {"id": f"row {i}"} for i, row in enumerate(heldout, 1)]
+    return heldout[: config.limit], sorted(unseen)
 
 
 def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
@@ -317,6 +340,8 @@ def heldout_blocks(text, tokens, length, tokenizer_name):
 def show(config, result):
     """Print the measurement."""
     m = result["measured"]
+    if any(result["left_out"].values()):
+        say(f"\nwithout a gold score: {in_numbers(result['left_out'])}")
     say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} held-out prompts; intervals hold 95 %")
     say(f"  gold score           {plus_minus(m['gold'])}")
     say(f"  unseen check types   {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
@@ -333,12 +358,14 @@ def show(config, result):
     text = result["text"]
     perplexity = math.exp(text["nats_per_token"])
     say(f"  held-out text        {text['nats_per_token']:.4f} nats per token, perplexity {perplexity:.1f}")
-    say("  share passed, by check type (* only held-out):")
+    if m["checks"]:
+        say("  share passed, by check type (* only held-out):")
     rates = [f"{name}{'*' * (name in result['unseen_types'])} {x['mean']:.2f}" for name, x in m["checks"].items()]
     for i in range(0, len(rates), 4):
         say("    " + "".join(rate.ljust(22) for rate in rates[i : i + 4]).rstrip())
     for answer in result["answers"][:: max(1, len(result["answers"]) // 3)][:3]:
-        say(f"\n  {answer['prompt']}\n  -> {' '.join(answer['text'].split())[:300]}  (gold {answer['gold']:.2f})")
+        text = " ".join(answer["text"].split())[:300]
+        say(f"\n  {answer['prompt']}\n  -> {text}  (gold {number_or_dash(answer['gold'])})")
 
 
 def main(config):

@@ -34,10 +34,11 @@ def interval(values):
 
 
 def prompt_means(answers, value):
-    """{prompt id: mean of value(completion) over the completions of the prompt}."""
+    """{prompt id: mean of value(completion) over the completions of the prompt whose value is not None}."""
     groups = {}
     for answer in answers:
-        groups.setdefault(answer["id"], []).append(value(answer))
+        if value(answer) is not None:
+            groups.setdefault(answer["id"], []).append(value(answer))
     return {key: statistics.fmean(group) for key, group in groups.items()}
 
 
@@ -78,8 +79,9 @@ def best_of_measured(result, n):
 def summarise(answers, unseen, best_of=1):
     """The summary of a list of completions, as a dict of numbers and of `interval`s.
 
-    answers: completions as dicts {"id" (of the prompt), "text", "gold", "proxy" or None, "kl" or None (nats), "tokens",
-    "finish_reason", "checks" (a list of [name, passed])}. unseen: check types that occur in no training prompt.
+    answers: completions as dicts {"id" (of the prompt), "text", "gold" or None, "proxy" or None, "kl" or None (nats),
+    "tokens", "finish_reason", "checks" (a list of [name, passed])}. unseen: check types that occur in no training
+    prompt.
     best_of: each completion is the best of so many; if it is above 1, "kl" is the upper bound `best_of_kl`.
     Gold, proxy and KL are means per completion with intervals; kl_per_token is in nats per token.
     """
@@ -117,7 +119,7 @@ def pair_accuracy(answers):
     count half.
     """
     groups, pairs = {}, []
-    for answer in answers:
+    for answer in (answer for answer in answers if answer["gold"] is not None):
         groups.setdefault(answer["id"], []).append(answer)
     for key, group in groups.items():
         for a, b in itertools.combinations(group, 2):
@@ -132,3 +134,8 @@ def plus_minus(x, digits=3):
     if x is None:
         return "-"
     return f"{x['mean']:.{digits}f}" + (f" +- {x['half']:.{digits}f}" if x["half"] is not None else "")
+
+
+def number_or_dash(value):
+    """A number with two decimals, a dash for None."""
+    return "-" if value is None else f"{value:.2f}"

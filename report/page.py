@@ -8,8 +8,8 @@ import statistics
 import sys
 
 from models.fetch import EMBEDDED_MODELS
-from report.intervals import plus_minus
-from report.plots import checks_figure, curves_figure, scores_figure
+from report.intervals import number_or_dash, plus_minus
+from report.plots import checks_figure, curves_figure, gold_is, scores_figure
 from report.sentences import (
     checks_sentence,
     cost_sentence,
@@ -93,7 +93,7 @@ def samples_section(rows, count=5):
         for row in rows:
             answer = first[row.key][chosen]
             cut = "" if answer["finish_reason"] == "stop" else " (cut)"
-            lines.append([row.label, f"{answer['gold']:.2f}", plain(answer["text"]) + cut])
+            lines.append([row.label, number_or_dash(answer["gold"]), plain(answer["text"]) + cut])
         parts.append(f"**{plain(first['base'][chosen]['prompt'])}**\n\n" + markdown_table(lines).replace("---:", "---"))
     return "\n\n".join(parts)
 
@@ -119,15 +119,28 @@ def answers_a_prompt(rows):
     return f"{usual} ({others})" if others else f"{usual}"
 
 
+CHECKS_SECTION = """## Each check type
+
+![Share of completions that pass, by check type](figures/checks.png)
+
+"""
+
+
 def write_report(config, rows, notes=()):
     """Write REPORT.md and figures/ into config.out. Returns the path of the report."""
     out = in_root(config.out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     scores_figure(rows, out / "figures" / "scores.png")
     curves_figure(rows, out / "figures" / "curves.png")
-    checks_figure(rows, out / "figures" / "checks.png")
+    checks_section = ""
+    if next(row for row in rows if row.key == "base").measured["checks"]:
+        checks_figure(rows, out / "figures" / "checks.png")
+        checks_section = CHECKS_SECTION + checks_sentence(rows) + "\n\n"
     base, first = split_base(rows)[0], rows[0].runs[0]
     who, where, used = first["identity"], machine(), versions()
+    scored_by = f"checks ({who['hashes']['checks']})"
+    if "reward" in who["hashes"]:
+        scored_by = f"reward functions `{config.reward}` ({who['hashes']['reward']})"
     command = shlex.join(["python", "report/compare.py", *sys.argv[1:]])
     start = f"`{config.base}`"
     if config.base in EMBEDDED_MODELS:
@@ -144,7 +157,7 @@ def write_report(config, rows, notes=()):
 
 {markdown_table(table(rows))}
 
-Gold: share of a prompt's checks that a completion passes. Proxy: the reward model's score. Intervals (+-) hold 95 %:
+Gold: {gold_is(rows)}, the mean over completions. Proxy: the reward model's score. Intervals (+-) hold 95 %:
 Student's, over the means of the {base.gold["n"]} held-out prompts. Gain on base: the difference prompt by prompt.
 Unseen checks: types that occur in no training prompt. KL: k1, the mean of log pi(completion) - log base(completion); of
 best-of-n the upper bound log n - (n - 1) / n. Ended: completions that stopped by themselves within
@@ -166,13 +179,7 @@ different word pairs over all, in the first completions to each prompt, as many 
 
 {curves_sentence(rows)}
 
-## Each check type
-
-![Share of completions that pass, by check type](figures/checks.png)
-
-{checks_sentence(rows)}
-
-## What alignment cost
+{checks_section}## What alignment cost
 
 {cost_sentence(rows)}
 
@@ -203,7 +210,7 @@ The first sample of each method to prompts evenly spaced in the held-out set. A 
 - {answers_a_prompt(rows)} completions a prompt, at most {setting["max_new_tokens"]} tokens, temperature
   {setting["temperature"]:g}, sampling seed {setting["seed"]}, weights in {setting["precision"]}; training seeds
   {", ".join(map(str, config.seed_list()))}.
-- Prompts `{config.prompts}` ({who["hashes"]["prompts"]}), checks ({who["hashes"]["checks"]}), reward model
+- Prompts `{config.prompts}` ({who["hashes"]["prompts"]}), {scored_by}, reward model
   `{config.reward_model}` ({who["hashes"]["reward_model"] or "not there"}).
 - Measuring took {duration(seconds)} in all.
 {"".join(f"- {note}" + chr(10) for note in notes)}

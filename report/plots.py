@@ -49,13 +49,20 @@ def scores_figure(rows, path):
         axes[1].set_title("Gold score against proxy")
     base = next(row for row in rows if row.key == "base")
     for ax in axes:
-        ax.set_ylabel("gold score: share of checks passed")
-        ax.set_ylim(bottom=0)
+        ax.set_ylabel(f"gold score: {gold_is(rows)}")
+        if min(row.gold["mean"] for row in rows) >= 0:  # a reward function may be below
+            ax.set_ylim(bottom=0)
         ax.axhline(base.gold["mean"], color="0.6", lw=0.8, ls=":", zorder=0)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(rows), 7), frameon=False)
     figure.suptitle("Held-out prompts; bars are 95 % intervals", fontsize=10, color="0.35")
     figure.savefig(path)
+
+
+def gold_is(rows):
+    """What the gold score of a comparison is, in words."""
+    reward = rows[0].runs[0]["identity"]["config"].get("reward")
+    return f"reward by {reward}" if reward else "share of checks passed"
 
 
 def running_mean(values, width):

@@ -40,13 +40,19 @@ def files_read(config):
         kinds, ours = (".safetensors", ".json", ".jsonl", ".txt"), ("manifest.json", "metrics.jsonl", "samples.jsonl")
         inside = [p for p in sorted(path.rglob("*")) if p.suffix in kinds and p.name not in ours and p.is_file()]
         found[key] = sha256_files([path] if path.is_file() else inside, path)
-    code = [key for key in names_with(config, reads="code") if vars(config)[key]]
-    for key in code:
-        files = [path for path in map(code_file, vars(config)[key].split(",")) if path]
+    code = code_read(config)
+    if "prompts" in vars(config) and not any(vars(config)[key] for key in names_with(config, reads="code")):
+        found["checks"] = sha256_files([ROOT / "data" / "checks.py"], ROOT)
+    return found | code
+
+
+def code_read(config):
+    """{key: hash} of the files of the functions that a configuration names (`option(reads="code")`)."""
+    found = {}
+    for key in names_with(config, reads="code"):
+        files = [path for path in map(code_file, (vars(config)[key] or "").split(",")) if path]
         if files:
             found[key] = sha256_files(files, ROOT)
-    if "prompts" in vars(config) and not code:
-        found["checks"] = sha256_files([ROOT / "data" / "checks.py"], ROOT)
     return found
 
 

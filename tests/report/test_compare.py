@@ -9,6 +9,7 @@ import pytest
 from configs.config import UserError
 from report import compare
 from report.compare import Config, equal_variety, find_runs, run_folder, seconds_before
+from report.intervals import summarise
 from report.methods import METHODS, method_of
 from report.page import COLUMNS, plain, table, write_report
 from report.sentences import (
@@ -47,6 +48,23 @@ def test_report_and_figures(tmp_path):
     for words in ("de-quantised from 4-bit", "models/dpo learned from other data.", "0123456789abcdef", "seed 0",
                   "One training seed", "at most 0.64", "GRPO online has the highest gold score"):  # fmt: skip
         assert words in text, words
+
+
+def test_a_report_on_reward_functions_and_prompts_without_checks(tmp_path):
+    rows = synthetic_rows(best_of=None)
+    for row in rows:
+        for run in row.runs:
+            run["identity"]["config"]["reward"] = "mine:right,mine:short"
+            run["identity"]["hashes"]["reward"] = "abcdefabcdef"
+            for i, answer in enumerate(run["answers"]):
+                answer |= {"checks": [], "gold": None if i % 2 == 0 else answer["gold"] - 3.0}
+            run["unseen_types"] = []
+            run["measured"] = row.measured = summarise(run["answers"], [])
+    text = write_report(Config(out=str(tmp_path), reward="mine:right,mine:short"), rows).read_text()
+    assert "reward functions `mine:right,mine:short` (abcdefabcdef)" in text
+    assert "Gold: reward by mine:right,mine:short" in text and "Each check type" not in text
+    assert (tmp_path / "figures" / "scores.png").is_file() and not (tmp_path / "figures" / "checks.png").exists()
+    assert "| - |" in text  # the gold score of a sample without a reward
 
 
 def test_every_row_of_the_table_has_every_column():

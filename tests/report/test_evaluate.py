@@ -66,6 +66,28 @@ def test_measures_again_what_changed(adapter, tmp_path):
     assert base["identity"]["hashes"]["model"] != first["identity"]["hashes"]["model"]
 
 
+def test_reward_functions_give_the_gold_score_of_prompts_without_checks(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"Say {i}.", "answer": str(i)} for i in range(5)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = (
+        "def size(prompt, completion, answer):\n    return None if answer == '3' else len(completion) + int(answer)\n"
+    )
+    (tmp_path / "own.py").write_text(source)
+    options = QUICK | {"text": str(ROOT / "tests/train/text.jsonl"), "limit": None, "prompts": "qa.jsonl"}
+    options |= {"prompt_column": "question", "reward": "own:size", "model_name": str(adapter), "out": "out.json"}
+    options |= {"out": str(tmp_path / "out.json")}
+    found = evaluate(Config(**options))
+    assert len(found["answers"]) == 10 and found["left_out"] == {"reward_failed": 0, "reward_none": 2}
+    golds = [None if i // 2 == 3 else len(a["text"]) + i // 2 for i, a in enumerate(found["answers"])]
+    assert [a["gold"] for a in found["answers"]] == golds
+    assert found["measured"]["gold"]["n"] == 4 and found["measured"]["checks"] == {}
+    means = [(golds[2 * i] + golds[2 * i + 1]) / 2 for i in (0, 1, 2, 4)]
+    assert found["measured"]["gold"]["mean"] == pytest.approx(sum(means) / 4)
+    (tmp_path / "own.py").write_text(source.replace("len(completion)", "2 * len(completion)"))  # noticed
+    assert evaluate(Config(**options))["measured"]["gold"]["mean"] > found["measured"]["gold"]["mean"]
+
+
 def test_in_bf16_the_positions_of_the_measured_model_are_not_rounded(adapter, tmp_path, sampled_models):
     asked = sampled_models(sys.modules["report.evaluate"])
     evaluate(Config(**QUICK | {"precision": "bf16"}, model_name=str(adapter), out=str(tmp_path / "out.json")))
