@@ -18,6 +18,7 @@ from configs.config import UserError, option
 from data.checks import CHECKS, words
 from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
 from data.rows import in_one_form, kind_of_file, read_rows
+from runtime.console import quiet_libraries
 from runtime.files import in_root, sha256_file
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # the id of a dataset, maybe with a configuration
@@ -51,24 +52,43 @@ def prompts_and_hash(
     name, path = str(source), in_root(source)
     if name == "-":
         return parse_prompts(sys.stdin.buffer.read(), "standard input", need_checks, column=column), ""
-    if path.is_file() and path.suffix == ".json" and _has_splits(path):
-        return load_prompts(path, split, need_checks, column), sha256_file(path)
-    if path.is_file() and (path.suffix == ".jsonl" or not kind_of_file(path)):
-        found = parse_prompts(path.read_bytes(), name, need_checks, path.suffix == ".jsonl", column)
-        return found, sha256_file(path)
+    if path.is_file() and (path.suffix in (".json", ".jsonl") or not kind_of_file(path)):
+        return _from_bytes(path, name, split, need_checks, column), sha256_file(path)
     if not path.exists() and (kind_of_file(path) or path.suffix == ".txt" or not HUB.fullmatch(name)):
         raise UserError(f"prompts = {name!r}: no such file")
+    quiet_libraries()
     rows, digest = read_rows(source)
     return prompt_rows(((row["where"], row) for row in rows), need_checks, column), digest
 
 
-def _has_splits(path):
-    """Whether a JSON file is to be read as data/prompts.json: all but a list of rows without `split`."""
+def _from_bytes(path, name, split, need_checks, column):
+    """The prompts of a file of JSON, JSONL or lines of text."""
+    content = path.read_bytes()
+    if path.suffix != ".json" or _in_lines(content):
+        return parse_prompts(content, name, need_checks, path.suffix in (".json", ".jsonl"), column)
+    rows = _without_splits(content)
+    if rows is None:
+        return load_prompts(path, split, need_checks, column)
+    return prompt_rows([(f"{name} row {i}", row) for i, row in enumerate(rows, 1)], need_checks, column)
+
+
+def _in_lines(content):
+    """Whether a `.json` file holds JSONL: several lines, and the first one is an object."""
+    first, *others = content.removeprefix(BYTE_ORDER_MARK).strip().split(b"\n")
     try:
-        rows = json.loads(path.read_bytes())
+        return bool(others) and isinstance(json.loads(first), dict)
     except ValueError:
-        return True
-    return not (isinstance(rows, list) and rows and all(isinstance(x, dict) and "split" not in x for x in rows))
+        return False
+
+
+def _without_splits(content):
+    """The rows of a JSON file that is a list of objects, none of which has a `split`. None for any other file."""
+    try:
+        rows = json.loads(content)
+    except ValueError:
+        return None
+    plain = isinstance(rows, list) and rows and all(isinstance(row, dict) and "split" not in row for row in rows)
+    return rows if plain else None
 
 
 def parse_prompts(

@@ -275,9 +275,9 @@ class RewardFunction:
 
 
 def _number(value):
-    """The value as a float; None for what is no number."""
+    """The value as a float: NaN for a text, None for what is no number."""
     try:
-        return None if isinstance(value, (str, bytes)) else float(value)
+        return math.nan if isinstance(value, (str, bytes)) else float(value)
     except Exception:
         return None
 

@@ -78,8 +78,9 @@ def main(config):
         if any(numbers.values()):
             say(f"\n{name}: {in_numbers(numbers)} have no reward and are left out")
     own, base = ([group for group in groups if group] for groups in (own, base))
-    if not (own and base):
-        raise UserError("no completion of one of the models has a reward: every reward function returned None")
+    for name, groups in ((both.name, own), (both.base, base)):
+        if not groups:
+            raise UserError(f"no reward function gave a reward to a completion of {name}: all returned None")
     say(f"\nmeans over {len(rows)} prompts")
     show_table(
         ["completions of", f"mean@{k}", f"best@{k}", "tokens", "ended"],

@@ -45,7 +45,7 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
     def check(self):
         super().check()
         if self.reward and self.reward_model:
-            raise UserError("reward and reward_model both score the completions: give exactly one of them")
+            raise UserError("reward and reward_model both score the completions: give one of them")
         if self.minibatches > self.prompts_per_step:
             raise UserError(
                 f"minibatches = {self.minibatches}: at most prompts_per_step = {self.prompts_per_step}, or one would "

@@ -163,6 +163,24 @@ CONTRADICTIONS = [
         reward="a:b",
         reward_model="models/reward",
     ),
+    case("ppo", "reward and reward_model both score the completions: give one of them", reward="a:b"),
+    case("ppo", "PPO needs a reward_model or a reward function: give exactly one of them", reward_model="none"),
+    case(
+        "grpo",
+        "reward_weights = '1,2,3' has 3 numbers, and reward = 'a:b,c:d' has 2 functions: give one number for each",
+        reward="a:b,c:d",
+        reward_weights="1,2,3",
+    ),
+    case(
+        "pairs",
+        "reward_weights = '1,two': must be numbers with commas between them, such as 0.5,1",
+        reward="a:b,c:d",
+        reward_weights="1,two",
+    ),  # fmt: skip
+    case(
+        "evaluate", "reward = 'a:b,a:b': a:b is given twice; --reward_weights gives it another weight", reward="a:b,a:b"
+    ),  # fmt: skip
+    case("grpo", "reward_weights = '1' has no effect with no reward function: give --reward", reward_weights=1),
     case("offline", "mode = offline takes the stored scores: reward and reward_model have no effect", reward="a:b"),
     case("pairs", "reward must be module:function, such as my_reward:reward, got 'rewards'", judge="rewards"),
     case("grpo_inference", "--reward is given twice on the command line", judge="a:b", reward="a:b"),
@@ -494,8 +512,12 @@ DATA = [
     ),
     case(
         "groups",
-        "{here}/prompts.json: entry 1: lacks id, split, checks; every prompt is an object with id, prompt, split,"
-        " checks",
+        "{here}/prompts.json: entry 1: lacks id, checks; every prompt is an object with id, prompt, split, checks",
+        prompts=prompts({"prompt": "Say one.", "split": "train"}),
+    ),
+    case(
+        "groups",
+        "{here}/prompts.json row 1: has no checks to be scored by; give a --reward module:function",
         prompts=prompts({"prompt": "Say one."}),
     ),
     case(
@@ -553,8 +575,43 @@ DATA = [
     case(
         "inference",
         '{here}/p.jsonl line 2: must be an object whose "prompt" is a text or a list of messages, each with '
-        "role and content, not \"{'promt': 'b'}\"",
+        "role and content, not \"{'prompt': 3}\"",
+        prompts=file("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n'),
+    ),
+    case(
+        "inference",
+        "{here}/p.jsonl line 2: has no column 'prompt'. Its columns are: promt. --prompt_column names another",
         prompts=file("p.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n'),
+    ),
+    case(
+        "ppo",
+        "{here}/p.csv row 1: has no column 'ask'. Its columns are: question, answer. --prompt_column names another",
+        prompts=file("p.csv", "question,answer\n2 + 2?,4\n"),
+        prompt_column="ask",
+    ),
+    case(
+        "grpo",
+        "{here}/p.jsonl line 1: has no column 'ask'. Its columns are: question, answer. --prompt_column names another",
+        prompts=file("p.jsonl", '{"question": "2 + 2?", "answer": "4"}\n'),
+        prompt_column="ask",
+        reward=function("def reward(prompt, completion): return 1.0"),
+    ),
+    case(
+        "inference",
+        "prompt_column = 'ask': {here}/p.txt has lines of text, and no columns",
+        prompts=file("p.txt", "2 + 2?\n"),
+        prompt_column="ask",
+    ),
+    case(
+        "inference",
+        "prompt_column = 'ask' has no effect with prompt or chat: it is of a file",
+        prompt="a",
+        prompt_column="ask",
+    ),  # fmt: skip
+    case(
+        "ppo",
+        "{here}/p.jsonl line 1: has tools, which no stage takes: leave the row or the key out",
+        prompts=file("p.jsonl", '{"prompt": "2 + 2?", "tools": [{"name": "add"}]}\n'),
     ),
     case(
         "inference",
@@ -875,13 +932,13 @@ REWARD_FUNCTIONS = [
     ),
     case(
         "grpo_inference",
-        "reward reward on prompt ... and completion ... raised KeyError: 'x'",
+        "reward reward on prompt ... raised KeyError: 'x'. Every call failed, 8 completions, and each was tried twice",
         reward=function("def reward(prompt, completion): raise KeyError('x')"),
         limit=1,
     ),
     case(
         "grpo",
-        "reward reward on prompt ... and completion ... raised SystemExit: 0",
+        "reward reward on prompt ... raised SystemExit: 0. Every call failed, 12 completions, and each was tried twice",
         reward=function("def reward(prompt, completion): import sys; sys.exit(0)"),
     ),
     case(
@@ -896,15 +953,33 @@ REWARD_FUNCTIONS = [
     ),
     case(
         "grpo",
-        "reward reward on prompt ... and completion ... raised TypeError: reward() takes 1 positional argument but 2"
-        " were given",
+        "reward reward takes (prompt): it must take (prompt, completion), or the lists (prompts, completions) of TRL",
         reward=function("def reward(prompt): return 1.0"),
     ),
     case(
         "grpo_inference",
-        "reward reward on prompt ... and completion ... returned None, which is not a number",
+        "no reward function gave a reward to a completion of ...: all returned None",
         reward=function("def reward(prompt, completion): return None"),
         limit=1,
+    ),
+    case(
+        "grpo",
+        "step 1: reward is nan on all completions: no reward function applies. 1 steps in a row were skipped ...",
+        reward=function("def reward(prompt, completion): return None"),
+        max_skipped=1,
+    ),
+    case(
+        "ppo",
+        "reward reward needs the column solution, and the columns beside the prompt are: answer",
+        reward_model="none",
+        reward=function("def reward(prompts, completions, solution): return [1.0] * len(prompts)"),
+        prompts=file("p.jsonl", '{"prompt": "2 + 2?", "answer": "4"}\n' * 4),
+    ),
+    case(
+        "ppo",
+        "reward reward must return 8 finite numbers or None, one a completion, not [1.0, 'good']",
+        reward_model="none",
+        reward=function("async def reward(prompts, completions): return [1.0, 'good']"),
     ),
 ]
 
@@ -931,7 +1006,7 @@ PLACES = [
     ),
     case(
         "grpo",
-        "reward reward on prompt ... and completion ... raised KeyError: 1",
+        "reward reward on prompt ... raised KeyError: 1. Every call failed, 12 completions, and each was tried twice",
         out=folder("out"),
         reward=function("def reward(prompt, completion): return {}[1]"),
     ),

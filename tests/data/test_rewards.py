@@ -155,7 +155,7 @@ def test_preferences_and_inference_hand_a_reward_the_same_columns(functions):
     row = {"id": "a", "prompt": "2 + 2?", "split": "train", "answer": "4", "checks": []}
     groups = [[Completion("4", [1], [0.0], "stop"), Completion("5", [1], [0.0], "stop")]]
     [group], left_out = score_answers([row], groups, reward)
-    assert [answer.score for answer in group] == [1.0, 0.0] and left_out == {}
+    assert [answer.score for answer in group] == [1.0, 0.0] and not any(left_out.values())
     assert columns_of(row) == {"answer": "4"}
 
 
