@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +56,7 @@ class Trainer:
     whole: dict  # options with which a step is one micro-batch
     pieces: dict  # options with which its micro-batches are as small as possible
     sgd_lr: float = 0.5  # the learning rate where SGD takes the steps
+    reward_model: bool = False  # whether it learns from a reward model, if it is given no reward function
 
 
 GROUP = 3  # completions in a stored group
@@ -82,10 +83,11 @@ def _method(method):
     """The script of a method of report/methods.py that learns from pairs, rollouts or groups."""
     script = importlib.import_module(method.script.removesuffix(".py").replace("/", "."))
     options = LEARNS_FROM[method.learns_from] | method.tiny
-    if method.learns_from == "rollouts" and not script.Config.reward_model:
+    reward_model = method.learns_from == "rollouts" and bool(script.Config.reward_model)
+    if method.learns_from == "rollouts" and not reward_model:
         options["reward"] = "reward:reward"  # in place of the checks, which the prompts do not have
     together = GROUP if method.learns_from == "groups" else options.get("samples_per_prompt", 1)
-    return _rlhf(script, f"smoke/{method.key}", together, **options)
+    return replace(_rlhf(script, f"smoke/{method.key}", together, **options), reward_model=reward_model)
 
 
 RLHF = {"reward": _rlhf(train_reward_model, "smoke/reward", **PAIRS)}
@@ -199,7 +201,7 @@ def start(folder, trainer, model, out, processes=1, exact=None, **changes):
     script = TRAINERS[trainer].script.__name__
     if script.startswith("rlhf") and model.startswith("tiny-gpt2"):  # all its weights train; tiny-llama gets an adapter
         options = {"lora_r": 0} | options
-    if getattr(TRAINERS[trainer].script.Config, "reward_model", None):  # a folder by default: PPO needs one
+    if TRAINERS[trainer].reward_model and "reward" not in options:
         options["reward_model"] = run(folder, "reward", model)
     options["config"] = ROOT / "configs" / f"{options['config']}.yaml"
     for key in ("data", "prompts", "groups"):
