@@ -18,7 +18,7 @@ import torch
 
 from configs.config import UserError, option, refuse_unused
 from rlhf.policy import Policy
-from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches
+from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, same_again
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
 from rlhf.steps import Meter, measure_kl, measure_sampler
@@ -183,7 +183,8 @@ def main(config):
         checkpoints.save_if_due(step)
 
     policy.save(stage.run.folder)
-    stage.finish(stage.reached("reward", "gold", "kl"), rollouts.inputs, "python inference/grpo_inference.py")
+    following = "python inference/grpo_inference.py" + same_again(config)
+    stage.finish(stage.reached("reward", "gold", "kl"), rollouts.inputs, following)
 
 
 def online(config, stage, policy):

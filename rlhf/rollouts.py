@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
@@ -51,6 +52,19 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
                 f"minibatches = {self.minibatches}: at most prompts_per_step = {self.prompts_per_step}, or one would "
                 "train on nothing"
             )
+
+
+def same_again(config):
+    """The options, as text, with which an inference script asks the model of a run what the run asked: ` --prompts X`.
+
+    Options with their default values are left out.
+    """
+    defaults = {f.name: f.default for f in fields(config)}
+    names = {"out": "model_name"} | {key: key for key in ("prompts", "prompt_column", "reward", "reward_weights")}
+    words = [
+        (f"--{name}", getattr(config, key)) for key, name in names.items() if getattr(config, key) != defaults[key]
+    ]
+    return "".join(f" {name} {shlex.quote(value)}" for name, value in words)
 
 
 @dataclass

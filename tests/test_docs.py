@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -138,6 +139,37 @@ def test_examples_of_prompts_rewards_configurations_and_records_load(write):
     assert (config.beta, config.lr) == (0.1, 5e-4) and yaml.safe_load(examples()["my_dpo.yaml"])
     assert [json.loads(line)["step"] for line in examples()["metrics.jsonl"].splitlines()] == [1, 2]
     assert json.loads(examples()["manifest.json"])["script"] == "dpo_train.py"
+
+
+@pytest.mark.slow
+def test_grpo_on_questions_and_answers_by_the_command_of_its_page(tmp_path, monkeypatch):
+    """The two files and the very command of the page, on a tiny model."""
+    text = (ROOT / "docs/methods/grpo.md").read_text(encoding="utf-8")
+    section = text.split("## Your own questions, answers and reward")[1].split("\n## ")[0]
+    (rows,), (source,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("json", "python"))
+    [command] = re.findall(r"```\n(python .*?)```", section, re.DOTALL)
+    (tmp_path / "questions.jsonl").write_text(rows)
+    (tmp_path / "maths.py").write_text(source)
+    python, script, *words = shlex.split(command)
+    tiny = ["--config", str(ROOT / "configs/smoke/grpo.yaml"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *words, *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert python == "python" and done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        both = line["rewards/right/mean"] + 0.2 * line["rewards/short/mean"]
+        assert line["reward"] == pytest.approx(both) and line["rewards/short/mean"] > 0
+    assert len(lines) == 2
+    files = json.loads((tmp_path / "out/manifest.json").read_text())["files"]
+    assert {"prompts", "reward"} <= files.keys()
+    [following] = [line for line in done.stdout.splitlines() if line.startswith("next: ")]
+    assert "--prompts questions.jsonl --prompt_column question --reward maths:right,maths:short" in following
+    monkeypatch.chdir(tmp_path)
+    rewards = RewardFunctions("maths:right,maths:short")(
+        ["2 + 3?"] * 2, ["It is 5", "5 or 6"], [{"answer": "5"}] * 2
+    ).by_function
+    assert rewards == {"right": [1.0, 0.0], "short": [1 / 4, 1 / 4]}
 
 
 def errors(write, tokenizer):

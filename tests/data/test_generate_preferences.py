@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.config import ROOT, UserError, load_config
-from data import generate_preferences, generate_preferences_multi, preferences
+from data import generate_preferences, generate_preferences_multi, preferences, rewards
 from data.checks import score
 from data.generate_preferences import make_pairs
 from data.generate_preferences_multi import order_group
@@ -229,6 +229,53 @@ def test_a_reward_function_scores_prompts_without_checks(tiny_options, tmp_path,
     assert status == 2 and "raised KeyError" in stderr and not broken.exists()
     status, _, stderr = run(generate_preferences, *options, "--out", broken)
     assert status == 2 and "--reward" in stderr
+
+
+JUDGES = """
+calls = []
+
+def even(prompts, completions, answer, **columns):
+    calls.append(len(prompts))
+    assert all(isinstance(ids, list) for ids in columns["completion_ids"]) and set(answer) <= {"4", "6"}
+    return [None if len(c) % 2 else len(c) for c in completions]
+
+async def breaks(prompt, completion):
+    if "e" in completion:
+        raise TimeoutError("no answer")
+    return 1.0
+
+def nobody(prompt, completion):
+    return None
+"""
+
+
+@pytest.mark.parametrize("script", [generate_preferences, generate_preferences_multi])
+def test_completions_without_a_score_are_left_out_and_counted(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "PAUSE", 0.0)
+    monkeypatch.setattr(rewards, "AT_ONCE", 16)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judges.py").write_text(JUDGES)
+    asked = [{"question": f"Say {i}.", "answer": "46"[i % 2]} for i in range(8)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    line = "--model_name tiny-llama --precision fp32 --max_new_tokens 10 --samples_per_prompt 6 --limit 8"
+    options = [*line.split(), "--prompts", "qa.jsonl", "--prompt_column", "question", "--out", tmp_path / "made.jsonl"]
+    both = ["--reward", "judges:even,judges:breaks", "--reward_weights", "1,-1"]
+    status, stdout, stderr = run(script, *options, *both)
+    assert status == 0, stderr
+    summary = json.loads((tmp_path / "made.manifest.json").read_text())["summary"]
+    kept, failed = summary["answers"], summary["reward_failed"]
+    assert failed > 0 and summary["reward_none"] == 0 and kept + failed == 8 * 6
+    assert f"left out, without a score: {failed} completions (reward_failed {failed})" in stdout
+    assert "raised TimeoutError: no answer, twice" in stdout
+    for row in rows_of(tmp_path / "made.jsonl"):
+        answers = [row["chosen"], *(row["rejected"] if script is generate_preferences_multi else [row["rejected"]])]
+        texts = [answer[0]["content"] for answer in answers]
+        scores = row["scores"] if script is generate_preferences_multi else [row["chosen_score"], row["rejected_score"]]
+        assert scores == [(0 if len(text) % 2 else len(text)) - 1.0 for text in texts]
+        assert not any("e" in text for text in texts)
+    nobody = [*options[:-1], tmp_path / "none.jsonl"]
+    status, _, stderr = run(script, *nobody, "--reward", "judges:nobody")
+    assert status == 2 and "and 48 completions (reward_none 48) have no score" in stderr
 
 
 def test_histogram_counts_every_value():

@@ -3,6 +3,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -209,6 +210,80 @@ def test_ppo_shows_score_and_kl(runs, tmp_path):
     assert status == 0, stderr
     assert "score" in stdout and "kl" in stdout and "gold" in stdout
     assert all(row["kl"] > 0 and row["score"] != row["base_score"] for row in rows_of(out))
+
+
+JUDGES = """
+def odd(prompts, completions, answer, **columns):
+    return [len(c) + int(a) if len(c) % 2 else None for c, a in zip(completions, answer)]
+
+def size(prompt, completion, answer):
+    return len(completion) / 4 + int(answer)
+"""
+
+
+@pytest.fixture
+def questions(tmp_path, monkeypatch):
+    """The options that name a file of questions in a working directory, which also has reward functions."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judges.py").write_text(JUDGES)
+    rows = [{"question": f"Say {i}.", "answer": str(i)} for i in range(4)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--prompts", "qa.jsonl", "--prompt_column", "question", *QUICK]
+
+
+def score_of(text, answer):
+    """The sum of both reward functions."""
+    return len(text) / 4 + answer + (len(text) + answer if len(text) % 2 else 0)
+
+
+def test_ppo_scores_by_reward_functions_or_by_those_of_the_run(runs, questions, tmp_path):
+    functions = ["--reward", "judges:size,judges:odd"]
+    status, stdout, stderr = run(
+        "ppo_inference", "--model_name", runs / "ppo", *questions, *functions, "--out", tmp_path / "x.jsonl"
+    )
+    assert status == 0, stderr
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [f"Say {i}." for i in range(4)]
+    for i, row in enumerate(rows):
+        assert row["score"] == pytest.approx(score_of(row["completion"], i))
+        assert row["base_score"] == pytest.approx(score_of(row["base_completion"], i))
+    own = tmp_path / "own"
+    shutil.copytree(runs / "ppo", own)
+    (own / "config.yaml").write_text("reward: judges:size,judges:odd\nreward_weights: 1,1\nreward_model: null\n")
+    status, again, stderr = run("ppo_inference", "--model_name", own, *questions, "--out", tmp_path / "y.jsonl")
+    assert status == 0, stderr
+    assert (tmp_path / "y.jsonl").read_text() == (tmp_path / "x.jsonl").read_text()
+    both = [*functions, "--reward_model", "models/x"]
+    with pytest.raises(UserError, match="give one of them"):
+        load_config(load_script("ppo_inference").Config, both)
+
+
+def test_completions_to_which_no_function_applies_have_no_score(runs, questions, tmp_path):
+    status, stdout, stderr = run("ppo_inference", "--model_name", runs / "ppo", *questions, "--reward", "judges:odd",
+                                 "--seed", 1, "--out", tmp_path / "x.jsonl")  # fmt: skip
+    assert status == 0, stderr
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        text = row["completion"]
+        assert row["score"] == (len(text) + i if len(text) % 2 else None)
+    assert {row["score"] is None for row in rows} == {True, False}
+    assert "score -" in stdout and "have no score" in stdout
+    status, stdout, stderr = run("grpo_inference", "--model_name", runs / "grpo", *questions, "--reward", "judges:odd",
+                                 "--samples_per_prompt", 4, "--out", tmp_path / "y.jsonl")  # fmt: skip
+    assert status == 0, stderr
+    rows = [json.loads(line) for line in (tmp_path / "y.jsonl").read_text().splitlines()]
+    kept = sum(len(row["rewards"]) for row in rows)
+    assert 0 < kept < 16 and f"{16 - kept} completions (reward_none {16 - kept}) have no reward" in stdout
+    for i, row in enumerate(rows):
+        assert row["rewards"] == [len(text) + i for text in row["completions"]]
+        assert all(len(text) % 2 for text in row["completions"])
+
+
+def test_a_column_of_questions_is_asked(questions, tmp_path):
+    status, _, stderr = run("inference", "--model_name", "tiny-llama", *questions, "--out", tmp_path / "x.jsonl")
+    assert status == 0, stderr
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [f"Say {i}." for i in range(4)]
 
 
 def test_grpo_shows_mean_and_best_of_a_group(runs, tmp_path, monkeypatch):
