@@ -73,6 +73,13 @@ STATEMENTS = {
     "aggregations": "The three aggregations have their worked values, whatever the micro-batches and the padding.",
     "no-signal": "The share of groups without any difference in reward is logged.",
     "offline-online": "With stored log-probs, the offline gradient is that of the online step on the same data.",
+    # reward functions
+    "reward-left-out": "A completion without a reward is in no loss, mean, divisor or baseline: the step is that of a "
+    "group without it, on any number of processes.",
+    "reward-functions": "A reward is the weighted sum of the functions that apply. Calls may run at the same time and "
+    "stay in order; one that raises is tried again once, and then loses its completion and no step. A changed file is "
+    "noticed.",
+    "prompt-columns": "The prompt is the named column of a row in any form; all other columns stay.",
     # LoRA, checkpoints
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",
     "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",

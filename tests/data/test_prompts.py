@@ -30,6 +30,7 @@ def write_folder(path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(path))
 
 
+@pytest.mark.statement("prompt-columns")
 @pytest.mark.parametrize(
     "name, write",
     [
@@ -54,6 +55,7 @@ def test_a_column_of_rows_in_every_form_is_the_prompt_and_the_others_stay(name, 
         read_prompts(tmp_path / name)
 
 
+@pytest.mark.statement("prompt-columns")
 def test_the_column_wins_over_a_prompt_beside_it(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "no", "ask": "yes", "instruction": "no", "output": "no"}\n')
     assert [row["prompt"] for row in read_prompts(tmp_path / "x.jsonl", column="ask")] == ["yes"]
@@ -70,6 +72,7 @@ def test_a_file_with_splits_takes_a_column_too(tmp_path):
 USER, SYSTEM = {"role": "user", "content": "2 + 2?"}, {"role": "system", "content": "Be short."}
 
 
+@pytest.mark.statement("prompt-columns")
 @pytest.mark.parametrize(
     "row, prompt",
     [

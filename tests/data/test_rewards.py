@@ -171,6 +171,7 @@ async def later(prompts, completions):
 """
 
 
+@pytest.mark.statement("reward-functions")
 def test_the_reward_is_the_weighted_sum_of_the_functions_that_apply(functions):
     reward = functions(SEVERAL, ["words", "maths", "later"], "0.5, 1,-1")
     columns = [{"answer": "4"}, {"answer": None}]
@@ -181,6 +182,7 @@ def test_the_reward_is_the_weighted_sum_of_the_functions_that_apply(functions):
     assert functions(SEVERAL, ["words", "maths"])(PROMPTS, COMPLETIONS, columns).values == [4.0, 3.0]  # weights are 1
 
 
+@pytest.mark.statement("reward-functions")
 def test_a_completion_to_which_no_function_applies_is_left_out(functions):
     reward = functions(SEVERAL, ["maths", "later"])
     scores = reward(PROMPTS, ["It is 4.", "It is 5."], [{"answer": None}] * 2)
@@ -196,6 +198,7 @@ async def later(prompts, completions, **kwargs):
 """
 
 
+@pytest.mark.statement("reward-functions")
 @pytest.mark.slow
 def test_the_weighted_sum_is_trls(functions, monkeypatch):
     """TRL's own method calls the functions; then it takes the nan-aware weighted sum."""
@@ -224,6 +227,7 @@ def test_the_weighted_sum_is_trls(functions, monkeypatch):
         )
 
 
+@pytest.mark.statement("reward-functions")
 def test_a_call_that_raises_is_tried_again_once(functions, capsys):
     reward = functions(
         "tried = []\ndef f(prompt, completion):\n    tried.append(completion)\n"
@@ -238,6 +242,7 @@ def test_a_call_that_raises_is_tried_again_once(functions, capsys):
     assert said == ["reward f on prompt 'two' raised TimeoutError: no answer, twice: 1 of 3 completions are left out"]
 
 
+@pytest.mark.statement("reward-functions")
 def test_a_function_that_fails_leaves_its_completion_out_whatever_the_others_say(functions):
     source = SEVERAL + "def fails(prompt, completion):\n    return 1 / ('4' in completion)\n"
     scores = functions(source, ["words", "fails"])(PROMPTS, COMPLETIONS, ROWS)
@@ -255,6 +260,7 @@ def test_if_every_call_fails_the_error_names_function_and_reason(functions, kind
         reward(PROMPTS, COMPLETIONS, ROWS)
 
 
+@pytest.mark.statement("reward-functions")
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["def", "async def"])
 def test_twelve_calls_that_wait_run_at_the_same_time_and_stay_in_order(form):
@@ -290,6 +296,7 @@ def test_twelve_calls_that_wait_run_at_the_same_time_and_stay_in_order(form):
     assert most == 3
 
 
+@pytest.mark.statement("reward-functions")
 def test_calls_that_compute_stay_in_the_main_thread():
     """Some of them use signals or what belongs to a thread; threads would not make them faster."""
     threads = set()

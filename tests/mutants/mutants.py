@@ -79,6 +79,7 @@ GENERATION, LOADER, ADMISSION = (
 LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
+REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("data", "rlhf"))
 CHECKPOINT = "tests/runtime/test_checkpoint.py::test_"
 NOTHING_MASKED = "tests/proof/test_verify.py::test_nothing_masked_reaches_losses_advantages_statistics_or_metrics"
 
@@ -849,6 +850,80 @@ MUTANTS = [
         "sampler-logprobs", "within its block a token is drawn as if nothing lay before", "models/generation.py",
         "_first_above(inside, target - before)", "_first_above(inside, target)",
         (f"{GENERATION}the_token_of_a_uniform_number_is_where_the_running_sum_passes_it",),
+    ),
+    # reward functions
+    Mutant(
+        "reward-left-out", "a completion without a reward has the reward 0", "rlhf/rollouts.py",
+        "        kept = [i for i, reward in enumerate(self.rewards) if reward is not None]\n",
+        "        self.rewards = [reward or 0.0 for reward in self.rewards]\n"
+        "        kept = list(range(len(self.rewards)))\n",
+        (f"{REWARD_STEPS}advantages_are_those_of_the_completions_that_are_left",), "Rollout.without_left_out",
+    ),
+    Mutant(
+        "reward-left-out", "groups keep their sizes", "rlhf/rollouts.py",
+        "sum(reward is not None for reward in group)", "len(group)",
+        (f"{REWARD_STEPS}advantages_are_those_of_the_completions_that_are_left",),
+    ),
+    Mutant(
+        "reward-left-out", "a step without any reward resets the count", "rlhf/grpo_train.py",
+        "if minibatch.sequences:", "if True:",
+        (f"{REWARD_STEPS}a_step_without_any_reward_moves_no_weight[grpo]",),
+    ),
+    Mutant(
+        "reward-functions", "the weights are left out", "data/rewards.py",
+        "[weight * x for weight, x in", "[x for weight, x in",
+        (f"{REWARDS}the_reward_is_the_weighted_sum_of_the_functions_that_apply", f"{REWARDS}the_weighted_sum_is_trls"),
+    ),
+    Mutant(
+        "reward-functions", "None counts as 0", "data/rewards.py",
+        "[weight * x for weight, x in zip(self.weights, row) if x is not None]",
+        "[weight * (x or 0.0) for weight, x in zip(self.weights, row)]",
+        (f"{REWARDS}a_completion_to_which_no_function_applies_is_left_out",),
+    ),
+    Mutant(
+        "reward-functions", "a failure counts as None", "data/rewards.py",
+        "None if bad else self._sum(row)", "self._sum([None if isinstance(x, Failed) else x for x in row])",
+        (f"{REWARDS}a_function_that_fails_leaves_its_completion_out_whatever_the_others_say",),
+    ),
+    Mutant(
+        "reward-functions", "a call that raised is not tried again", "data/rewards.py",
+        "        if again:\n", "        if False:\n",
+        (f"{REWARDS}a_call_that_raises_is_tried_again_once",),
+    ),
+    Mutant(
+        "reward-functions", "rewards come in the order in which calls end", "data/rewards.py",
+        "list(pool.map(_outcome, rest))", "list(pool.map(_outcome, rest))[::-1]",
+        (f"{REWARDS}twelve_calls_that_wait_run_at_the_same_time_and_stay_in_order[def]",),
+    ),
+    Mutant(
+        "reward-functions", "what computes runs in threads", "data/rewards.py",
+        "took > WAITED and computed < took / 10", "took > WAITED",
+        (f"{REWARDS}calls_that_compute_stay_in_the_main_thread",),
+    ),
+    Mutant(
+        "reward-functions", "the steps before a failure are not saved", "runtime/checkpoint.py",
+        "            self.save(step - 1)\n", "",
+        (f"{REWARD_STEPS}if_every_call_of_a_step_fails_the_steps_before_are_saved[grpo]",), "Checkpoints.saved_before",
+    ),
+    Mutant(
+        "reward-functions", "only the file of the first function is hashed", "runtime/provenance.py",
+        '(vars(config)[key] or "").split(",")', '(vars(config)[key] or "").split(",")[:1]',
+        (f"{REWARD_STEPS}a_change_of_any_of_the_files_is_noticed",),
+    ),
+    Mutant(
+        "reward-functions", "PPO gives completions the rewards of others", "rlhf/ppo_train.py",
+        "[rollout.rewards[i] for i in batch.rows]", "[rollout.rewards[i] for i in range(len(batch.rows))]",
+        (f"{REWARD_STEPS}ppo_with_a_function_that_scores_as_the_reward_model_does_takes_its_steps",),
+    ),
+    Mutant(
+        "prompt-columns", "a column called prompt wins", "data/prompts.py",
+        'return other.get("prompt", row[column])', 'return row.get("prompt", row[column])',
+        ("tests/data/test_prompts.py::test_the_column_wins_over_a_prompt_beside_it",),
+    ),
+    Mutant(
+        "prompt-columns", "other columns are lost", "data/prompts.py",
+        'row.items() if key != "where"} | {"prompt"', 'row.items() if key == "checks"} | {"prompt"',
+        ("tests/data/test_prompts.py::test_rows_of_other_forms_give_their_prompt_and_keep_their_columns",),
     ),
     Mutant(
         "aggregations", "\"sequence\" is a mean over tokens", "rlhf/grpo_train.py",

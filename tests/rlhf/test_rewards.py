@@ -78,6 +78,7 @@ def rollout(groups):
 GROUPS = [[1.0, None, 3.0, 8.0], [None, None, None, None], [None, 5.0, None, None], [2.0, 2.0, None, 1e8]]
 
 
+@pytest.mark.statement("reward-left-out")
 @pytest.mark.parametrize("scale_std", [True, False])
 def test_advantages_are_those_of_the_completions_that_are_left(scale_std):
     kept = rollout(GROUPS).without_left_out()
@@ -94,6 +95,7 @@ def test_advantages_are_those_of_the_completions_that_are_left(scale_std):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.statement("reward-left-out")
 def test_advantages_of_groups_with_completions_left_out_are_trls():
     trl = pytest.importorskip("trl.trainer.utils")
     table = torch.tensor([[float("nan") if x is None else x for x in group] for group in GROUPS])
@@ -107,6 +109,7 @@ def test_advantages_of_groups_with_completions_left_out_are_trls():
     assert not theirs[~left].any()
 
 
+@pytest.mark.statement("reward-left-out")
 def test_a_step_trains_on_the_completions_that_are_left(train, module, monkeypatch, sgd, tmp_path):
     """It is the step of offline GRPO on groups that hold these completions alone."""
     seen = []
@@ -140,6 +143,7 @@ def test_a_step_trains_on_the_completions_that_are_left(train, module, monkeypat
     torch.testing.assert_close(torch.cat([p.detach().flatten() for p in sgd]), online, atol=1e-5, rtol=0)
 
 
+@pytest.mark.statement("reward-functions")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_failures_are_counted_and_the_run_goes_on(name, train, capsys):
@@ -153,6 +157,7 @@ def test_failures_are_counted_and_the_run_goes_on(name, train, capsys):
             assert line["reward"] == pytest.approx(line["rewards/breaks/mean"] - 0.5 * line["rewards/thirds/mean"])
 
 
+@pytest.mark.statement("reward-left-out")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_a_step_without_any_reward_moves_no_weight(name, train):
@@ -167,6 +172,7 @@ def test_a_step_without_any_reward_moves_no_weight(name, train):
               **({"reward_model": "none"} if name == "ppo" else {}))  # fmt: skip
 
 
+@pytest.mark.statement("reward-functions")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_if_every_call_of_a_step_fails_the_steps_before_are_saved(name, train, functions, tmp_path, capsys):
@@ -192,6 +198,7 @@ def test_if_every_call_of_a_step_fails_the_steps_before_are_saved(name, train, f
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), file
 
 
+@pytest.mark.statement("reward-functions")
 @pytest.mark.slow
 def test_ppo_with_a_function_that_scores_as_the_reward_model_does_takes_its_steps(train, reward, functions):
     (functions / "model_says.py").write_text(
@@ -221,6 +228,7 @@ def test_ppo_without_a_reward_model_loads_none(train, monkeypatch):
     assert lines and "reward_model" not in json.loads((out / "manifest.json").read_text())["files"]
 
 
+@pytest.mark.statement("reward-left-out")
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["GRPO", "PPO"])
 @pytest.mark.parametrize("processes", [2, 3])
@@ -249,6 +257,7 @@ def trainers_folder(tmp_path_factory, made=[]):  # noqa: B006 - made once
     return made[0]
 
 
+@pytest.mark.statement("reward-functions")
 def test_a_change_of_any_of_the_files_is_noticed(functions, monkeypatch):
     monkeypatch.chdir(functions)
     (functions / "other.py").write_text("def reward(prompt, completion):\n    return 1.0\n")
@@ -259,6 +268,7 @@ def test_a_change_of_any_of_the_files_is_noticed(functions, monkeypatch):
     assert files_read(load_config(grpo_train.Config, words))["reward"] != before
 
 
+@pytest.mark.statement("reward-functions")
 def test_a_run_that_goes_on_with_another_reward_is_refused(train, functions):
     (functions / "server").touch()
     (functions / "other.py").write_text("def reward(prompt, completion):\n    return 1.0\n")
