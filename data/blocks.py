@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from configs.config import UserError
-from models.tokens import completion_ids, prompt_ids, readable
+from data.encoding import encode
+from models.tokens import readable
 from runtime.console import say
 
 if TYPE_CHECKING:
@@ -135,25 +136,17 @@ def completion_sample(
 ) -> tuple[Sample | None, bool]:
     """(sample, whether the prompt was cut). (None, False) if the completion alone does not fit into max_length tokens.
 
-    finish_reason: "length" for a completion that was cut at a length limit. It gets no stop token, because the model
-    would learn to stop in the middle of a text. where: names the row in errors.
-    Raises UserError for an empty prompt or completion, and for one of the wrong form.
+    finish_reason, where, errors: see `encode`.
     """
-    try:
-        p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not p or len(c) < 2:
-        raise UserError(f"{where}: the {'completion' if p else 'prompt'} is empty: nothing of it would be learnt")
-    c = c if finish_reason == "stop" else c[:-1]
-    if len(c) >= max_length:
+    encoded = encode(tokenizer, prompt, completion, max_length, where, finish_reason=finish_reason)
+    if encoded is None:
         return None, False
-    kept = p[-(max_length - len(c)) :]
+    kept, c, cut = encoded
     counts = np.array([False] * len(kept) + [True] * len(c))
     text = completion if isinstance(completion, str) else completion[0]["content"]
     sizes = np.zeros(len(counts), dtype=np.int64)
     sizes[-1] = len(text.encode())  # a row is never split: only the sum matters
-    return Sample(np.array(kept + c), counts, sizes), len(kept) < len(p)
+    return Sample(np.array(kept + c), counts, sizes), cut
 
 
 def _turns(document):

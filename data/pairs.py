@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.config import UserError
 from data.corpus import finish_reason_of
+from data.encoding import encode
 from data.prompts import text_of
 from data.rows import in_one_form, read_rows
 from models.tokens import completion_ids, prompt_ids
@@ -38,38 +39,6 @@ def _keys(row):
     return ", ".join(k for k in row if k != "where")
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict],
-    completion: str | list[dict],
-    max_length: int,
-    where: str,
-    truncation: str = "left",
-    finish_reason: str = "stop",
-) -> tuple[list[int], list[int]] | None:
-    """(prompt ids, completion ids), at most max_length tokens together. None if the row is dropped.
-
-    finish_reason: "length" for a completion that was cut at a length limit; it gets no stop token.
-    truncation: if both do not fit, "left" cuts the prompt from the left, and "drop" drops the row. A completion is
-    never cut: if it is longer than max_length - 1, the row is dropped in both cases.
-    Raises UserError, naming `where`, for an empty prompt or completion.
-    """
-    try:
-        p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not p:
-        raise UserError(f"{where}: the prompt is empty")
-    if len(c) < 2:
-        raise UserError(f"{where}: a completion is empty: nothing of this row would be learned")
-    c = c if finish_reason == "stop" else c[:-1]
-    if len(p) + len(c) > max_length:
-        if truncation == "drop" or len(c) >= max_length:
-            return None
-        p = p[len(p) + len(c) - max_length :]
-    return p, c
-
-
 def load_pairs(
     source: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str = "left"
 ) -> tuple[list[dict], dict[str, int], str]:
@@ -92,16 +61,15 @@ def load_pairs(
         if a is None or b is None:
             counts["dropped"] += 1
             continue
-        if a[1] == b[1]:  # nothing can be preferred: the loss would stay at ln 2
+        if a.completion == b.completion:  # nothing can be preferred: the loss would stay at ln 2
             counts["equal"] += 1
             continue
-        prompt_tokens = min(a[0], b[0], key=len)
-        counts["cut"] += len(prompt_tokens) < len(prompt_ids(tokenizer, prompt))
+        prompt_tokens = min(a.prompt, b.prompt, key=len)
+        counts["cut"] += a.cut or b.cut
         margin = _margin(row)
         text = {"prompt": text_of(prompt), "chosen": text_of(chosen), "rejected": text_of(rejected)}
-        pairs.append(
-            {"prompt": prompt_tokens, "chosen": a[1], "rejected": b[1], "margin": margin, "text": text, "where": where}
-        )
+        ids = {"prompt": prompt_tokens, "chosen": a.completion, "rejected": b.completion}
+        pairs.append(ids | {"margin": margin, "text": text, "where": where})
     if not pairs:
         raise UserError(
             f"{source}: no row is left: of {len(rows)} rows {counts['dropped']} are longer than max_length = "

@@ -392,17 +392,13 @@ MUTANTS = [
         (f"{LOADER}exactly_one_bos_where_the_tokenizer_has_one",),
     ),
     Mutant(
-        "empty-completion", "a row without a completion is taken (LM)", "data/blocks.py",
-        "if not p or len(c) < 2:", "if not p:",
-        (f"{BLOCKS}a_row_that_would_teach_nothing_is_an_error_that_names_it",),
-    ),
-    Mutant(
-        "empty-completion", "a pair without an answer is taken", "data/pairs.py",
+        "empty-completion", "a row without a completion is taken", "data/encoding.py",
         "    if len(c) < 2:", "    if len(c) < 1:",
-        (f"{DATASET}an_empty_completion_is_an_error_that_names_the_row",),
+        (f"{BLOCKS}a_row_that_would_teach_nothing_is_an_error_that_names_it",
+         f"{DATASET}an_empty_completion_is_an_error_that_names_the_row"),
     ),
     Mutant(
-        "same-prompt-ids", "prompt and answer are tokenised in one piece", "data/pairs.py",
+        "same-prompt-ids", "prompt and answer are tokenised in one piece", "data/encoding.py",
         "p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)\n",
         "p, c = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion)\n"
         "        whole = tokenizer(tokenizer.decode(p + c[:-1])).input_ids + c[-1:]\n"
@@ -411,18 +407,14 @@ MUTANTS = [
     ),
     Mutant(
         "same-prompt-ids", "the prompt is cut for one answer alone", "data/pairs.py",
-        "prompt_tokens = min(a[0], b[0], key=len)", "prompt_tokens = b[0]",
+        "prompt_tokens = min(a.prompt, b.prompt, key=len)", "prompt_tokens = b.prompt",
         (f"{DATASET}prompt_ids_stay_the_same_when_one_answer_is_longer_and_the_prompt_is_cut",),
     ),
     Mutant(
-        "truncation", "a long row is cut from the right", "data/pairs.py",
+        "truncation", "a long row is cut from the right", "data/encoding.py",
         "p = p[len(p) + len(c) - max_length :]", "p, c = (p + c)[: len(p)][:max_length], (p + c)[len(p) : max_length]",
-        (f"{DATASET}truncation_never_erases_a_completion",),
-    ),
-    Mutant(
-        "truncation", "a long row is cut from the right (LM)", "data/blocks.py",
-        "kept = p[-(max_length - len(c)) :]", "kept, c = p[: max_length - 1], c[: max(1, max_length - len(p))]",
-        (f"{BLOCKS}rows_cut_or_dropped_are_counted_and_a_completion_is_never_cut",),
+        (f"{DATASET}truncation_never_erases_a_completion",
+         f"{BLOCKS}rows_cut_or_dropped_are_counted_and_a_completion_is_never_cut"),
     ),
     Mutant(
         "truncation", "dropped rows are not counted", "data/pairs.py",

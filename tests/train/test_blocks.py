@@ -122,7 +122,7 @@ def test_rows_cut_or_dropped_are_counted_and_a_completion_is_never_cut(capsys):
 
 @pytest.mark.statement("empty-completion")
 def test_a_row_that_would_teach_nothing_is_an_error_that_names_it():
-    with pytest.raises(UserError, match="rows, document 2: the completion is empty"):
+    with pytest.raises(UserError, match="rows, document 2: a completion is empty"):
         make_blocks([ROWS[0], {"prompt": "p", "completion": ""}], "prompt", load_tokenizer("tiny-llama"), 64, "rows")
 
 
