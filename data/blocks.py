@@ -15,7 +15,7 @@ import torch
 
 from configs.config import UserError
 from data.encoding import encode
-from models.tokens import readable
+from models.tokens import readable, text_pieces
 from runtime.console import say
 
 if TYPE_CHECKING:
@@ -114,16 +114,20 @@ def make_blocks(
 
 def text_sample(tokenizer: PreTrainedTokenizerBase, text: str) -> Sample:
     """The `Sample` of a document with an end-of-sequence token at its end. Its bytes are the UTF-8 bytes of `text`."""
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-    bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    ends = np.maximum.accumulate(np.array([end for _, end in encoded.offset_mapping], dtype=np.int64))
-    sizes = np.diff(bytes_before[ends], prepend=0)  # a character of several tokens counts with its first token
-    ids = readable(tokenizer, encoded.input_ids)
-    if ids[-1] != tokenizer.eos_token_id:
-        ids, sizes = [*ids, tokenizer.eos_token_id], np.append(sizes, 0)
-    return Sample(np.array(ids), np.ones(len(ids), dtype=bool), sizes)
+    ids: list[Any] = []
+    sizes: list[Any] = []
+    end = 0
+    for some, spans in text_pieces(tokenizer, text):
+        ends = np.maximum.accumulate(np.append(end, spans[:, 1]))  # a character of several tokens counts with the first
+        codes = np.frombuffer(text[end : ends[-1]].encode("utf-32-le"), dtype=np.uint32)
+        bytes_before = np.cumsum(1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000))
+        sizes.append(np.diff(np.append(0, bytes_before)[ends - end]).astype(np.int32))
+        ids.append(np.array(readable(tokenizer, some.tolist()), dtype=np.int32))
+        end = ends[-1]
+    if ids[-1][-1] != tokenizer.eos_token_id:
+        ids, sizes = [*ids, [tokenizer.eos_token_id]], [*sizes, [0]]
+    all_ids, all_sizes = (np.concatenate(x, dtype=np.int32, casting="same_kind") for x in (ids, sizes))
+    return Sample(all_ids, np.ones(len(all_ids), dtype=bool), all_sizes)
 
 
 def completion_sample(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,12 @@ from configs.config import UserError
 from models.fast.attention import use_matmul_attention
 from models.fast.layers import use_memory_efficient_layers
 from models.tiny import CHAT_TEMPLATE
+from models.tokens import PIECE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+WORD_END = re.compile(r"\w(?= )")
 
 
 def train_tokenizer(documents: Sequence[dict], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -47,9 +51,18 @@ def train_tokenizer(documents: Sequence[dict], vocab_size: int) -> PreTrainedTok
 def _texts(documents):
     for document in documents:
         if "text" in document:
-            yield document["text"]
+            yield from _at_words(document["text"])
         for value in (document.get("prompt"), document.get("completion"), document.get("messages")):
             yield from [value] if isinstance(value, str) else [m["content"] for m in value or []]
+
+
+def _at_words(text):
+    """A text in pieces of some PIECE characters. A space after a letter begins a word, so no word is cut."""
+    start = 0
+    while found := WORD_END.search(text, start + PIECE):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
 
 
 def build_scratch(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import TemplateError
 
 from configs.config import UserError
@@ -68,6 +69,62 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All ids that end a completion, in order: the end of a turn, eos, and those of the model's generation_config."""
     return tuple(sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *_of_config.get(tokenizer, ())}))
+
+
+PIECE = 1 << 16  # characters that are tokenised at once: the tokenizer takes some 180 bytes of memory for each
+OVERLAP = 1 << 12  # characters that a piece repeats of the piece before it
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (ids, spans) of consecutive parts of a text: together they are the tokens of `tokenizer(text)`.
+
+    ids: (n,). spans: (n, 2), the first character of each token and the one after its last, in `text`.
+    A cut changes only the tokens near it. So two pieces that overlap have the same tokens inside the overlap, and are
+    joined there. They must agree over half of OVERLAP characters. If they do not (one word of thousands of characters),
+    the overlap grows. If no overlap is enough, the rest of the text is tokenised at once.
+    """
+    begin, end, known = 0, min(PIECE, len(text)), 0  # known: tokens of the piece that were yielded before
+    ids, spans = _encoded(tokenizer, text, begin, end)
+    while end < len(text):
+        overlap, joint = OVERLAP, None
+        while joint is None and overlap < end - begin:
+            more = _encoded(tokenizer, text, end - overlap, min(end + PIECE, len(text)))
+            joint = _joint((ids, spans), more, range(end - overlap, end, OVERLAP // 4))
+            overlap *= 8
+        if joint is None:
+            end = len(text)
+            ids, spans = _encoded(tokenizer, text, begin, end)
+        else:
+            yield ids[known : joint[0]], spans[known : joint[0]]
+            begin, end, known = end - overlap // 8, min(end + PIECE, len(text)), joint[1]
+            ids, spans = more
+    yield ids[known:], spans[known:]
+
+
+def _encoded(tokenizer, text, begin, end):
+    """(ids, spans) of text[begin:end]. Only the ends of the whole text get the special tokens of the tokenizer."""
+    found = tokenizer(text[begin:end], return_offsets_mapping=True, return_special_tokens_mask=True)
+    real = np.array(found.special_tokens_mask) == 0
+    kept = np.ones(len(real), dtype=bool)
+    if begin > 0:
+        kept &= real.cumsum() > 0
+    if end < len(text):
+        kept &= real[::-1].cumsum()[::-1] > 0
+    spans = np.array(found.offset_mapping, dtype=np.int64).reshape(-1, 2) + begin
+    return np.array(found.input_ids, dtype=np.int64)[kept], spans[kept]
+
+
+def _joint(piece, more, places):
+    """(i, j): from token i of one piece and token j of the next one on, both go on alike. None if they do nowhere."""
+    (ids, spans), (more_ids, more_spans) = piece, more
+    for place in places:
+        i, j = (int(np.searchsorted(x[:, 0], place)) for x in (spans, more_spans))
+        n = min(len(ids) - i, len(more_ids) - j)
+        alike = (ids[i : i + n] == more_ids[j : j + n]) & (spans[i : i + n] == more_spans[j : j + n]).all(1)
+        run = n if alike.all() else int(alike.argmin())
+        if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:
+            return i + run // 2, j + run // 2
+    return None
 
 
 def note_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, without_token: Iterable[int]) -> None:

@@ -491,6 +491,22 @@ MUTANTS = [
         (f"{LORA}pefts_methods_work_on_it",),
     ),
     Mutant(
+        "text-in-pieces", "pieces are joined where they begin, agree or not", "models/tokens.py",
+        "if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:", "if True:",
+        ("tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[512-128-tiny-llama]",
+         "tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[64-32-one word]"),
+    ),
+    Mutant(
+        "text-in-pieces", "a text is tokenised at once", "models/tokens.py",
+        "begin, end, known = 0, min(PIECE, len(text)), 0", "begin, end, known = 0, len(text), 0",
+        ("tests/train/test_blocks.py::test_no_piece_is_longer_than_it_must_be",),
+    ),
+    Mutant(
+        "text-in-pieces", "a tokenizer learns from pieces that cut words", "models/scratch.py",
+        'r"\\w(?= )"', 'r"\\w"',
+        ("tests/train/test_blocks.py::test_a_tokenizer_learns_from_pieces_what_it_learns_from_the_whole",),
+    ),
+    Mutant(
         "left-padding", "positions count padding (forward)", "models/fast/head.py",
         "(attention_mask.long().cumsum(-1) - 1).clamp(min=0)", "torch.ones_like(attention_mask).cumsum(-1) - 1",
         (f"{MODELS}left_padded_batch_gives_each_row_what_it_gets_alone_in_forward[tiny-gpt2]",),

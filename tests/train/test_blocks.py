@@ -6,10 +6,11 @@ import torch
 
 from configs.config import UserError
 from data.blocks import make_blocks, text_sample
+from models import scratch, tokens
 from models.fast.head import hidden_states
 from models.loader import load_model, load_tokenizer
 from models.scratch import build_scratch, train_tokenizer
-from models.tokens import completion_ids, prompt_ids
+from models.tokens import completion_ids, prompt_ids, text_pieces
 from train.common import lm_loss
 from train.updates import make_optimizer
 
@@ -162,6 +163,107 @@ def test_a_model_from_scratch_has_its_own_tokenizer_and_the_loss_of_a_uniform_gu
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
+@pytest.mark.statement("text-in-pieces")
+def test_a_tokenizer_learns_from_pieces_what_it_learns_from_the_whole(monkeypatch):
+    whole = train_tokenizer([{"text": LONG}], 500)
+    monkeypatch.setattr(scratch, "PIECE", 100)
+    assert len(list(scratch._at_words(LONG))) > 50 and "".join(scratch._at_words(LONG)) == LONG
+    assert train_tokenizer([{"text": LONG}], 500).backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
+
+
 def test_a_vocabulary_that_the_corpus_cannot_fill_is_an_error():
     with pytest.raises(UserError, match="scratch_vocab = 5000: the corpus has pairs for"):
         train_tokenizer([{"text": "aaaa bbbb"}], 5000)
+
+
+def trained(kind):
+    """A small tokenizer of another kind than the models': what a cut changes is different in each."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[UNK]", "[CLS]", "[SEP]"]
+    model, trainer, options = {
+        "words": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer, {}),
+        "unigram": (models.Unigram(), trainers.UnigramTrainer, {"unk_token": "[UNK]"}),
+        "one word": (models.BPE(unk_token="[UNK]", byte_fallback=True), trainers.BpeTrainer, {}),
+    }[kind]
+    tokenizer = Tokenizer(model)
+    if kind == "words":
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    elif kind == "unigram":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:  # as Llama 2: no word ends before the text does
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainer(vocab_size=400, special_tokens=specials, show_progress=False, **options)
+    tokenizer.train_from_iterator([LONG[i : i + 40] for i in range(0, len(LONG), 40)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(x, tokenizer.token_to_id(x)) for x in ("[CLS]", "[SEP]")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", pad_token="[SEP]")
+
+
+def long_text():
+    rng = np.random.default_rng(0)
+    parts = ["the ", "cat's", " sat", "\n", "\n\n", "  ", "1234", " — ", "漢字", "é", "🙂🙂", "WORD", "...", "\t", "zz"]
+    return "".join(rng.choice(parts, 3000)) + " " * 300 + "aaaaa" * 100 + "".join(rng.choice(parts, 1000)) + "end"
+
+
+LONG = long_text()
+KINDS = ("words", "unigram", "one word")
+SMOLLM2 = pytest.param("smollm2-135m", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*NAMES, SMOLLM2, "words", "unigram", "one word"])
+@pytest.mark.parametrize("piece, overlap", [(1 << 9, 1 << 7), (1 << 10, 1 << 5), (64, 32)])
+@pytest.mark.statement("text-in-pieces")
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, name, piece, overlap):
+    tokenizer = trained(name) if name in KINDS else load_tokenizer(name)
+    whole = tokenizer(LONG, return_offsets_mapping=True, return_special_tokens_mask=True)
+    monkeypatch.setattr(tokens, "PIECE", piece)
+    monkeypatch.setattr(tokens, "OVERLAP", overlap)
+    pieces = list(text_pieces(tokenizer, LONG))
+    assert len(pieces) > 5  # it was cut
+    assert [i for ids, _ in pieces for i in ids.tolist()] == whole.input_ids
+    spans = [tuple(span) for _, spans in pieces for span in spans.tolist()]
+    texts = [i for i, special in enumerate(whole.special_tokens_mask) if not special]
+    assert [spans[i] for i in texts] == [whole.offset_mapping[i] for i in texts]
+    sample = text_sample(tokenizer, LONG)
+    end = [] if whole.input_ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+    assert sample.ids.tolist() == whole.input_ids + end
+    if name not in KINDS:  # these leave nothing of a text out
+        assert sample.bytes.sum() == len(LONG.encode())
+
+
+@pytest.mark.statement("text-in-pieces")
+def test_where_pieces_never_agree_the_rest_is_tokenised_at_once(monkeypatch):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {letters: i for i, letters in enumerate(("a", "aa", "aaa", "b"))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "a"), ("aa", "a")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="b", pad_token="b")
+    monkeypatch.setattr(tokens, "PIECE", 100)
+    monkeypatch.setattr(tokens, "OVERLAP", 31)  # pieces of aaa begin one letter off
+    text = "b" * 150 + "a" * 1001
+    assert text_sample(tokenizer, text).ids.tolist()[:-1] == tokenizer(text).input_ids
+
+
+@pytest.mark.statement("text-in-pieces")
+def test_no_piece_is_longer_than_it_must_be():
+    tokenizer, seen = load_tokenizer("tiny-llama"), []
+
+    class Watched:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text, **options):
+            seen.append(len(text))
+            return tokenizer(text, **options)
+
+        __hash__ = object.__hash__
+
+    text = LONG * 40
+    sample = text_sample(Watched(), text)
+    assert len(text) > 5 * tokens.PIECE and max(seen) <= tokens.PIECE + tokens.OVERLAP
+    assert sum(seen) < 1.2 * len(text)
+    assert sample.ids.dtype == sample.bytes.dtype == np.int32 and sample.bytes.sum() == len(text.encode())
