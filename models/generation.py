@@ -1,4 +1,4 @@
-"""Sample from a model: a left-padded batch, a preallocated key-value cache, and no computation for finished rows.
+"""Sample from a model: a left-padded batch, a key-value cache that grows in steps, nothing computed for finished rows.
 
 On a CPU, reinforcement learning spends most of its time in this loop:
 
@@ -30,6 +30,7 @@ from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
 
 RECORDED = ("cuda",)  # device types on which one decoding step runs as a CUDA graph
+ROOM = 256  # new tokens for which a cache gets memory at once; a longer completion lets it grow
 BLOCK = 256  # tokens of the vocabulary; see inverse_cdf
 
 
@@ -288,7 +289,7 @@ class _Batch:
     closes_up = True
 
     def __init__(self, model, prompts, samples, max_new_tokens, decoder=None):
-        device = model.get_input_embeddings().weight.device
+        self.device = device = model.get_input_embeddings().weight.device
         self.recorded = decoder is not None and decoder.graphable and device.type in RECORDED
         self.model, self.decoder, self.results = model, CudaGraphDecoder(decoder) if self.recorded else decoder, []
 
@@ -297,9 +298,8 @@ class _Batch:
         rest = [p[shared:] for p in prompts]
         width = max(map(len, rest))
         self.length = shared + width
-        capacity = self.length + max_new_tokens
-        if self.recorded:  # matmuls with a cache of an unaligned size are several times slower
-            capacity += -capacity % ALIGNED[device.type]
+        self.longest = self.length + max_new_tokens
+        capacity = self._capacity()
         self.cache = _PreallocatedCache(model.config.get_text_config().num_hidden_layers, capacity)
         if shared:
             ids = torch.tensor([prompts[0][:shared]], device=device)
@@ -316,8 +316,18 @@ class _Batch:
         room = mask.new_zeros(len(prompts), capacity - self.length)
         self.seen = torch.cat([mask, room], 1).bool().repeat_interleave(samples, 0)  # (B, keys)
 
+    def _capacity(self):
+        """The tokens for which the cache gets memory: those of now and ROOM more, at most those of the longest row."""
+        capacity = min(self.length + ROOM, self.longest)
+        # for a CUDA graph: matmuls with a cache of an unaligned size are several times slower
+        return capacity + (-capacity % ALIGNED[self.device.type] if self.recorded else 0)
+
     def step(self, token: torch.Tensor) -> None:
         """Append one token to each row. token: (B,)."""
+        if self.length == self.seen.shape[1]:
+            more = self._capacity() - self.length
+            self.cache.grow(more)
+            self.seen = F.pad(self.seen, (0, more))
         self.seen[:, self.length] = True
         if self.decoder:
             place = torch.tensor([self.length], device=token.device)
@@ -350,7 +360,7 @@ class _Batch:
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """The keys and values of one layer, in memory that is allocated once for the longest completion.
+    """The keys and values of one layer, in memory that is allocated for ROOM tokens at a time.
 
     In decoding, a new token attends to all of this memory under a mask. The memory is contiguous, so this is faster
     than attention to its filled part.
@@ -395,6 +405,13 @@ class _PreallocatedCache(Cache):
         layer: Any  # a _PreallocatedLayer
         for layer in self.layers:
             layer.decoding = True
+
+    def grow(self, more: int) -> None:
+        """Give all layers memory for so many tokens more. The layers take turns, so that little is there twice."""
+        layer: Any  # a _PreallocatedLayer
+        for layer in self.layers:
+            layer.keys = F.pad(layer.keys, (0, 0, 0, more))
+            layer.values = F.pad(layer.values, (0, 0, 0, more))
 
     def move(self, holes: Any, movers: Any, count: int) -> None:
         """Remove finished rows from all layers; see `_moves`."""

@@ -34,6 +34,7 @@ STATEMENTS = {
     "packed-apart": "Packed samples do not see each other: logits are those of each alone, gradients across are 0, "
     "positions restart.",
     "text-in-pieces": "A long text is tokenised in pieces; with any tokenizer its ids are those of the whole text.",
+    "cost-follows-work": "Memory and time of sampling follow the sampled tokens, not the limits that were set.",
     "left-padding": "A row of a left-padded batch gets what it gets alone, in forward and generation, with learned and "
     "with rotary positions.",
     "sampled-ids": "Training on rollouts uses the sampled ids, never their text encoded again.",

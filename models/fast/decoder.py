@@ -98,15 +98,16 @@ class CudaGraphDecoder:
 
     Python needs three times as long to start a thousand kernels as the GPU needs to run them. A CUDA graph reads and
     writes fixed memory. So `token`, `positions` and `place` are copied into fixed tensors, and `seen` and `layers` are
-    those of one batch. When rows leave at the end of the batch, a smaller graph is captured.
+    those of one batch. When rows leave at the end of the batch, or its cache grows, another graph is captured.
     """
 
     def __init__(self, decoder):
-        self.decoder, self.given = decoder, None
+        self.decoder, self.shape = decoder, None  # (rows, capacity) of the graph
 
     def __call__(self, token, positions, place, seen, layers):
         new = (token, positions, place)
-        if self.given is None or len(token) != len(self.given[0]):
+        if seen.shape != self.shape:
+            self.shape = seen.shape
             self.given = given = [x.clone() for x in new]
             self.replay, self.logits = record(lambda: self.decoder(*given, seen, layers), token.device)
         for mine, x in zip(self.given, new):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import generation
 from models.fast.decoder import decoder_for
 from models.fast.layers import use_memory_efficient_layers
 from models.generation import BLOCK, _moved, _moves, generate, inverse_cdf, tempered_logprobs
@@ -199,3 +200,41 @@ def test_greedy_equals_transformers_with_smollm2_on_a_padded_batch_of_real_promp
         assert mine == row[: len(mine)]
         assert len(mine) == 16 or mine[-1] == tokenizer.eos_token_id
     assert "Paris" in tokenizer.decode(found.completions[0])
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that were sampled from, in order."""
+    found, sample = [], generation._sample
+
+    def watched(batch, *rest):
+        found.append(batch)
+        return sample(batch, *rest)
+
+    monkeypatch.setattr(generation, "_sample", watched)
+    return found
+
+
+@ALL
+@pytest.mark.statement("cost-follows-work")
+def test_a_cache_that_grows_gives_what_one_of_full_size_gives(tiny, name, monkeypatch, batches):
+    model, options = tiny(name), {"samples_per_prompt": 3, "stop_ids": range(4), "seed": 3}
+    whole = generate(model, PROMPTS, 40, **options)
+    assert batches[0].seen.shape[1] == 5 + 40
+    monkeypatch.setattr(generation, "ROOM", 7)
+    grown = generate(model, PROMPTS, 40, **options)
+    assert batches[1].seen.shape[1] == batches[1].cache.layers[0].keys.shape[2] == 5 + 40  # in the end, by six steps
+    assert grown.completions == whole.completions and {"stop", "length"} == set(grown.finish_reasons)
+    for a, b in zip(grown.logprobs, whole.logprobs):
+        assert a == pytest.approx(b, abs=1e-6)
+
+
+@ALL
+@pytest.mark.statement("cost-follows-work")
+def test_a_short_completion_takes_no_memory_for_a_long_limit(tiny, name, batches):
+    model = tiny(name)
+    drawn = generate(model, PROMPTS, 4, temperature=0).completions
+    short = generate(model, PROMPTS, 400, temperature=0, stop_ids=[completion[-1] for completion in drawn])
+    assert max(map(len, short.completions)) <= 4
+    assert batches[1].cache.layers[0].values.shape[2] == 5 + generation.ROOM < 400
+    assert short.completions == [c[: len(s)] for c, s in zip(drawn, short.completions)]

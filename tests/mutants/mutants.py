@@ -491,6 +491,16 @@ MUTANTS = [
         (f"{LORA}pefts_methods_work_on_it",),
     ),
     Mutant(
+        "cost-follows-work", "the cache has memory for the longest completion from the start", "models/generation.py",
+        "capacity = min(self.length + ROOM, self.longest)", "capacity = self.longest",
+        ("tests/models/test_generation.py::test_a_short_completion_takes_no_memory_for_a_long_limit[decoder]",),
+    ),
+    Mutant(
+        "cost-follows-work", "a CUDA graph goes on with the cache before it grew", "models/fast/decoder.py",
+        "if seen.shape != self.shape:", "if self.shape is None or len(seen) != self.shape[0]:",
+        ("tests/models/fast/test_decoder.py::test_a_cache_that_grows_is_recorded_again",),
+    ),
+    Mutant(
         "text-in-pieces", "pieces are joined where they begin, agree or not", "models/tokens.py",
         "if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:", "if True:",
         ("tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[512-128-tiny-llama]",

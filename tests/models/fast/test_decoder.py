@@ -98,6 +98,23 @@ def test_a_recorded_token_gives_what_a_plain_one_does_while_rows_leave(tiny, mon
     assert all(2 * b <= a for a, b in zip(sizes, sizes[1:]))  # a smaller graph, but not for each row that leaves
 
 
+@pytest.mark.statement("cost-follows-work")
+def test_a_cache_that_grows_is_recorded_again(tiny, monkeypatch):
+    model, options = use_memory_efficient_layers(tiny()), {"samples_per_prompt": 2, "seed": 1}
+    plain = generate(model, PROMPTS, 40, **options)
+    recorded.clear()
+    monkeypatch.setattr(generation, "RECORDED", ("cpu",))
+    monkeypatch.setattr(generation, "ROOM", 10)
+    monkeypatch.setattr(decoder, "record", replayed)
+    monkeypatch.setitem(ALIGNED, "cpu", 8)
+    grown = generate(model, PROMPTS, 40, **options)
+    assert grown.completions == plain.completions
+    for a, b in zip(grown.logprobs, plain.logprobs):
+        assert a == pytest.approx(b, abs=1e-6)
+    # room for 10 after 5 tokens, to 16; then at 16, 32: to 26 and 42, made 32 and 48. No row left
+    assert [len(rows) for rows in recorded] == [11, 16, 12]
+
+
 def test_angles_that_depend_on_the_length_are_not_recorded(tiny, monkeypatch):
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
     monkeypatch.setattr(generation, "RECORDED", ("cpu",))
