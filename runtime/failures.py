@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import linecache
+import math
 import os
 import traceback
 from pathlib import Path
@@ -67,14 +68,16 @@ def savers(config, sampling=False):
     key = vars(config)
     found = []
     if sampling:
-        if key["sampling_batch_size"] > 1:
-            found.append(f"--sampling_batch_size {key['sampling_batch_size'] // 2}")
+        at_once = min(key["sampling_batch_size"], completions_here(key))
+        if at_once > 1:
+            found.append(f"--sampling_batch_size {at_once // 2}")
         return [*found, f"--max_new_tokens {key['max_new_tokens'] // 2}"]
     if key.get("lora_r") == 0:
         found.append("--lora_r 16: an adapter in place of all weights needs no optimizer state for them")
     if key.get("gradient_checkpointing") is False:
         found.append("--gradient_checkpointing true: the same steps, activations computed twice")
-    one_pass = min(key.get("micro_batch_size", 1), key.get("batch_size", key.get("micro_batch_size", 1)))
+    in_a_step = key.get("batch_size") or completions_here(key, key.get("minibatches", 1))
+    one_pass = min(key.get("micro_batch_size", 1), in_a_step)
     if one_pass > 1:
         found.append(f"--micro_batch_size {one_pass // 2}: the same steps")
     if key.get("precision") == "fp32":
@@ -84,6 +87,14 @@ def savers(config, sampling=False):
         if key.get(name, 0) > 8 and name != unused:
             found.append(f"--{name} {key[name] // 2}")
     return found
+
+
+def completions_here(key, minibatches=1):
+    """The completions of one minibatch of a rollout in this process. Infinity where the options do not say it."""
+    if "prompts_per_step" not in key or key.get("mode") == "offline":
+        return math.inf
+    parts = minibatches * int(os.environ.get("WORLD_SIZE", 1))
+    return math.ceil(key["prompts_per_step"] / parts) * key["samples_per_prompt"]
 
 
 def free_memory():

@@ -501,6 +501,22 @@ MUTANTS = [
         ("tests/models/fast/test_decoder.py::test_a_cache_that_grows_is_recorded_again",),
     ),
     Mutant(
+        "cost-follows-work", "a group is never cut", "rlhf/rollouts.py",
+        "for i in range(0, len(group), size)):", "for i in range(0, len(group), 10**6)):",
+        (f"{TRAINERS}a_pass_holds_at_most_micro_batch_size_completions[grpo]",),
+    ),
+    Mutant(
+        "kl-gradients", "ratio * k3 as a difference of two huge numbers", "rlhf/grpo_train.py",
+        "kl = torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()",
+        "kl = ratio * kl_estimate(d, torch.zeros_like(d), \"k3\")",
+        (f"{LOSSES}ratio_k3_has_its_gradient_far_from_the_reference",),
+    ),
+    Mutant(
+        "group-advantages", "rewards become float32 before their mean is taken off", "rlhf/rollouts.py",
+        "dtype=torch.float64) for group in self.grouped", "dtype=torch.float32) for group in self.grouped",
+        (f"{LOSSES}large_rewards_have_the_advantages_of_their_differences",),
+    ),
+    Mutant(
         "text-in-pieces", "pieces are joined where they begin, agree or not", "models/tokens.py",
         "if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:", "if True:",
         ("tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[512-128-tiny-llama]",

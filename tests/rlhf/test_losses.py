@@ -1,14 +1,16 @@
 """The equations on literal tensors, with the arithmetic written out, and against definitions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf.dpo_train import dpo_loss
-from rlhf.grpo_train import group_advantages, grpo_loss
+from rlhf.grpo_train import advantages_of_step, group_advantages, grpo_loss
 from rlhf.ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import reward_loss
+from rlhf.rollouts import Rollout
 from rlhf.steps import Meter, measure_kl
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
 from runtime.processes import Processes
@@ -330,6 +332,33 @@ def test_kl_estimators_in_expectation_over_an_enumerable_policy():
             for i in range(5)
         )  # fmt: skip
         close(torch.autograd.grad(total, theta, retain_graph=True)[0], gradient)
+
+
+@pytest.mark.parametrize("d", [-0.5, -20.0, -89.0])  # exp(89) is beyond float32
+@pytest.mark.parametrize("log_ratio", [0.0, 0.3])
+@pytest.mark.statement("kl-gradients")
+def test_ratio_k3_has_its_gradient_far_from_the_reference(d, log_ratio):
+    """ratio * (exp(-d) - 1 + d) is exp(ref - old) + ratio * (d - 1): its derivative is ratio * d."""
+    logprobs = T([[-90.0]]).requires_grad_()
+    given = T([[-90.0 - log_ratio]]), T([[-90.0 - d]]), T([0.0]), T([[1]])
+    grpo_loss(logprobs, *given, kl_coef=0.02, kl_kind="ratio_k3").backward()
+    close(logprobs.grad, T([[0.02 * math.exp(log_ratio) * d]]), rtol=1e-4, atol=0)  # 90 + 0.3 in float32: 4e-6
+
+
+@pytest.mark.statement("group-advantages")
+def test_large_rewards_have_the_advantages_of_their_differences():
+    config = SimpleNamespace(scale_std=True)
+
+    def advantages(rewards):
+        rows = {"prompts": [[1]] * 3, "completions": [[2]] * 3, "logprobs": None, "finish_reasons": ["stop"] * 3}
+        texts = {"texts": [""] * 3, "questions": [""] * 3, "group_sizes": [3], "places": [0]}
+        rollout = Rollout(**rows, **texts, rewards=rewards)
+        return rollout.map_groups(lambda groups: advantages_of_step(groups, config), Processes())
+
+    small, large = advantages([0.0, 1.0, 2.0]), advantages([1e8, 1e8 + 1, 1e8 + 2])
+    assert torch.tensor([1e8 + 1]) == 1e8  # float32 does not hold the difference
+    assert torch.equal(small, large) and small.dtype == torch.float32
+    close(small, T([-1.0, 0.0, 1.0]), atol=2e-4, rtol=0)
 
 
 @pytest.mark.statement("reported-kl")

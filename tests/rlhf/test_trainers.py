@@ -97,6 +97,17 @@ def test_steps_do_not_depend_on_the_split_into_micro_batches(train, sgd, name):
     assert (found[0] - found[1]).abs().max() < 1e-6 and (found[0] - found[2]).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["ppo", "grpo", "offline"])
+@pytest.mark.statement("cost-follows-work")
+def test_a_pass_holds_at_most_micro_batch_size_completions(train, monkeypatch, name):
+    seen, options = [], {} if name == "offline" else {"samples_per_prompt": 5}
+    watch(monkeypatch, policy_module, "packed_logprobs", seen)
+    train(name, steps=1, prompts_per_step=2, micro_batch_size=2, kl_coef=0.1, **options)
+    groups = 3 if name == "offline" else 5  # completions of one prompt: more than a pass holds
+    found = [len(packed.mask) for (_, packed, *_), _ in seen]
+    assert max(found) == 2 and sum(found) >= 2 * groups
+
+
 @FOUR
 @pytest.mark.parametrize("lora_r", [0, 4])
 @pytest.mark.statement("checkpointing")

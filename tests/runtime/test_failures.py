@@ -83,6 +83,12 @@ def test_the_advice_fits_the_script():
     assert savers(grpo_train.Config(sampling_batch_size=64, max_new_tokens=48), sampling=True) == [
         "--sampling_batch_size 32", "--max_new_tokens 24",
     ]  # fmt: skip
+    # advice that would change nothing is not given: 2 x 3 completions are in one pass, whatever was set
+    few = grpo_train.Config(prompts_per_step=4, minibatches=2, samples_per_prompt=3, micro_batch_size=64)
+    assert "--micro_batch_size 3: the same steps" in savers(few)
+    assert savers(few, sampling=True)[0] == "--sampling_batch_size 6"
+    offline = grpo_train.Config(mode="offline", prompts_per_step=1, samples_per_prompt=2, micro_batch_size=8)
+    assert "--micro_batch_size 4: the same steps" in savers(offline)  # the sizes of its groups are in the file
     smallest = {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_r": 8, "precision": "bf16"}
     assert savers(train_lm_ddp.Config(max_length=8, **smallest)) == []
 
