@@ -22,6 +22,7 @@ import yaml
 
 from configs.config import UserError, option, shown
 from data.corpus import load_corpus
+from data.prompts import text_of
 from report.evaluate import Config as EvaluateConfig
 from report.evaluate import Measure, evaluate
 from report.intervals import best_of_measured, distinct, summarise
@@ -31,10 +32,11 @@ from report.sentences import headline
 from runtime.cli import cli
 from runtime.console import duration, say
 from runtime.files import in_root, read_lines, read_manifest, sha256_file
+from runtime.tracking import Tracker, Tracking
 
 
 @dataclass
-class Config(Measure):
+class Config(Measure, Tracking):
     CONFIG: ClassVar[str] = "configs/compare.yaml"
     models: str = option("models", "the folder of the runs: sft, dpo, ppo, grpo_offline, grpo")
     best_of: int = option(4, "best-of-n: completions of the base of which the reward model keeps one", at_least=2)
@@ -225,7 +227,26 @@ def stale_inputs(rows, config):
     return found
 
 
+def send(tracker, rows, path, lines):
+    """Send the comparison to W&B: each method's figures, its completions with their scores, and the report's files.
+
+    lines: the table of the report, its header first. path: of the report.
+    """
+    tracker.open()
+    samples, result = [], {}
+    for row in rows:
+        for a in row.answers():
+            scores = {"gold": a["gold"], "reward": a["proxy"]}
+            samples.append({"method": row.label, "prompt": text_of(a["prompt"]), "completion": a["text"], **scores})
+        figures = {name: row.measured[name] for name in ("gold", "unseen", "proxy", "kl")}
+        result |= {f"{row.key}/{name}": figure["mean"] for name, figure in figures.items() if figure}
+    tables = {"comparison": [dict(zip(lines[0], line)) for line in lines[1:]], "samples": samples}
+    tracker.finish(result, tables, "report", [path, *sorted((path.parent / "figures").iterdir())])
+
+
 def main(config):
+    group = in_root(config.models).absolute().name  # that of the runs which lie there
+    tracker = Tracker(config, in_root(config.out), "comparison", group, "compare")
     methods = find_runs(config)
     results = measure_all(config, methods)
     rows = make_rows(config, methods, results)
@@ -236,6 +257,7 @@ def main(config):
     for note in notes:
         say(f"note: {note}")
     say(f"\nwritten to {shown(path)}, figures in {shown(Path(path).parent / 'figures')}/")
+    send(tracker, rows, Path(path), table(rows))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def main(config):
         # 6. logging
         measure_rollout(meter, rollout)
         if stage.log_due(step):
-            stage.log(step, meter.collect(stage.processes), updates, **rollouts.left_out.collect_and_reset())
+            left_out = rollouts.left_out.collect_and_reset()
+            stage.log(step, meter.collect(stage.processes), updates, rollout.samples(), **left_out)
             rollout.show()
         checkpoints.save_if_due(step)
 

@@ -219,7 +219,8 @@ def main(config):
         measure_rollout(meter, rollout, all_batches(minibatches))
         means = meter.collect(stage.processes)
         if stage.log_due(step):
-            stage.log(step, means, updates, kl_coef=kl.coef, **rollouts.left_out.collect_and_reset())
+            left_out = rollouts.left_out.collect_and_reset()
+            stage.log(step, means, updates, rollout.samples(), kl_coef=kl.coef, **left_out)
             rollout.show()
         if "kl" in means:  # not if all completions were left out
             kl.update(means["kl"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from dataclasses import dataclass, field, fields, replace
@@ -22,6 +23,8 @@ from rlhf.scoring import gold_scores
 from rlhf.stage import TrainingConfig
 from rlhf.steps import RunningCounts, in_words
 from runtime.console import say
+
+SAMPLES = 8  # completions of a logged step that are kept
 
 
 @dataclass
@@ -228,6 +231,12 @@ class Rollout:
             for value in values:
                 if value is not None:
                     meter.mean(**{f"rewards/{name}/mean": value})
+
+    def samples(self):
+        """The first completions of this process with their rewards, for `Run.log`."""
+        keys = ("prompt", "completion", "reward") + (("gold",) if self.gold else ())
+        rows = zip(self.questions, self.texts, self.rewards, *([self.gold] if self.gold else []))
+        return [dict(zip(keys, row)) for row in itertools.islice(rows, SAMPLES)]
 
     def show(self):
         """Print the first prompt and completion of this process."""

@@ -64,9 +64,12 @@ class Stage:
         """Whether `step` is logged: the first step, the last step, and every log_every-th step."""
         return step % self.config.log_every == 0 or step in (1, self.run.total_steps)
 
-    def log(self, step, means, updates, **more):
-        """Log a dict of means, with the learning rate and the gradient norm of the last update."""
-        self.run.log(step, **means, **more, lr=updates.lr, grad_norm=updates.grad_norm)
+    def log(self, step, means, updates, samples=(), **more):
+        """Log a dict of means, with the learning rate and the gradient norm of the last update.
+
+        samples: see `Run.log`.
+        """
+        self.run.log(step, samples, **means, **more, lr=updates.lr, grad_norm=updates.grad_norm)
 
     def finish(self, result, inputs, next_command):
         """Write the manifest. result: {name: number}. inputs: {name: hash} of the data and models that were read."""

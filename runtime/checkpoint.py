@@ -43,6 +43,7 @@ from runtime.failures import reason
 from runtime.files import sha256_file, synced, write_atomically
 from runtime.processes import communication_device, gather, largest_over_processes, on_main, several
 from runtime.run import CHECKPOINTS
+from runtime.tracking import Tracking
 
 FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each pause is twice as long as the last
 # what asks a run to save and stop: a scheduler, a terminal that closes; on Windows there is SIGTERM alone
@@ -51,9 +52,10 @@ FILES = ("tensors.safetensors", "state.json")
 
 
 @dataclass
-class Saving:
-    """The checkpoint options of every training script. They do not change the results of a run."""
+class Saving(Tracking):
+    """The options of every training script that do not change the results of a run: checkpoints, and W&B."""
 
+    wandb_model: bool = option(False, "also send the trained model to W&B, as an artifact", identity=False)
     save_every: int = option(
         0, "steps (rollouts in PPO and GRPO) between checkpoints; 0: by time alone", at_least=0, identity=False
     )

@@ -74,6 +74,11 @@ def read_json(path):
     return found
 
 
+def as_lines(rows):
+    """Rows as the text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_lines(path):
     """The rows of a JSONL file that this repository wrote; [] if it is not there. Incomplete lines are left out."""
     rows = []

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from configs.config import UserError, config_to_dict, format_config, names_with, read_yaml, shown
 from runtime.console import _number, duration, rank, say
-from runtime.files import in_root, read_lines, read_manifest, write_atomically
+from runtime.files import as_lines, in_root, read_lines, read_manifest, write_atomically
 from runtime.processes import on_main
 from runtime.provenance import files_read, named_inputs, provenance
 from runtime.run_folder import acquire, hold, refuse_other_use, release
+from runtime.tracking import Tracker
 
 CHECKPOINTS = "checkpoints"  # subfolder of an unfinished run; see runtime/checkpoint.py
+SAMPLES = "samples.jsonl"  # completions sampled along the way
 
 
 class Run:
@@ -32,13 +34,12 @@ class Run:
 
     out: the folder for config.yaml, metrics.jsonl, manifest.json and the weights.
     total_steps: the number of steps, for the estimate of the time left; may be set later.
-    sinks: functions that are called with (metrics: dict, step) at each logged step, such as W&B.
     Raises UserError if the folder holds another run or other files, or cannot be written. If the folder holds this run
     and it is finished, the script exits with status 0.
     """
 
-    def __init__(self, config, out, total_steps=None, sinks=()):
-        self.config, self.folder, self.total_steps, self.sinks = config, in_root(out), total_steps, list(sinks)
+    def __init__(self, config, out, total_steps=None):
+        self.config, self.folder, self.total_steps = config, in_root(out), total_steps
         self.script = Path(sys.argv[0]).name
         self.started = time.time()  # minus the seconds that the run took before an interruption
         self.unfinished = False  # whether the folder held this run, interrupted
@@ -78,6 +79,8 @@ class Run:
                 sys.exit(0)
             # an interrupted run that began with --overwrite true continues: the same command was given again
             self.unfinished = not (differences or manifest or (overwrite and not before.get("overwrite")))
+        name, group = self.folder.absolute().name, self.folder.absolute().parent.name
+        self.tracker = Tracker(self.config, self.folder, name, group, Path(self.script).stem)
         try:
             self._begin = acquire(self.folder, not self.unfinished, hold)
             write_atomically(held, format_config(self.config))
@@ -106,8 +109,7 @@ class Run:
 
     def restart(self):
         """Start from the first step, with an empty metrics.jsonl."""
-        if self.is_main:
-            (self.folder / "metrics.jsonl").write_text("")
+        on_main(lambda: self._keep_lines(0))
 
     def state(self):
         """The clock and the counters, which a checkpoint keeps for `resume`."""
@@ -117,15 +119,25 @@ class Run:
         return {"seconds": now - self.started, "since_logged": since, **counters}
 
     def resume(self, state):
-        """Continue from the `state` in a checkpoint: metrics.jsonl is cut to its lines, and its seconds are added."""
+        """Continue from the `state` in a checkpoint: metrics.jsonl is cut to its lines, and its seconds are added.
+
+        So is samples.jsonl.
+        """
         self.started -= state["seconds"]
         self._carried = (state["since_logged"], state["tokens"])
         self._lines, self.skipped, self._skips = state["lines"], state["skipped"], state["skips"]
-        if self.is_main:
-            lines = read_lines(self.folder / "metrics.jsonl")
-            lines = lines[: state["lines"]]
-            self.last = lines[-1] if lines else {}
-            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        on_main(lambda: self._keep_lines(state["lines"]))
+
+    def _keep_lines(self, count):
+        """Cut metrics.jsonl to `count` lines and samples.jsonl to their steps, and let the tracker begin with them."""
+        lines = read_lines(self.folder / "metrics.jsonl")[:count]
+        self.last = lines[-1] if lines else {}
+        steps = {line["step"] for line in lines}
+        samples = [sample for sample in read_lines(self.folder / SAMPLES) if sample["step"] in steps]
+        for name, rows in (("metrics.jsonl", lines), (SAMPLES, samples)):
+            if rows or name == "metrics.jsonl" or (self.folder / name).is_file():
+                write_atomically(self.folder / name, as_lines(rows))
+        self.tracker.open(lines, samples)
 
     def begin_steps(self, step=0):
         """Start the clock of the steps, so that loading and evaluating do not count in the rates."""
@@ -159,11 +171,12 @@ class Run:
             )
         return False
 
-    def log(self, step, **metrics):
+    def log(self, step, samples=(), **metrics):
         """Print one line and append it to metrics.jsonl. Adds seconds, and tok/s if tokens were counted; prints eta.
 
         step: the optimizer step, from 1. None values are left out. Values that are not finite are only printed. Other
         floats are recorded in full precision. `skipped` is the number of skipped steps since the last line.
+        samples: dicts with completions and what was measured of them, for samples.jsonl. None among them is left out.
         """
         now = time.time()
         if self._tokens:
@@ -178,10 +191,12 @@ class Run:
             return
         self._begin()
         recorded = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(recorded) + "\n")
-        for sink in self.sinks:
-            sink(record, step)
+        samples = [{"step": step, **sample} for sample in samples if sample]
+        for name, rows in (("metrics.jsonl", [recorded]), (SAMPLES, samples)):
+            if rows:
+                with open(self.folder / name, "a", encoding="utf-8") as f:
+                    f.write(as_lines(rows))
+        self.tracker.line(self._lines - 1, recorded, samples)
         words = [f"{k} {_number(k, v)}" for k, v in record.items() if k not in ("step", "seconds")]
         if self.total_steps and self._first and step > self._first[1]:
             left = (now - self._first[0]) / (step - self._first[1]) * (self.total_steps - step)
@@ -211,5 +226,7 @@ class Run:
         reached = ", ".join(f"{k} {_number(k, v)}" for k, v in result.items())
         say(f"\ndone in {duration(manifest['seconds'])}, peak memory {manifest['peak_memory_gb']:.2f} GB: {reached}")
         say(f"written to {shown(self.folder)}/")
+        model = [path for path in sorted(self.folder.iterdir()) if self.config.wandb_model and path.is_file()]
+        self.tracker.finish(result, kind="model", files=model)
         if next_command:
             say(f"next: {next_command}")

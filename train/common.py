@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,8 +19,8 @@ from models.loader import check_length, context_length, load_model, load_tokeniz
 from models.scratch import build_scratch, train_tokenizer
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from runtime.checkpoint import Saving
-from runtime.console import rank, say
-from runtime.files import in_root, write_atomically
+from runtime.console import say
+from runtime.files import in_root
 from runtime.processes import Processes
 from train.packed import block_states
 
@@ -235,13 +234,6 @@ def show_sample(model, tokenizer, kind, config, when):
     text = completion_text(tokenizer, found.completions[0])
     say(f"\nsample {when} training, after {config.sample_prompt!r}:\n" + "\n".join("  " + x for x in text.splitlines()))
     return {"when": when, "prompt": config.sample_prompt, "answer": text}
-
-
-def save_samples(folder, samples):
-    """Write the samples of this process to samples.jsonl, one per line. Writes nothing if there are none."""
-    lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples if s]
-    if lines and rank() == 0:  # after a resume all processes hold what the first had drawn before
-        write_atomically(folder / "samples.jsonl", "".join(lines))
 
 
 def summary(before, after, steps):

@@ -25,7 +25,6 @@ from train.common import (
     count_steps,
     lm_loss,
     next_command,
-    save_samples,
     step_rows,
     summary,
 )
@@ -37,15 +36,14 @@ class Config(LMConfig):
     out: str = "models/lm"
 
 
-def train(config, run=None, change_model=None, save=save_model):
+def train(config, change_model=None, save=save_model):
     """Train as `config` says and write the run's folder.
 
-    run: a `Run` with sinks; default: a new one. change_model: takes the loaded model and returns the model to train.
-    save(model, tokenizer, folder): writes the weights.
-    Returns (result of the run, samples before and after training).
+    change_model: takes the loaded model and returns the model to train. save(model, tokenizer, folder): writes the
+    weights.
     """
     device = pick_device()
-    run = run or Run(config, config.out)
+    run = Run(config, config.out)
     quiet_libraries()
     torch.manual_seed(config.seed)
 
@@ -60,9 +58,8 @@ def train(config, run=None, change_model=None, save=save_model):
 
     # 2. evaluation before training
     if not carried:
-        carried["samples"] = [evaluation.sample("before")]
         carried["before"] = evaluation.loss()
-        run.log(0, **carried["before"])
+        run.log(0, samples=[evaluation.sample("before")], **carried["before"])
 
     # 3. the steps
     model.train()
@@ -87,15 +84,12 @@ def train(config, run=None, change_model=None, save=save_model):
 
     # 4. evaluation after training
     after = evaluation.loss()
-    run.log(run.total_steps, **after)
-    carried["samples"].append(evaluation.sample("after"))
+    run.log(run.total_steps, samples=[evaluation.sample("after")], **after)
 
     # 5. save
     save(model, start.tokenizer, run.folder)
-    save_samples(run.folder, carried["samples"])
     result = summary(carried["before"], after, run.total_steps)
     run.finish(result, start.inputs, next_command(run.folder))
-    return result, carried["samples"]
 
 
 if __name__ == "__main__":

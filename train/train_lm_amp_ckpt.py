@@ -31,7 +31,6 @@ from train.common import (
     count_steps,
     lm_loss,
     next_command,
-    save_samples,
     step_rows,
     summary,
 )
@@ -48,16 +47,15 @@ class Config(LMConfig):
     measure_steps: int = option(2, "AMP: CKPT: steps by which they are measured before training; 0 = none", at_least=0)
 
 
-def train(config, run=None, change_model=None, save=save_model):
+def train(config, change_model=None, save=save_model):
     """Train as `config` says and write the run's folder.
 
-    run: a `Run` with sinks; default: a new one. change_model: takes the loaded model and returns the model to train.
-    save(model, tokenizer, folder): writes the weights.
-    Returns (result of the run, samples before and after training).
+    change_model: takes the loaded model and returns the model to train. save(model, tokenizer, folder): writes the
+    weights.
     """
     device = pick_device()
     precision = pick_precision(config.precision, device)  # AMP: bf16 where the hardware has it
-    run = run or Run(config, config.out)
+    run = Run(config, config.out)
     quiet_libraries()
     torch.manual_seed(config.seed)
 
@@ -77,9 +75,8 @@ def train(config, run=None, change_model=None, save=save_model):
     if not carried:
         saved = compare_memory_and_time(config, model, start.tokenizer, precision)  # AMP: CKPT: what each saves, here
         carried["savings"] = saved  # AMP: CKPT: for the manifest
-        carried["samples"] = [evaluation.sample("before")]
         carried["before"] = evaluation.loss()
-        run.log(0, **carried["before"])
+        run.log(0, samples=[evaluation.sample("before")], **carried["before"])
 
     # 3. the steps
     model.train()
@@ -105,16 +102,13 @@ def train(config, run=None, change_model=None, save=save_model):
 
     # 4. evaluation after training
     after = evaluation.loss()
-    run.log(run.total_steps, **after)
-    carried["samples"].append(evaluation.sample("after"))
+    run.log(run.total_steps, samples=[evaluation.sample("after")], **after)
 
     # 5. save
     save(model, start.tokenizer, run.folder)
-    save_samples(run.folder, carried["samples"])
     result = summary(carried["before"], after, run.total_steps)
     result |= {"precision": precision, "skipped_steps": updates.overflows}  # AMP: overflows in fp16
     run.finish(result, start.inputs, next_command(run.folder), carried["savings"])  # AMP: CKPT: and what they saved
-    return result, carried["samples"]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from runtime.cli import cli
 from runtime.console import quiet_libraries
 from runtime.processes import all_or_none, join_processes, on_main  # DDP: to act as one
 from runtime.run import Run
-from train.common import Evaluation, Start, count_steps, next_command, save_samples, step_rows, summary  # DDP: fewer
+from train.common import Evaluation, Start, count_steps, next_command, step_rows, summary  # DDP: fewer
 from train.real_size import RealSizeConfig, SummedLoss, check_shares  # DDP: several processes are for real sizes
 from train.updates import Updates
 
@@ -33,18 +33,17 @@ class Config(RealSizeConfig):  # DDP: precision, LoRA, checkpointing and compile
     out: str = "models/lm_ddp"  # DDP: a folder of its own
 
 
-def train(config, run=None, change_model=None, save=save_model):
+def train(config, change_model=None, save=save_model):
     """Train as `config` says and write the run's folder.
 
-    run: a `Run` with sinks; default: a new one. change_model: takes the loaded model and returns the model to train.
-    save(model, tokenizer, folder): writes the weights.
-    Returns (result of the run, samples before and after training).
+    change_model: takes the loaded model and returns the model to train. save(model, tokenizer, folder): writes the
+    weights.
     """
     device = pick_device()
     processes = join_processes(device, group_of_one=True)  # DDP: before any code that can fail in one process
     precision = pick_precision(config.precision, device)  # DDP: for real sizes
     processes.describe(device)  # DDP: print how many processes run
-    run = run or Run(config, config.out)
+    run = Run(config, config.out)
     quiet_libraries()
     torch.manual_seed(config.seed)
 
@@ -64,9 +63,8 @@ def train(config, run=None, change_model=None, save=save_model):
 
     # 2. evaluation before training
     if not carried:
-        carried["samples"] = [evaluation.sample("before")]
         carried["before"] = evaluation.loss()
-        run.log(0, **carried["before"])
+        run.log(0, samples=[evaluation.sample("before")], **carried["before"])
 
     # 3. the steps
     model.train()
@@ -95,15 +93,12 @@ def train(config, run=None, change_model=None, save=save_model):
 
     # 4. evaluation after training
     after = evaluation.loss()
-    run.log(run.total_steps, **after)
-    carried["samples"].append(evaluation.sample("after"))
+    run.log(run.total_steps, samples=[evaluation.sample("after")], **after)
 
     # 5. save
     on_main(lambda: save(model, start.tokenizer, run.folder))  # DDP: the weights are the same everywhere
-    save_samples(run.folder, carried["samples"])
     result = summary(carried["before"], after, run.total_steps)
     run.finish(result, start.inputs, next_command(run.folder))
-    return result, carried["samples"]
 
 
 if __name__ == "__main__":
