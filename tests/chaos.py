@@ -43,7 +43,7 @@ STAGES = {  # name: (script, its command line); the demo has its own
     "ddp": ("train.train_lm_ddp", LM),
     "amp_ckpt": ("train.train_lm_amp_ckpt", [*LM, "--precision", "fp16", "--measure_steps", "0"]),
     "lora": ("train.train_lm_lora", [*LM, "--lora_dropout", "0.3", "--merge", "true", "--precision", "fp32"]),
-    "wandb": ("train.train_lm_wandb", [*LM, "--wandb_mode", "offline"]),
+    "wandb": ("train.train_lm_wandb", [*LM, "--wandb", "offline"]),
     "preferences": ("data.generate_preferences", [*SAMPLING, "--samples_per_prompt", "4"]),
     "groups": ("data.generate_preferences_multi", [*SAMPLING, "--samples_per_prompt", "8"]),
     "reward": ("rlhf.train_reward_model", ["--config", "configs/smoke/reward.yaml", *PAIRS]),

@@ -239,8 +239,8 @@ CONTRADICTIONS = [
     case("compare", "seeds = '0,0': must be different whole numbers, such as 0,1,2", seeds="0,0"),
     case(
         "wandb",
-        "wandb_mode = online, and there is no login: run `wandb login` first, or use offline",
-        wandb_mode="online",
+        "wandb = online, and there is no login: run `wandb login` first, or use offline",
+        wandb="online",
     ),
 ]
 

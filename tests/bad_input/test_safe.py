@@ -144,7 +144,7 @@ def test_a_run_on_local_files_asks_nobody_and_writes_no_secret(good, here, calls
     assert not [path for path, content in made.items() if content and SECRET.encode() in content]
 
 
-@pytest.mark.parametrize("options", [{}, {"wandb_mode": "offline"}], ids=["no login", "a login, told to stay offline"])
+@pytest.mark.parametrize("options", [{}, {"wandb": "offline"}], ids=["no login", "a login, told to stay offline"])
 def test_wandb_stays_offline_and_writes_no_secret(options, good, here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))  # where a login would be
     monkeypatch.delenv("WANDB_MODE", raising=False)

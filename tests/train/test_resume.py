@@ -17,7 +17,7 @@ CASES = {
     "ddp": ("train.train_lm_ddp", [*SMOKE, 1, "--max_steps", 5]),
     "fp16": ("train.train_lm_amp_ckpt", [*SMOKE, 2, "--precision", "fp16", "--measure_steps", 0]),
     "lora": ("train.train_lm_lora", [*SMOKE, 1, "--lora_dropout", 0.3, "--merge", "true", "--precision", "fp32"]),
-    "wandb": ("train.train_lm_wandb", [*SMOKE, 1, "--wandb_mode", "offline", "--max_steps", 4]),
+    "wandb": ("train.train_lm_wandb", [*SMOKE, 1, "--wandb", "offline", "--max_steps", 4]),
 }  # fmt: skip
 
 
