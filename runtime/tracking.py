@@ -180,7 +180,7 @@ def find_mode(wanted: str) -> Literal["online", "offline"] | None:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"WANDB_{str(first['loc'][0]).upper()} = {first['input']!r}: {first['msg']}") from None
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:
         raise UserError(f"wandb cannot use its login: {error}") from None
     if wanted == "online" or os.environ.get("WANDB_MODE"):
         raise UserError("wandb = online, and there is no login: run `wandb login` first, or use offline")
