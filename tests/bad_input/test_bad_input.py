@@ -108,7 +108,7 @@ KEYS = [
     case("lm", "lr = ['1e-3'] in {here}/a.yaml: must be a number above 0", config=file("a.yaml", "lr: [1e-3]\n")),
     case(
         "dpo",
-        "unknown key 'reward_model' in configs/ppo.yaml. The keys are: ...",
+        "unknown key 'reward_model' in configs/ppo.yaml. Did you mean 'wandb_model'? The keys are: ...",
         config=ROOT / "configs/ppo.yaml",
     ),
     case(

@@ -69,6 +69,7 @@ def extent(text, symbol):
 
 COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("common", "steps", "ddp", "amp"))
 BLOCKS = "tests/train/test_blocks.py::test_"
+TRACKING = "tests/runtime/test_tracking.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 DATASET = "tests/data/test_pairs.py::test_"
 KINDS = "tests/proof/test_architectures.py::test_the_page_says_what_is_true_of_each_kind"
@@ -1040,6 +1041,41 @@ MUTANTS = [
         'self.coef = state["coef"]',
         "self.coef = self.config.kl_coef",
         ("tests/rlhf/test_resume.py::test_killed_at_any_moment_it_ends_with_the_same_weights_optimizer_and_metrics[ppo]",),
+    ),
+    Mutant(
+        "tracked-once", "a resumed run is a new W&B run", "runtime/tracking.py",
+        "resumed = lines is not None and kept.is_file()", "resumed = False",
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+    ),
+    Mutant(
+        "tracked-once", "lines before the checkpoint are not sent again", "runtime/tracking.py",
+        "for number, line in enumerate(lines or []):", "for number, line in enumerate([]):",
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+    ),
+    Mutant(
+        "tracked-once", "what a killed process wrote is synced a second time", "runtime/tracking.py",
+        "            if not on_server(path):\n                shutil", "            if False:\n                shutil",
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+    ),
+    Mutant(
+        "tracked-once", "samples of steps that are taken again stay", "runtime/run.py",
+        'if sample["step"] in steps]', "if sample]",
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+    ),
+    Mutant(
+        "tracked-once", "what the server has is sent again", "runtime/tracking.py",
+        "if self.run is None or number < self.run.starting_step:", "if self.run is None:",
+        (f"{TRACKING}lines_that_the_server_has_already_are_not_sent_again",),
+    ),
+    Mutant(
+        "tracked-once", "a login in netrc is not looked for", "runtime/tracking.py",
+        "if wandb.login(prompt=False, verify=False):", 'if os.environ.get("WANDB_API_KEY"):',
+        (f"{TRACKING}a_login_of_a_self_hosted_server_is_found_and_that_of_another_one_is_not[environment]",),
+    ),
+    Mutant(
+        "tracked-once", "WANDB_MODE=disabled is not heard", "runtime/tracking.py",
+        'if said == "disabled":', 'if wanted == "disabled":',
+        (f"{TRACKING}modes[online-environment6-None]",),
     ),
     Mutant(
         "evaluation-pure", "evaluation leaves the model in eval mode", "train/common.py",

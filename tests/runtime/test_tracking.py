@@ -14,7 +14,7 @@ import wandb
 import yaml
 from interrupted import run, run_killed, run_whole, said
 
-from configs.config import ROOT, UserError
+from configs.config import ROOT, UserError, shown
 from runtime import tracking
 from runtime.cli import cli
 from runtime.tracking import Tracker, Tracking, find_mode, on_server
@@ -109,7 +109,7 @@ def runs(home):
 def test_the_history_is_metrics_jsonl_line_by_line(runs, name):
     folder, printed = runs[name]
     (sent,) = offline_runs(folder)  # of two processes, one talks
-    assert printed.count(f"wandb sync {sent}\n") == 1
+    assert printed.count(f"wandb sync {shown(sent)}\n") == 1
     assert history(sent) == lines(folder / "metrics.jsonl") != []
 
 
@@ -150,7 +150,7 @@ def test_sampled_completions_and_their_rewards_are_a_table_and_in_samples_jsonl(
 def test_the_comparison_shares_the_group_of_its_runs(runs):
     folder, printed = runs["compare"]
     (sent,) = offline_runs(folder)
-    assert f"wandb sync {sent}\n" in printed
+    assert f"wandb sync {shown(sent)}\n" in printed
     (begun,) = records(sent, "run")
     assert (begun["run_group"], begun["project"], begun["job_type"]) == ("models", "llm-from-scratch", "compare")
     summary = {}
@@ -163,6 +163,15 @@ def test_the_comparison_shares_the_group_of_its_runs(runs):
     texts = [row[2] for row in table["data"] if row[0] == "DPO"]
     assert texts == [answer["text"] for answer in measured["answers"]] != []
     assert [record["type"] for record in records(sent, "artifact") if "run_table" not in record["type"]] == ["report"]
+
+
+def test_what_is_tracked_is_not_what_a_run_is(runs):
+    """With other options of W&B, a finished run is still this very run."""
+    script, words = SCRIPTS["lm"]
+    words = [*words, "--out", runs["lm"][0], "--wandb_project", "other", "--wandb_model", "true", "--wandb", "off"]
+    with pytest.raises(SystemExit) as stop:
+        call(script, *words)
+    assert stop.value.code == 0 and len(offline_runs(runs["lm"][0])) == 1
 
 
 def test_the_model_is_sent_on_request_alone(runs):
@@ -180,7 +189,7 @@ def test_the_model_is_sent_on_request_alone(runs):
      ("rlhf.grpo_train", ["--config", "configs/smoke/grpo.yaml", "--steps", 4])],
     ids=["lm", "grpo"],
 )  # fmt: skip
-@pytest.mark.statement("resume")
+@pytest.mark.statement("tracked-once")
 def test_a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition(script, words, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = [*words, "--save_every", 2, "--wandb", "offline"]
@@ -189,7 +198,7 @@ def test_a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition(
     died = run_killed(script, words, out, whole)
     assert "continuing from step" in said(out), died
     (sent,) = offline_runs(out)  # what an earlier process had written is in it
-    assert said(out).count("W&B: offline in") == 1 and f"wandb sync {sent}\n" in said(out)
+    assert said(out).count("W&B: offline in") == 1 and f"wandb sync {shown(sent)}\n" in said(out)
     assert sent.name.endswith("-" + (out / "wandb" / "id.txt").read_text().strip())
     assert history(sent) == lines(out / "metrics.jsonl")
     same = [[{k: v for k, v in row.items() if k not in ("seconds", "tok/s")} for row in history(found)]
@@ -206,6 +215,7 @@ def test_a_run_that_fails_before_its_first_line_leaves_no_folder(tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.statement("tracked-once")
 def test_online_only_the_lines_that_the_server_lacks_are_sent(tmp_path, monkeypatch):
     """The server had got 2 lines of the 4 before the checkpoint; of the steps after it, it has none."""
     sent, asked = [], {}
@@ -227,6 +237,7 @@ def test_online_only_the_lines_that_the_server_lacks_are_sent(tmp_path, monkeypa
     assert sent == [(k, k, float(k), True) for k in (2, 3, 4)]
 
 
+@pytest.mark.statement("tracked-once")
 def test_lines_that_the_server_has_already_are_not_sent_again(tmp_path):
     tracker = Tracker(Tracking(), tmp_path, "run", "models", "train_lm")
     tracker.run = SimpleNamespace(starting_step=7, log=lambda *_, **__: pytest.fail("sent twice"))
@@ -278,6 +289,7 @@ KEY = "0123456789" * 4
         ("offline", {"WANDB_API_KEY": KEY}, "offline"),
     ],
 )
+@pytest.mark.statement("tracked-once")
 def test_modes(wanted, environment, mode, fresh):
     for name, value in environment.items():
         fresh.setenv(name, value)
@@ -303,6 +315,7 @@ def test_modes_that_cannot_be(wanted, environment, message, fresh):
 
 
 @pytest.mark.parametrize("where", ["environment", "settings file"])
+@pytest.mark.statement("tracked-once")
 def test_a_login_of_a_self_hosted_server_is_found_and_that_of_another_one_is_not(where, fresh, tmp_path):
     """In the netrc file, for the host that WANDB_BASE_URL or wandb's own settings file names."""
     if where == "environment":
