@@ -174,9 +174,12 @@ def find_mode(wanted: str) -> Literal["online", "offline"] | None:
             raise UserError("WANDB_MODE = shared: must be online, offline or disabled")
         if "offline" in (wanted, said if wanted == "auto" else wanted):
             return "offline"
-        settings.mode = "online"  # else wandb does not look for a login
-        if wandb.login(prompt=False, verify=False):
-            return "online"
+        before, settings.mode = settings.mode, "online"  # offline, wandb does not look for a login
+        try:
+            if wandb.login(prompt=False, verify=False):
+                return "online"
+        finally:
+            settings.mode = before
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"WANDB_{str(first['loc'][0]).upper()} = {first['input']!r}: {first['msg']}") from None
