@@ -63,8 +63,7 @@ def generate_resumable(
     batches = [order[i : i + at_once] for i in range(0, len(order), at_once)]
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    hold(path)
+    hold(path, path.touch)
     done, size = _read(path, header)
     before = sum(batch["seconds"] for batch in done)
     if done:

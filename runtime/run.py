@@ -22,7 +22,7 @@ from runtime.console import _number, duration, rank, say
 from runtime.files import as_lines, in_root, read_lines, read_manifest, write_atomically
 from runtime.processes import on_main
 from runtime.provenance import files_read, named_inputs, provenance
-from runtime.run_folder import acquire, hold, refuse_other_use, release
+from runtime.run_folder import RunFolder, refuse_inputs, refuse_other_use, release
 from runtime.tracking import Tracker
 
 CHECKPOINTS = "checkpoints"  # subfolder of an unfinished run; see runtime/checkpoint.py
@@ -61,8 +61,13 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"out = {shown(self.folder)} is a file; give a folder")
         held, overwrite = self.folder / "config.yaml", self.config.overwrite
-        refuse_other_use(self.folder, named_inputs(self.config))
+        refuse_inputs(self.folder, named_inputs(self.config))
         self.files = files_read(self.config)
+        try:
+            self._place = RunFolder(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
+        refuse_other_use(self.folder)
         if held.is_file():
             before = read_yaml(held)
             differences, manifest = self._differences(before), read_manifest(self.folder)
@@ -82,7 +87,8 @@ class Run:
         name, group = self.folder.absolute().name, self.folder.absolute().parent.name
         self.tracker = Tracker(self.config, self.folder, name, group, Path(self.script).stem)
         try:
-            self._begin = acquire(self.folder, not self.unfinished, hold)
+            if not self.unfinished:
+                self._place.empty()
             write_atomically(held, format_config(self.config))
         except OSError as error:
             raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
@@ -189,7 +195,7 @@ class Run:
         self.last = record
         if not self.is_main:
             return
-        self._begin()
+        self._place.begin()
         recorded = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         samples = [{"step": step, **sample} for sample in samples if sample]
         for name, rows in (("metrics.jsonl", [recorded]), (SAMPLES, samples)):

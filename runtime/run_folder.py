@@ -6,7 +6,7 @@ the files of an earlier run are only moved aside, and a UserError moves everythi
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import shutil
 import time
@@ -18,15 +18,19 @@ from runtime.console import say
 REPLACED = ".replaced"  # subfolder that keeps the files of an earlier run until the new run has begun
 
 
-def refuse_other_use(folder, inputs):
-    """Raise UserError if `folder` has files that are not those of a run, or if the run would replace its own inputs.
+def refuse_inputs(folder, inputs):
+    """Raise UserError if a run in `folder` would replace what it reads.
 
     inputs: {key: path} of the data and models that the configuration names.
     """
     for key, path in inputs.items():
         if path.exists() and (path.resolve() == folder.resolve() or folder.resolve() in path.resolve().parents):
             raise UserError(f"out = {folder} is where {key} = {path} lies, which the run reads: give another --out")
-    if folder.is_dir() and not (folder / "config.yaml").is_file():
+
+
+def refuse_other_use(folder):
+    """Raise UserError if `folder` has files that are not those of a run."""
+    if not (folder / "config.yaml").is_file():
         strays = sorted(p.name for p in folder.iterdir() if p.name not in (REPLACED, "config.yaml.tmp"))
         if strays:
             names = ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else "")
@@ -44,48 +48,57 @@ def check_place(path):
         raise UserError(f"cannot write to {path.parent}: {why}")
 
 
-def acquire(folder, clear, lock):
-    """Make and lock `folder`, and empty it if `clear`. Returns a function to call when the run has begun.
+class RunFolder:
+    """The folder of a run that begins, made if it was not there, and locked.
 
-    Until then, `cli` in runtime/cli.py restores everything if the run ends in a UserError.
-    Raises OSError if the folder cannot be made.
+    Look at its content only then: before, another process may still write to it. Until `begin`, `cli` in runtime/cli.py
+    calls `roll_back` if the run ends in a UserError.
+    Raises OSError if the folder cannot be made, and UserError if another process keeps it.
     """
-    first_new = next((p for p in [*reversed(folder.parents), folder] if not p.exists()), None)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
-    replaced = folder / REPLACED
-    if clear and not replaced.exists():
-        earlier = list(folder.iterdir())
-        replaced.mkdir()
+
+    def __init__(self, path):
+        self.path, self.replaced = path, path / REPLACED
+        self.made = [p for p in [path, *path.parents] if not p.exists()]
+        self.emptied = False
+        hold(path, lambda: path.mkdir(parents=True, exist_ok=True))
+        on_refusal.append(self.roll_back)
+
+    def empty(self):
+        """Move aside what the folder holds, until `begin`."""
+        self.emptied = True
+        if self.replaced.exists():  # the last run was killed before it began: the earlier run is still in there
+            self._remove_rest()
+            return
+        earlier = list(self.path.iterdir())
+        self.replaced.mkdir()
         for path in earlier:
-            os.replace(path, replaced / path.name)
-    elif clear:  # the last run was killed before it began: the earlier run is still in REPLACED
-        _empty(folder)
+            os.replace(path, self.replaced / path.name)
 
-    def roll_back():
-        if first_new:
-            shutil.rmtree(first_new)
-        elif clear:
-            _empty(folder)
-            for path in replaced.iterdir():
-                os.replace(path, folder / path.name)
-            replaced.rmdir()
+    def begin(self):
+        """Delete what was moved aside. From now on nothing is undone."""
+        if self.roll_back in on_refusal:
+            on_refusal.remove(self.roll_back)
+        if self.replaced.exists():
+            shutil.rmtree(self.replaced)
 
-    def begin():
-        if roll_back in on_refusal:
-            on_refusal.remove(roll_back)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+    def roll_back(self):
+        """Put back what was moved aside, remove what was made, and release the lock."""
+        if self.made:
+            shutil.rmtree(self.path)
+            for parent in self.made[1:]:
+                with contextlib.suppress(OSError):  # by now, another run lies in it
+                    parent.rmdir()
+        elif self.emptied:
+            self._remove_rest()
+            for path in self.replaced.iterdir():
+                os.replace(path, self.path / path.name)
+            self.replaced.rmdir()
+        release(self.path)
 
-    if first_new or clear:
-        on_refusal.append(roll_back)
-    return begin
-
-
-def _empty(folder):
-    for path in folder.iterdir():
-        if path.name != REPLACED:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    def _remove_rest(self):
+        for path in self.path.iterdir():
+            if path.name != REPLACED:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 on_refusal = []  # functions that `cli` calls if a run ends in a UserError; they undo what was begun
@@ -94,30 +107,47 @@ on_refusal = []  # functions that `cli` calls if a run ends in a UserError; they
 LOCK_SECONDS = 60  # to wait until an earlier process of the same run has ended
 
 
-def hold(folder):
-    """Lock `folder`, so that only this process writes to it until it ends or calls `release`.
+def hold(path, make, seconds=None):
+    """Lock `path`, so that only this process writes to it until it ends or calls `release`.
 
-    Waits up to LOCK_SECONDS for another process, which may be saving a checkpoint. Then raises UserError.
+    make: a function that makes the file or folder if it is not there. Waits up to `seconds` (default: LOCK_SECONDS) for
+    another process, which may be saving a checkpoint. Then raises UserError.
     """
-    if folder in _held:
+    if path in _held:
         return
-    descriptor, waited = os.open(folder, os.O_RDONLY), 0
+    limit, waited = LOCK_SECONDS if seconds is None else seconds, 0
     while True:
+        make()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waited == LOCK_SECONDS:
-                os.close(descriptor)
-                raise UserError(f"another process writes to {shown(folder)}: end it, or give another --out") from None
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # the other process has removed it between the two lines
+            continue
+        if not _lock(descriptor):
+            os.close(descriptor)
+            if waited == limit:
+                raise UserError(f"another process writes to {shown(path)}: end it, or give another --out")
             if waited == 1:
-                say(f"waiting for another process that writes to {shown(folder)}")
+                say(f"waiting for another process that writes to {shown(path)}")
             waited += 1
             time.sleep(1)
-        except OSError:  # a file system without locks
-            break
-        else:
-            break
-    _held[folder] = descriptor
+        elif path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            _held[path] = descriptor
+            return
+        else:  # the other process has removed what it had locked
+            os.close(descriptor)
+
+
+def _lock(descriptor):
+    """Whether this process has the lock now; True on a file system without locks."""
+    import fcntl  # not on Windows, which `cli` refuses
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def release(folder):
