@@ -27,7 +27,7 @@ from data.rewards import RewardConfig, RewardFunctions, columns_of, in_numbers, 
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash
-from models.resumable import discard, generate_resumable, partial_path
+from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.console import duration, quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically
@@ -97,9 +97,10 @@ def claim(config: SamplingConfig) -> None:
     """
     out, manifest = in_root(config.out), manifest_path(config.out)
     check_place(out)
+    acquire_output(out)
     if out.is_file() and not config.overwrite:
         advice = "Give another --out, or --overwrite true to replace it"
-        torn = partial_path(out).is_file()  # an earlier run was killed between the file and its manifest
+        torn = partial_path(out).stat().st_size  # an earlier run was killed between the file and its manifest
         if not manifest.is_file():
             if torn:
                 return
@@ -115,6 +116,7 @@ def claim(config: SamplingConfig) -> None:
                 f"{shown(out)} was made with another configuration:\n  " + "\n  ".join(differences) + f"\n{advice}"
             )
         say(f"{shown(out)} is there already, made by this very configuration. --overwrite true makes it again.")
+        discard(partial_path(out))
         sys.exit(0)
 
 

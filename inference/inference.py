@@ -24,7 +24,17 @@ from typing import ClassVar, Literal
 
 from configs.config import UserError, option, refuse_unused
 from data.prompts import PromptConfig, parse_prompts, read_prompts, text_of
-from models.completions import TextStream, check_out, rate, sample_completions, sampling, synchronize, write_rows
+from models.completions import (
+    TextStream,
+    acquire_out,
+    check_out,
+    keep_for,
+    rate,
+    sample_completions,
+    sampling,
+    synchronize,
+    write_rows,
+)
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
 from models.loader import context_length, load_model, load_tokenizer, resolve_model
@@ -74,6 +84,7 @@ class Config(PromptConfig):
 
 def main(config):
     rows = None if config.chat else asked(config)
+    acquire_out(config.out)
     quiet_libraries()
     device = pick_device()
     precision = pick_precision(config.precision, device)
@@ -93,11 +104,12 @@ def main(config):
 
 def batch(config, model, tokenizer, rows):
     """Sample a completion of each prompt, print them, and write them to config.out."""
+    kept = keep_for(config.out, model)
     started = time.time()
     prompts = [row["prompt"] for row in rows]
-    groups = sample_completions(model, tokenizer, prompts, config.max_new_tokens, **sampling(config))
+    groups = sample_completions(model, tokenizer, prompts, config.max_new_tokens, kept=kept, **sampling(config))
     synchronize(model.device)
-    seconds = time.time() - started
+    seconds = time.time() - started + (kept.seconds if kept else 0)
     for number, (row, [answer]) in enumerate(zip(rows, groups), 1):
         say(f"\n{number}. {text_of(row['prompt'])}")
         for line in answer.text.splitlines() or [""]:

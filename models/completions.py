@@ -5,7 +5,6 @@ The preference generators and the inference scripts share this file.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,19 @@ import torch
 
 from configs.config import UserError
 from models.generation import generate
+from models.loader import weights_hash
+from models.resumable import Kept, acquire_output, discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from runtime.console import duration, say
-from runtime.files import in_root, write_atomically
+from runtime.files import as_lines, in_root, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from models.generation import Generation
+
+
+PARTS = ("", ".base")  # what a command samples: the completions of its model, and those of the base
 
 
 @dataclass
@@ -41,23 +45,26 @@ def sample_completions(
     prompts: list,
     max_new_tokens: int,
     samples_per_prompt: int = 1,
+    kept: Kept | None = None,
     **sampling,
 ) -> list[list[Completion]]:
     """Sample `samples_per_prompt` completions of each prompt. Returns a list of Completions for each prompt.
 
     prompts: texts, or lists of messages. sampling: options of `generate` (temperature, top_k, top_p, seed, batch_size).
+    kept: where finished batches are kept, so that an interrupted command goes on; see `keep_for`.
     Prints the progress and the time left every few seconds. Raises UserError for a prompt that is empty or too long.
     """
-    generation = generate(
-        model,
-        [prompt_ids(tokenizer, prompt) for prompt in prompts],
-        max_new_tokens,
-        samples_per_prompt=samples_per_prompt,
-        stop_ids=stop_ids(tokenizer),
-        never=never_sampled(tokenizer),
-        progress=progress_line(),
-        **sampling,
-    )
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    options = {"samples_per_prompt": samples_per_prompt, "never": never_sampled(tokenizer), **sampling}
+    if kept is None:
+        generation = generate(
+            model, ids, max_new_tokens, stop_ids=stop_ids(tokenizer), progress=progress_line(), **options
+        )
+    else:
+        generation, kept.seconds = generate_resumable(
+            kept.path, kept.identity, model, ids, max_new_tokens, stop_ids=list(stop_ids(tokenizer)),
+            show=progress_line(), **options,
+        )  # fmt: skip
     return as_completions(tokenizer, generation, samples_per_prompt)
 
 
@@ -148,12 +155,37 @@ def check_out(out: str | Path | None, prompts: str | Path | None = None) -> None
         raise UserError(f"out = {out!r} is the file of the prompts: give another one")
 
 
+def keep_for(out: str | Path | None, model: torch.nn.Module, part: str = "") -> Kept | None:
+    """Where completions of `model` for the file `out` are kept until `write_rows`. None if `out` is None.
+
+    part: one of PARTS, for a command that samples twice.
+    """
+    if out is None:
+        return None
+    weight = next(model.parameters())
+    identity = {"model": weights_hash(model), "dtype": str(weight.dtype), "device": weight.device.type, "part": part}
+    return Kept(_partial(out, part), identity)
+
+
+def acquire_out(out: str | Path | None) -> None:
+    """Let no other process write to the file `out`. Raises UserError if one does. Does nothing if `out` is None."""
+    if out is not None:
+        acquire_output(in_root(out), seconds=0)
+
+
 def write_rows(out: str | Path | None, rows: Sequence[dict]) -> None:
     """Write all rows to the JSONL file `out` atomically, and print it. Does nothing if `out` is None."""
     if out is None:
         return
-    write_atomically(in_root(out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(in_root(out), as_lines(rows))
+    for part in PARTS:
+        discard(_partial(out, part))
     say(f"written to {out}: {len(rows)} rows")
+
+
+def _partial(out, part):
+    path = in_root(out)
+    return partial_path(path.with_name(path.name + part))
 
 
 def mean(values: Iterable[float]) -> float:

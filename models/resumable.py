@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,34 @@ import torch
 from configs.config import shown
 from models.generation import Generation, check_sampling, generate
 from runtime.console import clock, say
-from runtime.run_folder import hold, release
+from runtime.run_folder import hold, hold_output, release
 
 
 def partial_path(out: Path) -> Path:
     """The path of the file that keeps the completions until the file `out` is written."""
     return out.with_name(out.name + ".partial")
+
+
+def acquire_output(out: Path, seconds: int | None = None) -> None:
+    """Let no other process sample for the file `out` until `discard`. Call it before you look at `out`.
+
+    seconds: to wait for another process; default: LOCK_SECONDS. Raises UserError if it goes on.
+    """
+    path = partial_path(out)
+    hold_output(path, path.touch, seconds)
+
+
+@dataclass
+class Kept:
+    """Where the completions of one sampling are kept until the output is written.
+
+    identity: what decides them besides prompts and options; see `generate_resumable`. seconds: spent on them before an
+    interruption; set by the sampling.
+    """
+
+    path: Path
+    identity: Any
+    seconds: float = 0.0
 
 
 def generate_resumable(
@@ -36,6 +59,8 @@ def generate_resumable(
     batch_size: int,
     show: Callable | None,
     never: Sequence[int] = (),
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> tuple[Generation, float]:
     """Call `generate`, and keep finished batches in the file `path` until `discard(path)`.
 
@@ -46,13 +71,15 @@ def generate_resumable(
     show: a `progress` function; its third argument is the number of completions that were read from the file.
     The other arguments are those of `generate`. Raises UserError as `generate` does.
     """
-    check_sampling(model, prompts, max_new_tokens, temperature, 0, 1.0, samples_per_prompt)
+    check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
     settings: dict[str, Any] = {
         "samples_per_prompt": samples_per_prompt,
         "stop_ids": stop_ids,
         "temperature": temperature,
     }
     settings |= {"never": list(never)} if never else {}
+    settings |= {"top_k": top_k} if top_k else {}
+    settings |= {"top_p": top_p} if top_p < 1 else {}
     text = json.dumps([identity, prompts, max_new_tokens, settings, seed, batch_size], sort_keys=True)
     header = {"answers_of": hashlib.sha256(text.encode()).hexdigest()}
     rows = len(prompts) * samples_per_prompt
@@ -65,6 +92,8 @@ def generate_resumable(
     path.parent.mkdir(parents=True, exist_ok=True)
     hold(path, path.touch)
     done, size = _read(path, header)
+    if not size and path.stat().st_size:
+        say(f"{shown(path)} holds completions of another configuration, model or prompts: they are sampled anew")
     before = sum(batch["seconds"] for batch in done)
     if done:
         say(f"continuing after batch {len(done)} of {len(batches)} ({shown(path)}, {clock(path.stat().st_mtime)})")

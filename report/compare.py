@@ -32,6 +32,7 @@ from report.sentences import headline
 from runtime.cli import cli
 from runtime.console import duration, say
 from runtime.files import in_root, read_lines, read_manifest, sha256_file
+from runtime.run_folder import hold_output
 from runtime.tracking import Tracker, Tracking
 
 
@@ -248,6 +249,8 @@ def main(config):
     group = in_root(config.models).absolute().name  # that of the runs which lie there
     tracker = Tracker(config, in_root(config.out), "comparison", group, "compare")
     methods = find_runs(config)
+    out = in_root(config.out)
+    hold_output(out, lambda: out.mkdir(exist_ok=True))
     results = measure_all(config, methods)
     rows = make_rows(config, methods, results)
     notes = stale_inputs(rows, config)

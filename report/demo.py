@@ -24,6 +24,7 @@ from runtime.cli import cli
 from runtime.console import duration, say
 from runtime.files import in_root
 from runtime.memory import AT_START
+from runtime.run_folder import hold_output
 
 # Seconds of each stage on two cores of an AMD EPYC with avx512_bf16. They are rescaled by the pace of this machine.
 MEASURED = {"fetch": 26, "preferences": 108, "groups": 32, "lm": 41, "reward": 118, "compare": 220}
@@ -152,6 +153,8 @@ def run_all(todo, again, pace=1.0):
 
 
 def main(config):
+    place = in_root("models/smoke" if config.smoke else "models")
+    hold_output(place, lambda: place.mkdir(exist_ok=True), 0, "it is this demo; wait until it has ended")
     again = "python report/demo.py --smoke true" if config.smoke else "make demo (or python report/demo.py)"
     run_all(stages(config.smoke), again, SMOKE_PACE if config.smoke else first_pace())
     report = "report/runs/smoke/REPORT.md" if config.smoke else "report/REPORT.md"

@@ -45,7 +45,7 @@ from models.loader import (
     same_tokens,
     weights_hash,
 )
-from models.resumable import discard, generate_resumable, partial_path
+from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from report.intervals import keep_best, number_or_dash, plus_minus, summarise
 from rlhf.packing import completion_logprobs, score_completions
@@ -170,11 +170,13 @@ def evaluate(config):
     started = time.time()
     path = measurement_path(config)
     check_place(path)
+    acquire_output(path)
     who = identity(config)
     if path.is_file() and not config.overwrite:
         before = read_measurement(path)
         if before["identity"] == who:
             say(f"{shown(path)} holds this very measurement. --overwrite true measures again.")
+            discard(partial_path(path))
             return before
     quiet_libraries()
     device = pick_device()

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from configs.config import UserError, option, read_yaml, refuse_unused, shown
 from data.prompts import PromptConfig, read_prompts
-from models.completions import check_out, sample_completions, sampling
+from models.completions import acquire_out, check_out, keep_for, sample_completions, sampling
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
 from models.loader import adapter_base, load_model, load_tokenizer, resolve_model
@@ -58,6 +58,7 @@ class SideBySide:
         self.rows = read_some(config, need_checks)
         if reward:
             reward.check_columns(self.rows)
+        acquire_out(config.out)
         self.prompts = [row["prompt"] for row in self.rows]
         self.device = pick_device()
         self.dtype = frozen_dtype(pick_precision(config.precision, self.device))
@@ -77,9 +78,10 @@ class SideBySide:
         say(f"{self.name} and its base {self.base}: {each} to each of {len(self.prompts)} prompts,", end=" ")
         say(f"temperature {config.temperature:g}")
         settings = (self.tokenizer, self.prompts, config.max_new_tokens, samples)
-        own = sample_completions(self.model, *settings, **sampling(config))
+        own = sample_completions(self.model, *settings, keep_for(config.out, self.model), **sampling(config))
         with as_reference(self.model, self.reference) as ref:
-            return own, sample_completions(ref, *settings, **sampling(config))
+            kept = keep_for(config.out, ref, ".base")
+            return own, sample_completions(ref, *settings, kept, **sampling(config))
 
     def ids(self, groups):
         """(prompt ids, completion ids), one entry per completion. Completions of one prompt are consecutive."""

@@ -107,11 +107,34 @@ on_refusal = []  # functions that `cli` calls if a run ends in a UserError; they
 LOCK_SECONDS = 60  # to wait until an earlier process of the same run has ended
 
 
-def hold(path, make, seconds=None):
+def hold_output(path, make, seconds=None, advice="end it, or give another --out"):
+    """`hold`, and make the folders above. A UserError of the command releases the lock and removes what is empty.
+
+    Call it before you look at what lies there: another process of the same command may still write to it.
+    """
+    above = [p for p in path.parents if not p.exists()]
+
+    def roll_back():
+        release(path)
+        if path.is_file() and not path.stat().st_size:
+            path.unlink()
+        for folder in ([path] if path.is_dir() else []) + above:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+    for folder in reversed(above):
+        folder.mkdir(exist_ok=True)
+    new = not path.exists()
+    hold(path, make, seconds, advice)
+    if new or above:
+        on_refusal.append(roll_back)
+
+
+def hold(path, make, seconds=None, advice="end it, or give another --out"):
     """Lock `path`, so that only this process writes to it until it ends or calls `release`.
 
     make: a function that makes the file or folder if it is not there. Waits up to `seconds` (default: LOCK_SECONDS) for
-    another process, which may be saving a checkpoint. Then raises UserError.
+    another process, which may be saving a checkpoint. Then raises UserError with this advice.
     """
     if path in _held:
         return
@@ -125,7 +148,7 @@ def hold(path, make, seconds=None):
         if not _lock(descriptor):
             os.close(descriptor)
             if waited == limit:
-                raise UserError(f"another process writes to {shown(path)}: end it, or give another --out")
+                raise UserError(f"another process writes to {shown(path)}: {advice}")
             if waited == 1:
                 say(f"waiting for another process that writes to {shown(path)}")
             waited += 1

@@ -86,6 +86,7 @@ STATEMENTS = {
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",
     "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",
     "resume": "Interrupted and resumed is uninterrupted, bit by bit, in every trainer.",
+    "twice-at-once": "Of two equal commands at once, one does the work; the other says so and overwrites nothing.",
     "tracked-once": "A tracker gets each line of metrics.jsonl once, in one run, however often the run was killed; its "
     "login and its mode are those that wandb itself finds.",
     "evaluation-pure": "Evaluation leaves parameters and random state as they were.",

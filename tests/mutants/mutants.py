@@ -69,6 +69,7 @@ def extent(text, symbol):
 
 COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("common", "steps", "ddp", "amp"))
 BLOCKS = "tests/train/test_blocks.py::test_"
+TWICE = "tests/runtime/test_twice.py::test_"
 TRACKING = "tests/runtime/test_tracking.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 DATASET = "tests/data/test_pairs.py::test_"
@@ -1076,6 +1077,43 @@ MUTANTS = [
         "tracked-once", "WANDB_MODE=disabled is not heard", "runtime/tracking.py",
         'if said == "disabled":', 'if wanted == "disabled":',
         (f"{TRACKING}modes[online-environment6-None]",),
+    ),
+    Mutant(
+        "twice-at-once", "a run looks at its folder before it has the lock", "runtime/run.py",
+        """            self._place = RunFolder(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
+        refuse_other_use(self.folder)
+        if held.is_file():
+""",
+        """            there = held.is_file()
+            self._place = RunFolder(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
+        refuse_other_use(self.folder)
+        if there:
+""",
+        (f"{TWICE}one_does_the_work_and_the_other_says_so[train/train_lm.py]",),
+    ),
+    Mutant(
+        "twice-at-once", "preferences are looked for before the lock", "data/preferences.py",
+        "    acquire_output(out)\n", "",
+        (f"{TWICE}one_does_the_work_and_the_other_says_so[data/generate_preferences.py]",),
+    ),
+    Mutant(
+        "twice-at-once", "two processes write the completions of one --out", "models/completions.py",
+        "        acquire_output(in_root(out), seconds=0)", "        pass",
+        (f"{TWICE}one_does_the_work_and_the_other_says_so[inference/inference.py]",),
+    ),
+    Mutant(
+        "twice-at-once", "a lock on a folder that was removed counts", "runtime/run_folder.py",
+        "elif path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):", "elif descriptor:",
+        (f"{TWICE}who_waits_for_a_folder_that_is_then_removed_makes_it_anew",),
+    ),
+    Mutant(
+        "twice-at-once", "a refused run takes the folder above away", "runtime/run_folder.py",
+        "shutil.rmtree(self.path)\n            for parent", "shutil.rmtree(self.made[-1])\n            for parent",
+        (f"{TWICE}a_run_that_is_refused_leaves_the_one_beside_it",),
     ),
     Mutant(
         "evaluation-pure", "evaluation leaves the model in eval mode", "train/common.py",
