@@ -70,6 +70,7 @@ def extent(text, symbol):
 COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("common", "steps", "ddp", "amp"))
 BLOCKS = "tests/train/test_blocks.py::test_"
 TWICE = "tests/runtime/test_twice.py::test_"
+INFERENCE = "tests/inference/test_resume.py::test_"
 TRACKING = "tests/runtime/test_tracking.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 DATASET = "tests/data/test_pairs.py::test_"
@@ -1093,7 +1094,7 @@ MUTANTS = [
         refuse_other_use(self.folder)
         if there:
 """,
-        (f"{TWICE}one_does_the_work_and_the_other_says_so[train/train_lm.py]",),
+        (f"{TWICE}who_has_waited_looks_at_what_is_there_then",),
     ),
     Mutant(
         "twice-at-once", "preferences are looked for before the lock", "data/preferences.py",
@@ -1108,12 +1109,28 @@ MUTANTS = [
     Mutant(
         "twice-at-once", "a lock on a folder that was removed counts", "runtime/run_folder.py",
         "elif path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):", "elif descriptor:",
-        (f"{TWICE}who_waits_for_a_folder_that_is_then_removed_makes_it_anew",),
+        (f"{TWICE}a_folder_that_is_removed_before_it_is_locked_is_made_anew",),
     ),
     Mutant(
         "twice-at-once", "a refused run takes the folder above away", "runtime/run_folder.py",
         "shutil.rmtree(self.path)\n            for parent", "shutil.rmtree(self.made[-1])\n            for parent",
         (f"{TWICE}a_run_that_is_refused_leaves_the_one_beside_it",),
+    ),
+    Mutant(
+        "inference-resumes", "finished batches are not kept", "models/completions.py",
+        "    if kept is None:\n", "    if True:\n",
+        (f"{INFERENCE}killed_at_any_moment_the_file_is_that_of_an_undisturbed_run[inference.dpo_inference]",),
+    ),
+    Mutant(
+        "inference-resumes", "top_p is forgotten when batches are kept", "models/resumable.py",
+        'settings |= {"top_p": top_p} if top_p < 1 else {}', "pass",
+        (f"{INFERENCE}what_another_configuration_had_finished_is_sampled_anew[change2]",),
+    ),
+    Mutant(
+        "inference-resumes", "completions of another precision go on", "models/completions.py",
+        '"dtype": str(weight.dtype), ', "",
+        (f"{INFERENCE}what_another_configuration_had_finished_is_sampled_anew[change1]",),
+        symbol="keep_for",
     ),
     Mutant(
         "evaluation-pure", "evaluation leaves the model in eval mode", "train/common.py",

@@ -2,14 +2,18 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
-from configs.config import ROOT, UserError
+from configs.config import ROOT, UserError, option
 from report import demo
 from runtime import run_folder
+from runtime.checkpoint import Saving
+from runtime.run import Run
 from runtime.run_folder import RunFolder, hold_output, release
 
 pytestmark = pytest.mark.slow
@@ -84,23 +88,51 @@ def test_a_second_demo_says_that_the_first_one_runs(tmp_path, monkeypatch):
     os.close(other)
 
 
+@dataclass
+class Config(Saving):
+    out: str = option("", identity=False)
+    overwrite: bool = False
+
+
 @pytest.mark.statement("twice-at-once")
-def test_who_waits_for_a_folder_that_is_then_removed_makes_it_anew(tmp_path, monkeypatch):
-    """The first process is refused and takes its folder away; the second must not write into what is gone."""
-    folder = tmp_path / "runs" / "a"
-    folder.mkdir(parents=True)
-    other = flock(folder)
+def test_who_has_waited_looks_at_what_is_there_then(tmp_path, monkeypatch, capsys):
+    """The folder was empty when the second process came; the first one finishes the run while it waits."""
+    config, done = Config(out=str(tmp_path / "run")), Config(out=str(tmp_path / "done"))
+    finished = Run(done, done.out, total_steps=1)
+    finished.restart()
+    finished.log(1, loss=1.0)
+    finished.finish({"steps": 1})
+    (tmp_path / "run").mkdir()
+    other = flock(tmp_path / "run")
 
     def first_process_ends(_):
-        if folder.exists():
-            folder.rmdir()
-            os.close(other)
+        shutil.copytree(done.out, config.out, dirs_exist_ok=True)
+        os.close(other)
 
     monkeypatch.setattr(run_folder.time, "sleep", first_process_ends)
+    with pytest.raises(SystemExit) as stop:
+        Run(config, config.out)
+    assert stop.value.code == 0 and "holds this very run, finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == (tmp_path / "done" / "manifest.json").read_bytes()
+    release(tmp_path / "run")
+
+
+@pytest.mark.statement("twice-at-once")
+def test_a_folder_that_is_removed_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    """The first process is refused and takes its folder away; the second must not write into what is gone."""
+    folder, lock, calls = tmp_path / "a", run_folder._lock, []
+
+    def after_the_removal(descriptor):
+        if not calls:
+            folder.rmdir()
+        calls.append(descriptor)
+        return lock(descriptor)
+
+    monkeypatch.setattr(run_folder, "_lock", after_the_removal)
     RunFolder(folder)
-    assert folder.is_dir()
+    assert len(calls) == 2 and folder.is_dir()
+    descriptor = os.open(folder, os.O_RDONLY)
     with pytest.raises(BlockingIOError):
-        descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
     release(folder)
