@@ -162,8 +162,7 @@ def keep_for(out: str | Path | None, model: torch.nn.Module, part: str = "") -> 
     """
     if out is None:
         return None
-    weight = next(model.parameters())
-    identity = {"model": weights_hash(model), "dtype": str(weight.dtype), "device": weight.device.type, "part": part}
+    identity = {"model": weights_hash(model), "device": next(model.parameters()).device.type}
     return Kept(_partial(out, part), identity)
 
 

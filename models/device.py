@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from configs.config import UserError
+from runtime.console import say
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -29,7 +31,12 @@ def pick_device() -> torch.device:
                 "CPU with CUDA_VISIBLE_DEVICES= before the command"
             )
         return torch.device("cuda", rank)
+    if torch.backends.mps.is_available():
+        _say_once("the GPU of this Mac (MPS) is not used, because it has no float64: the run is on the CPU")
     return torch.device("cpu")
+
+
+_say_once = functools.cache(say)
 
 
 def pick_precision(precision: str, device: torch.device) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.config import UserError, load_config
 from runtime.memory import keep_freed_memory
-from runtime.run_folder import on_refusal
+from runtime.run_folder import check_system, on_refusal
 
 
 def cli(main, Config, several=False):
@@ -21,6 +21,7 @@ def cli(main, Config, several=False):
     on_refusal.clear()
     keep_freed_memory()
     try:
+        check_system()
         config = load_config(Config)
         if not several:
             refuse_several()

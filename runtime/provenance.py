@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -87,6 +86,8 @@ def peak_memory_gb():
     if status.exists():  # ru_maxrss would include the memory of the parent process when it started this one
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e9
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

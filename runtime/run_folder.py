@@ -15,7 +15,18 @@ from pathlib import Path
 from configs.config import UserError, shown
 from runtime.console import say
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 REPLACED = ".replaced"  # subfolder that keeps the files of an earlier run until the new run has begun
+
+
+def check_system():
+    """Raise UserError on a system without the file locks of POSIX."""
+    if fcntl is None:
+        raise UserError("this system has no POSIX file locks: on Windows, run the scripts in WSL 2")
 
 
 def refuse_inputs(folder, inputs):
@@ -138,6 +149,7 @@ def hold(path, make, seconds=None, advice="end it, or give another --out"):
     """
     if path in _held:
         return
+    check_system()
     limit, waited = LOCK_SECONDS if seconds is None else seconds, 0
     while True:
         make()
@@ -162,8 +174,6 @@ def hold(path, make, seconds=None, advice="end it, or give another --out"):
 
 def _lock(descriptor):
     """Whether this process has the lock now; True on a file system without locks."""
-    import fcntl  # not on Windows, which `cli` refuses
-
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -89,6 +89,7 @@ STATEMENTS = {
     "twice-at-once": "Of two equal commands at once, one does the work; the other says so and overwrites nothing.",
     "inference-resumes": "Inference that is killed goes on after its last finished batch and writes the very file of a "
     "run that never was; what another model or configuration had finished does not count.",
+    "systems": "A system without POSIX locks is refused in one sentence; a Mac runs on its CPU.",
     "tracked-once": "A tracker gets each line of metrics.jsonl once, in one run, however often the run was killed; its "
     "login and its mode are those that wandb itself finds.",
     "evaluation-pure": "Evaluation leaves parameters and random state as they were.",

@@ -71,6 +71,7 @@ COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("co
 BLOCKS = "tests/train/test_blocks.py::test_"
 TWICE = "tests/runtime/test_twice.py::test_"
 INFERENCE = "tests/inference/test_resume.py::test_"
+SYSTEMS = "tests/runtime/test_systems.py::test_"
 TRACKING = "tests/runtime/test_tracking.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 DATASET = "tests/data/test_pairs.py::test_"
@@ -1127,10 +1128,26 @@ MUTANTS = [
         (f"{INFERENCE}what_another_configuration_had_finished_is_sampled_anew[change2]",),
     ),
     Mutant(
-        "inference-resumes", "completions of another precision go on", "models/completions.py",
-        '"dtype": str(weight.dtype), ', "",
+        "inference-resumes", "completions of a model in another precision go on", "models/completions.py",
+        '"model": weights_hash(model), ', "",
         (f"{INFERENCE}what_another_configuration_had_finished_is_sampled_anew[change1]",),
         symbol="keep_for",
+    ),
+    Mutant(
+        "systems", "Windows is not refused by the command", "runtime/cli.py",
+        "        check_system()\n", "",
+        (f"{SYSTEMS}windows_is_refused_in_one_sentence[inference/inference.py]",),
+    ),
+    Mutant(
+        "systems", "a module that Windows lacks is imported at the start", "runtime/provenance.py",
+        "import platform\n", "import platform\nimport resource\n",
+        (f"{SYSTEMS}windows_is_refused_in_one_sentence[train/train_lm.py]",),
+    ),
+    Mutant(
+        "systems", "a Mac's GPU is taken, which has no float64", "models/device.py",
+        """    return torch.device("cpu")""",
+        """    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")""",
+        (f"{SYSTEMS}a_mac_trains_on_its_cpu_and_says_once_that_its_gpu_is_not_used",),
     ),
     Mutant(
         "evaluation-pure", "evaluation leaves the model in eval mode", "train/common.py",
