@@ -20,6 +20,7 @@ from models.completions import Completion
 from models.loader import load_model, load_tokenizer, weights_hash
 from models.tokens import completion_text, prompt_ids
 from rlhf.packing import completion_logprobs
+from runtime import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,8 @@ def run(script, *options):
         except UserError as error:
             status = 2
             print(f"error: {error}", file=err)
+            while run_folder.on_refusal:  # as `cli` does
+                run_folder.on_refusal.pop()()
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
