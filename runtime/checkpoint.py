@@ -122,12 +122,14 @@ class Checkpoints:
     def saved_before(self, step):
         """A context for work that changes nothing yet, at the beginning of `step`: a UserError in it loses no step.
 
-        The steps before are saved, and the message says so. All processes must raise the UserError.
+        The steps before are saved, if one of them was not skipped, and the message says so. All processes must raise
+        the UserError.
         """
+        learnt = step - 1 - self.run.skipped > self.done
         try:
             yield
         except UserError as error:
-            if self.run.skipped or step - 1 == self.done:  # nothing was learnt since the last checkpoint
+            if not learnt:
                 raise
             self.save(step - 1)
             raise UserError(f"{error}. Step {step - 1} is saved; to go on: {command()}") from None

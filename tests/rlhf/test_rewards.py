@@ -199,6 +199,36 @@ def test_if_every_call_of_a_step_fails_the_steps_before_are_saved(name, train, f
 
 
 @pytest.mark.statement("reward-functions")
+def test_steps_before_some_without_any_reward_are_saved_and_skipped_steps_alone_are_not(train, functions, tmp_path):
+    (functions / "judges.py").write_text(SOURCE + "n = 0\ndef ends(prompts, completions):\n    global n\n    n += 1\n"
+                                         "    return [None if n > 2 else len(c) for c in completions]\n")  # fmt: skip
+    with pytest.raises(UserError, match="2 steps in a row were skipped.* Step 3 is saved"):
+        train("grpo", reward="judges:ends", steps=9, max_skipped=2)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    with pytest.raises(UserError, match="2 steps in a row were skipped") as refused:
+        train("grpo", out="never", reward="judges:never", steps=9, max_skipped=2)
+    assert "is saved" not in str(refused.value) and not (tmp_path / "never" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_model_and_reward_functions_take_prompts_without_checks(train, reward, functions, tmp_path):
+    """Conversations with a system message, too: functions in TRL's form get them as they are."""
+    user, system = {"role": "user", "content": "Say one."}, {"role": "system", "content": "Be short."}
+    rows = [{"messages": [system, user], "answer": "1"}, {"messages": [user], "answer": "1"}] * 2
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (functions / "judges.py").write_text(
+        "def chat(prompts, completions, answer):\n"
+        "    assert all(p[-1] == {'role': 'user', 'content': 'Say one.'} for p in prompts) and set(answer) == {'1'}\n"
+        "    return [len(p) + len(c[0]['content']) for p, c in zip(prompts, completions)]\n"
+    )
+    options = {"prompts": tmp_path / "chats.jsonl", "steps": 1, "prompts_per_step": 4}
+    for name, how in (("grpo", {"reward": "none", "reward_model": reward}), ("grpo", {"reward": "judges:chat"}),
+                      ("ppo", {}), ("ppo", {"reward": "judges:chat", "reward_model": "none"})):  # fmt: skip
+        _, [line] = train(name, out=f"{name} {len(how)} {how.get('reward')}", **options, **how)
+        assert line["reward"] and "gold" not in line and "reward_failed" not in line
+
+
+@pytest.mark.statement("reward-functions")
 @pytest.mark.slow
 def test_ppo_with_a_function_that_scores_as_the_reward_model_does_takes_its_steps(train, reward, functions):
     (functions / "model_says.py").write_text(
