@@ -44,7 +44,9 @@ class RewardConfig:
 
     ALIASES: ClassVar[dict] = {"judge": "reward"}
     reward: str | None = option(
-        None, "module:function, a reward function in place of the checks; several with commas", reads="code"
+        None,
+        "module:function, a reward function in place of the checks (in PPO: of the reward model); several with commas",
+        reads="code",
     )
     reward_weights: str | None = option(None, "a number for each reward function, with commas; none: all 1")
     reward_concurrency: int = option(
@@ -290,7 +292,8 @@ def _outcome(call):
 
 
 def _said(error):
-    return f"{type(error).__name__}: {error}"
+    """An exception in one line, at most 300 characters: servers answer with whole pages."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -92,6 +93,21 @@ def test_for_prompts_of_messages_trls_form_gets_messages_and_ours_gets_texts():
         return float(prompt in PROMPTS and answer in completion)
 
     assert values(trl, asked) == values(ours, asked) == [1.0, 0.0]
+
+
+def test_objects_and_partial_functions_are_called_as_functions_are():
+    class Judge:
+        async def __call__(self, prompt, completion, answer):
+            return float(answer in completion)
+
+    class Judges:
+        def __call__(self, completions, answer, scale=1.0):
+            return [scale * (a in c) for a, c in zip(answer, completions)]
+
+    for judge in (Judge(), Judges()):
+        assert RewardFunction(judge, "judge")(PROMPTS, COMPLETIONS, ROWS) == [1.0, 0.0]
+    twice = functools.partial(Judges().__call__, scale=2.0)
+    assert RewardFunction(twice, "twice")(PROMPTS, COMPLETIONS, ROWS) == [2.0, 0.0]
 
 
 def test_a_builtin_without_a_signature_is_called_with_prompt_and_completion():
