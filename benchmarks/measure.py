@@ -27,6 +27,7 @@ from models.device import PRECISIONS, pick_device, pick_precision
 from runtime.console import quiet_libraries
 from runtime.memory import AT_START, keep_freed_memory
 from runtime.provenance import peak_memory_gb
+from runtime.spinning import watch_cores
 
 CHILD = "from benchmarks import measure; measure.run_side()"
 SHAPES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of the square matmuls; the fastest one is the peak
@@ -87,6 +88,7 @@ def run_side():
     quiet_libraries()
     if task["side"] != "baseline":  # as our scripts do; a user of the baseline has the C library as it is
         keep_freed_memory()
+        watch_cores()
     side = getattr(importlib.import_module(f"benchmarks.{task['module']}"), task["side"])
     found = side(SimpleNamespace(**task["size"]), Path(task["folder"]))
     Path(task["result"]).write_text(json.dumps(found))

@@ -114,6 +114,8 @@ def write(found):
         text += [*scaling_part(found["scaling"]), ""]
     if "ddp" in found:
         text += [*ddp_part(found["ddp"]), ""]
+    if "busy" in found:
+        text += [*busy_part(found["busy"]), ""]
     if "operations" in found:
         text += [*operations_part(found["operations"]), ""]
     text.append((ROOT / NOTES).read_text(encoding="utf-8"))
@@ -262,6 +264,18 @@ def operations_part(jobs):
     text.append("| **the step** | " + " | ".join(f"**{job['seconds']:.2f}**" for job in jobs.values()) + " |")
     at_peak = [job["flops"] / job["peak"] for job in jobs.values()]
     return [*text, "| its arithmetic at peak | " + " | ".join(f"{s:.2f}" for s in at_peak) + " |"]
+
+
+def busy_part(busy):
+    """The section on a machine that another program uses, too."""
+    rows = []
+    for job, title in (("generate", "sampling"), ("lm", "LM training")):
+        quiet, shared = busy[job]["quiet"], busy[job]["busy"]
+        rows.append(f"| {title} | {quiet:,.0f} | {shared:,.0f} | {shared / quiet:.0%} |")
+    return [
+        "## A busy core", "", "Tokens per second, alone and while another program takes one core.", "",
+        "| | quiet | one core busy | share |", "|---|---:|---:|---:|", *rows,
+    ]  # fmt: skip
 
 
 def ddp_part(ddp):

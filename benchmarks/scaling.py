@@ -1,4 +1,4 @@
-"""How our cost grows: time a token by sequence length, batch size and samples per prompt; what two processes cost.
+"""How our cost grows: time a token by sequence length, batch size and samples per prompt; two processes; a busy core.
 
     python benchmarks/scaling.py                # into report/benchmarks.md
     python benchmarks/scaling.py --rounds 3     # each point in three processes, one after the other
@@ -9,9 +9,12 @@ on two processes needs two cores. It compares DDP with two processes that do the
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -73,17 +76,21 @@ TWO_PROCESSES = {  # what is compared, by its name in the JSON
     "threads": "one process on the whole batch",
 }
 
+BUSY = (sys.executable, "-c", "while True: pass")  # a program that takes one core
+SHARED = {"generate": "sampling", "lm": "LM training"}  # the jobs that share the cores with it
+
 
 @dataclass
 class Config:
     rounds: int = option(1, "processes for each point", at_least=1)
     ddp: bool = option(True, "also measure two processes")
     sweeps: bool = option(True, "measure the sweeps")
+    busy: bool = option(True, "also measure sampling and training while another program takes a core")
     smoke: bool = option(False, "tiny models, and nothing is written: whether everything runs, not how fast")
 
     def check(self):
-        if not (self.ddp or self.sweeps):
-            raise UserError("ddp = False and sweeps = False: nothing is left to measure")
+        if not (self.ddp or self.sweeps or self.busy):
+            raise UserError("ddp, sweeps and busy are False: nothing is left to measure")
         if self.ddp and (os.cpu_count() or 1) < 2:
             raise UserError("two processes need two cores: --ddp false measures the rest")
         if self.ddp and torch.cuda.device_count() == 1:
@@ -106,6 +113,10 @@ def main(config):
             found["ddp"] = about() | run_ddp(config, folder / "ddp", progress)
             if page.holds(config):
                 page.update(ddp=found["ddp"])
+        if config.busy:
+            found["busy"] = about() | run_busy(config, folder / "busy", progress)
+            if page.holds(config):
+                page.update(busy=found["busy"])
     return found
 
 
@@ -113,6 +124,7 @@ def planned(sweeps, config):
     """What `Progress` needs: the runs of each point, and the seconds of a step of it when the page was written."""
     runs = {(sweep.key, value): config.rounds for sweep in sweeps for value in sweep.points}
     runs |= {("ddp", key): config.rounds for key in TWO_PROCESSES} if config.ddp else {}
+    runs |= {("busy", job): 2 * config.rounds for job in SHARED} if config.busy else {}
     if config.smoke:
         return runs, {}
     before = page.measured()
@@ -177,6 +189,29 @@ def run_ddp(config, folder, progress):
     say(f"  two independent processes {apart:.3f} s a step, DDP {joined:.3f} ({joined / apart - 1:+.1%})")
     say(f"  one process of {2 * threads} threads on the whole batch {alone:.3f}")
     return found | {"batch_size": half["batch_size"], "length": half["length"], "processes": 2, "threads_each": threads}
+
+
+def run_busy(config, folder, progress):
+    """Tokens per second of sampling and of LM training, on a quiet machine and while a program takes one core."""
+    found = {}
+    say("\nwith one busy core:")
+    for job, title in SHARED.items():
+        module = importlib.import_module(f"benchmarks.{job}")
+        size, rates = module.SMOKE if config.smoke else module.SIZE, {"quiet": [], "busy": []}
+        for i in range(config.rounds):
+            for kind, measured in rates.items():
+                started, program = time.time(), subprocess.Popen(BUSY) if kind == "busy" else None
+                try:
+                    run = measure.measure_side(job, "ours", size, folder / f"{job}-{kind}-{i}")
+                finally:
+                    if program:
+                        program.kill()
+                        program.wait()
+                measured.append(run["tokens"] / statistics.median(run["seconds"]))
+                done = progress.done(("busy", job), time.time() - started)
+                say(f"  {title}, {kind}: {measured[-1]:,.1f} tokens/s | {done}")
+        found[job] = {kind: statistics.median(measured) for kind, measured in rates.items()}
+    return found
 
 
 def slower(runs):

@@ -10,6 +10,7 @@ from pathlib import Path
 from configs.config import UserError, load_config
 from runtime.memory import keep_freed_memory
 from runtime.run_folder import check_system, on_refusal
+from runtime.spinning import watch_cores
 
 
 def cli(main, Config, several=False):
@@ -20,6 +21,7 @@ def cli(main, Config, several=False):
     config = None
     on_refusal.clear()
     keep_freed_memory()
+    watch_cores()
     try:
         check_system()
         config = load_config(Config)

@@ -241,7 +241,7 @@ def test_the_sampler_of_a_benchmark_never_stops_and_may_return_given_completions
 
 
 def test_scaling_runs_every_point(in_this_process, monkeypatch, capsys):
-    found = scaling.main(load_config(scaling.Config, ["--smoke", "true", "--ddp", "false"]))
+    found = scaling.main(load_config(scaling.Config, ["--smoke", "true", "--ddp", "false", "--busy", "false"]))
     sweeps = found["scaling"]["sweeps"]
     assert [[point["value"] for point in sweep["points"]] for sweep in sweeps] == [[32, 64], [1, 2], [2, 4]]
     assert sweeps[1]["points"][1]["tokens"] == 2 * sweeps[1]["points"][0]["tokens"]

@@ -521,6 +521,16 @@ MUTANTS = [
         (f"{LOSSES}large_rewards_have_the_advantages_of_their_differences",),
     ),
     Mutant(
+        "shared-cores", "the idle thread has no team of OpenMP", "runtime/spinning.py",
+        "torch.zeros(1 << 20)", "torch.zeros(1)",
+        ("tests/runtime/test_spinning.py::test_an_idle_thread_is_there_while_cores_are_too_few",),
+    ),
+    Mutant(
+        "shared-cores", "a program's own work counts as that of others", "runtime/spinning.py",
+        ' - time.process_time()', "",
+        ("tests/runtime/test_spinning.py::test_only_what_others_take_counts",),
+    ),
+    Mutant(
         "text-in-pieces", "pieces are joined where they begin, agree or not", "models/tokens.py",
         "if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:", "if True:",
         ("tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[512-128-tiny-llama]",
