@@ -49,7 +49,7 @@ class Run:
         self.steps_began = None  # time at which the steps began
         self.skipped = 0  # consecutive steps whose loss or gradient was not finite
         self._skips = 0  # skipped steps since the last logged line
-        self._lines = 0  # lines of metrics.jsonl
+        self._lines, self._samples = 0, 0  # lines of metrics.jsonl and of samples.jsonl
         self._recent = None  # time of the last logged line, for rates
         self._first = None  # (time, step) at which the steps began, for the time left
         self._tokens = 0
@@ -115,13 +115,19 @@ class Run:
 
     def restart(self):
         """Start from the first step, with an empty metrics.jsonl."""
-        on_main(lambda: self._keep_lines(0))
+        on_main(self._keep_lines)
 
     def state(self):
         """The clock and the counters, which a checkpoint keeps for `resume`."""
         now = time.time()
         since = now - self._recent if self._recent else 0.0
-        counters = {"lines": self._lines, "tokens": self._tokens, "skipped": self.skipped, "skips": self._skips}
+        counters = {
+            "lines": self._lines,
+            "samples": self._samples,
+            "tokens": self._tokens,
+            "skipped": self.skipped,
+            "skips": self._skips,
+        }
         return {"seconds": now - self.started, "since_logged": since, **counters}
 
     def resume(self, state):
@@ -131,15 +137,15 @@ class Run:
         """
         self.started -= state["seconds"]
         self._carried = (state["since_logged"], state["tokens"])
-        self._lines, self.skipped, self._skips = state["lines"], state["skipped"], state["skips"]
-        on_main(lambda: self._keep_lines(state["lines"]))
+        self._lines, self._samples = state["lines"], state["samples"]
+        self.skipped, self._skips = state["skipped"], state["skips"]
+        on_main(self._keep_lines)
 
-    def _keep_lines(self, count):
-        """Cut metrics.jsonl to `count` lines and samples.jsonl to their steps, and let the tracker begin with them."""
-        lines = read_lines(self.folder / "metrics.jsonl")[:count]
+    def _keep_lines(self):
+        """Cut metrics.jsonl and samples.jsonl to the lines that count, and let the tracker begin with them."""
+        lines = read_lines(self.folder / "metrics.jsonl")[: self._lines]
+        samples = read_lines(self.folder / SAMPLES)[: self._samples]
         self.last = lines[-1] if lines else {}
-        steps = {line["step"] for line in lines}
-        samples = [sample for sample in read_lines(self.folder / SAMPLES) if sample["step"] in steps]
         for name, rows in (("metrics.jsonl", lines), (SAMPLES, samples)):
             if rows or name == "metrics.jsonl" or (self.folder / name).is_file():
                 write_atomically(self.folder / name, as_lines(rows))
@@ -202,6 +208,7 @@ class Run:
             if rows:
                 with open(self.folder / name, "a", encoding="utf-8") as f:
                     f.write(as_lines(rows))
+        self._samples += len(samples)
         self.tracker.line(self._lines - 1, recorded, samples)
         words = [f"{k} {_number(k, v)}" for k, v in record.items() if k not in ("step", "seconds")]
         if self.total_steps and self._first and step > self._first[1]:

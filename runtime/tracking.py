@@ -99,12 +99,12 @@ class Tracker:
         on_refusal.append(self._failed)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
-        shown_at: dict[int, list[dict]] = {}
+        last = {line["step"]: number for number, line in enumerate(lines or [])}  # the last line of each step
+        samples_of: dict[int, list[dict]] = {}
         for sample in samples:
-            shown_at.setdefault(sample["step"], []).append(sample)
+            samples_of.setdefault(last[sample["step"]], []).append(sample)
         for number, line in enumerate(lines or []):
-            if number >= self.run.starting_step:
-                self.line(number, line, shown_at.get(line["step"], []))
+            self.line(number, line, samples_of.get(number, []))
         for path in earlier:  # the new folder has all their lines
             if not on_server(path):
                 shutil.rmtree(path, ignore_errors=True)

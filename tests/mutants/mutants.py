@@ -1058,22 +1058,22 @@ MUTANTS = [
     Mutant(
         "tracked-once", "a resumed run is a new W&B run", "runtime/tracking.py",
         "resumed = lines is not None and kept.is_file()", "resumed = False",
-        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[lm-1]",),
     ),
     Mutant(
         "tracked-once", "lines before the checkpoint are not sent again", "runtime/tracking.py",
         "for number, line in enumerate(lines or []):", "for number, line in enumerate([]):",
-        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[lm-1]",),
     ),
     Mutant(
         "tracked-once", "what a killed process wrote is synced a second time", "runtime/tracking.py",
         "            if not on_server(path):\n                shutil", "            if False:\n                shutil",
-        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[lm-1]",),
     ),
     Mutant(
-        "tracked-once", "samples of steps that are taken again stay", "runtime/run.py",
-        'if sample["step"] in steps]', "if sample]",
-        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[grpo]",),
+        "tracked-once", "samples of lines that come again stay", "runtime/run.py",
+        "[: self._samples]", "",
+        (f"{TRACKING}a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition[lm-1]",),
     ),
     Mutant(
         "tracked-once", "what the server has is sent again", "runtime/tracking.py",

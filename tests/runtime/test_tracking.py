@@ -10,9 +10,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import wandb
 import yaml
-from interrupted import run, run_killed, run_whole, said
+from interrupted import run, run_whole, said
 
 from configs.config import ROOT, UserError, shown
 from runtime import tracking
@@ -183,28 +184,45 @@ def test_the_model_is_sent_on_request_alone(runs):
     assert {"model.safetensors", "config.json", "manifest.json", "metrics.jsonl"} <= names
 
 
+@pytest.mark.parametrize("part", [1 / 3, 1 / 2, 1])
 @pytest.mark.parametrize(
     ("script", "words"),
-    [("train.train_lm", [*LM, "--sample_tokens", 2, "--max_steps", 5, "--log_every", 1]),
-     ("rlhf.grpo_train", ["--config", "configs/smoke/grpo.yaml", "--steps", 4])],
+    [
+        ("train.train_lm", [*LM, "--sample_tokens", 2, "--max_steps", 5, "--log_every", 1]),
+        ("rlhf.grpo_train", ["--config", "configs/smoke/grpo.yaml", "--steps", 4]),
+    ],
     ids=["lm", "grpo"],
-)  # fmt: skip
+)
 @pytest.mark.statement("tracked-once")
-def test_a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition(script, words, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_and_resumed_is_one_run_without_gaps_or_repetition(
+    script, words, part, tmp_path, monkeypatch
+):
+    """Killed at a part of its events; at the last but one, all lines were written after the last checkpoint."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    words = [*words, "--save_every", 2, "--wandb", "offline"]
+    words = [*words, "--save_every", 1, "--wandb", "offline"]
     whole, out = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
     run_whole(script, words, whole)
-    died = run_killed(script, words, out, whole)
+    died = int(part * torch.load(f"{whole}.end")["events"]) - 1
+    assert run(script, words, out, die_at=died) < 0
+    run_whole(script, words, out)
     assert "continuing from step" in said(out), died
-    (sent,) = offline_runs(out)  # what an earlier process had written is in it
+    (sent,) = offline_runs(out)  # what the killed process had written is in it
     assert said(out).count("W&B: offline in") == 1 and f"wandb sync {shown(sent)}\n" in said(out)
     assert sent.name.endswith("-" + (out / "wandb" / "id.txt").read_text().strip())
     assert history(sent) == lines(out / "metrics.jsonl")
-    same = [[{k: v for k, v in row.items() if k not in ("seconds", "tok/s")} for row in history(found)]
-            for found in (sent, *offline_runs(whole))]  # fmt: skip
-    assert same[0] == same[1]
+    same, tables = zip(*((untimed(history(x)), with_tables(x)) for x in (sent, *offline_runs(whole))))
+    assert same[0] == same[1] and tables[0] == tables[1] != []
     assert lines(out / "samples.jsonl") == lines(whole / "samples.jsonl")
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tok/s")} for row in rows]
+
+
+def with_tables(folder):
+    """[(row of the history, hash of its table of samples)]."""
+    rows = [item["item"] for item in records(folder, "history")]
+    return [(row["_step"], row["samples.sha256"]) for row in rows if "samples.sha256" in row]
 
 
 def test_a_run_that_fails_before_its_first_line_leaves_no_folder(tmp_path, monkeypatch):
