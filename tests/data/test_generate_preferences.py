@@ -20,7 +20,7 @@ from models.completions import Completion
 from models.loader import load_model, load_tokenizer, weights_hash
 from models.tokens import completion_text, prompt_ids
 from rlhf.packing import completion_logprobs
-from runtime import run_folder
+from runtime.cli import cli
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +31,9 @@ def run(script, *options):
     status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            script.main(load_config(script.Config, list(map(str, options))))
-        except UserError as error:
-            status = 2
-            print(f"error: {error}", file=err)
-            while run_folder.on_refusal:  # as `cli` does
-                run_folder.on_refusal.pop()()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+                cli(script.main, script.Config)
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
