@@ -29,7 +29,7 @@ from models.fast.attention import ALIGNED, added_mask, takes_ragged, use_matmul_
 from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
 
-RECORDED = ("cuda",)  # device types on which one decoding step runs as a CUDA graph
+GRAPHED = ("cuda",)  # device types on which one decoding step runs as a CUDA graph
 ROOM = 256  # new tokens for which a cache gets memory at once; a longer completion lets it grow
 BLOCK = 256  # tokens of the vocabulary; see inverse_cdf
 
@@ -138,7 +138,7 @@ def _sample(batch, index, uniforms, temperature, top_k, top_p, stop_ids, on_toke
                 ended.add(b)
         if len(ended) == len(rows):
             return
-        if ended and batch.closes_up and (not batch.recorded or 2 * len(ended) >= len(rows)):
+        if ended and batch.closes_up and (not batch.graphed or 2 * len(ended) >= len(rows)):
             moves = _moves(len(rows), sorted(ended))
             rows, ids, values, uniforms, token = (_moved(x, *moves) for x in (rows, ids, values, uniforms, token))
             batch.move(*moves)
@@ -262,7 +262,7 @@ class _PlainBatch:
     It has the methods of `_Batch`. There is no padding, so it needs no mask and works with every architecture.
     """
 
-    recorded, closes_up = False, False
+    graphed, closes_up = False, False
 
     def __init__(self, model, prompts, samples, with_cache):
         device = model.get_input_embeddings().weight.device
@@ -290,8 +290,8 @@ class _Batch:
 
     def __init__(self, model, prompts, samples, max_new_tokens, decoder=None):
         self.device = device = model.get_input_embeddings().weight.device
-        self.recorded = decoder is not None and decoder.graphable and device.type in RECORDED
-        self.model, self.decoder, self.results = model, CudaGraphDecoder(decoder) if self.recorded else decoder, []
+        self.graphed = decoder is not None and decoder.graphable and device.type in GRAPHED
+        self.model, self.decoder, self.results = model, CudaGraphDecoder(decoder) if self.graphed else decoder, []
 
         # the common prefix of all prompts (a system message) runs once; its keys and values serve every row
         shared = common_prefix(prompts)
@@ -320,7 +320,7 @@ class _Batch:
         """The tokens for which the cache gets memory: those of now and ROOM more, at most those of the longest row."""
         capacity = min(self.length + ROOM, self.longest)
         # for a CUDA graph: matmuls with a cache of an unaligned size are several times slower
-        return capacity + (-capacity % ALIGNED[self.device.type] if self.recorded else 0)
+        return capacity + (-capacity % ALIGNED[self.device.type] if self.graphed else 0)
 
     def step(self, token: torch.Tensor) -> None:
         """Append one token to each row. token: (B,)."""

@@ -36,7 +36,7 @@ BLOCK = 128  # queries per block
 MOST_WITH_GAPS = 0.75  # if a block sees at most this share of the keys between its first and last, it gathers them
 ALIGNED = {"cpu": 1, "cuda": 16}  # the padded length is a multiple of this; else the kernel pads each layer's mask
 HALVES = (torch.bfloat16, torch.float16)
-NAME = "products"  # the name of matmul attention in transformers' table of attention functions
+NAME = "matmul"  # the name of matmul attention in transformers' table of attention functions
 HAS_CUDNN = ("cuda",)
 # PyTorch's kernels except cuDNN's, which makes a plan for each new shape: seconds for each batch with other lengths
 OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

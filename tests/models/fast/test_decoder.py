@@ -84,7 +84,7 @@ def test_a_recorded_token_gives_what_a_plain_one_does_while_rows_leave(tiny, mon
 
     plain = sampled(streams[0])
     recorded.clear()
-    monkeypatch.setattr(generation, "RECORDED", ("cpu",))
+    monkeypatch.setattr(generation, "GRAPHED", ("cpu",))
     monkeypatch.setattr(decoder, "record", replayed)
     monkeypatch.setitem(ALIGNED, "cpu", aligned)
     mine = sampled(streams[1])
@@ -103,7 +103,7 @@ def test_a_cache_that_grows_is_recorded_again(tiny, monkeypatch):
     model, options = use_memory_efficient_layers(tiny()), {"samples_per_prompt": 2, "seed": 1}
     plain = generate(model, PROMPTS, 40, **options)
     recorded.clear()
-    monkeypatch.setattr(generation, "RECORDED", ("cpu",))
+    monkeypatch.setattr(generation, "GRAPHED", ("cpu",))
     monkeypatch.setattr(generation, "ROOM", 10)
     monkeypatch.setattr(decoder, "record", replayed)
     monkeypatch.setitem(ALIGNED, "cpu", 8)
@@ -117,7 +117,7 @@ def test_a_cache_that_grows_is_recorded_again(tiny, monkeypatch):
 
 def test_angles_that_depend_on_the_length_are_not_recorded(tiny, monkeypatch):
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
-    monkeypatch.setattr(generation, "RECORDED", ("cpu",))
+    monkeypatch.setattr(generation, "GRAPHED", ("cpu",))
     monkeypatch.setattr(decoder, "record", replayed)
     recorded.clear()
     generate(use_memory_efficient_layers(tiny()), PROMPTS, 4, seed=0)
