@@ -105,22 +105,3 @@ def pad_rows(
         filled.append([*gap, *row] if left else [*row, *gap])
         mask.append([0] * len(gap) + [1] * len(row) if left else [1] * len(row) + [0] * len(gap))
     return torch.tensor(filled, dtype=dtype, device=device), torch.tensor(mask, device=device)
-
-
-def completion_batch(
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    pad_id: int,
-    device: torch.device | str,
-    width: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompts and completions as right-padded (input_ids, attention_mask, mask). mask (B, T-1) is 1 on the completion.
-
-    The masks come from lengths, never from token ids: if pad equals eos, the final eos still counts.
-    """
-    rows = [p + c for p, c in zip(prompts, completions)]
-    input_ids, attention_mask = pad_rows(rows, pad_id, device)
-    mask = torch.zeros_like(attention_mask)
-    for i, (p, c) in enumerate(zip(prompts, completions)):
-        mask[i, len(p) : len(p) + len(c)] = 1
-    return input_ids, attention_mask, mask[:, 1:]

@@ -36,7 +36,7 @@ from proof.exact_gradients import (
     some_policies,
     success_weight,
 )
-from rlhf.utils import completion_batch, token_logprobs
+from rlhf.utils import pad_rows, token_logprobs
 
 pytestmark = pytest.mark.slow
 
@@ -84,9 +84,11 @@ def test_pi_star_maximises_the_objective(bed, policies):
 
 def test_a_transformer_gives_a_completion_the_same_log_probs_packed_and_alone(bed):
     model = tiny_transformer(bed, 1)
-    batch = completion_batch(*prompts_and_completions(bed), 0, "cpu")
+    prompts, completions = prompts_and_completions(bed)
+    ids, mask = pad_rows([p + c for p, c in zip(prompts, completions)], 0, "cpu")
+    counted, _ = pad_rows([[0] * (len(p) - 1) + [1] * len(c) for p, c in zip(prompts, completions)], 0, "cpu")
     with torch.no_grad():
-        alone = token_logprobs(model, batch[0], batch[1], where=batch[2])[:, -bed.max_tokens :]
+        alone = token_logprobs(model, ids, mask, where=counted)[:, -bed.max_tokens :]
         torch.testing.assert_close(alone.view(bed.ref.shape), transformer_table(bed, model))
 
 

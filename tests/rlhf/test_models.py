@@ -16,7 +16,7 @@ from rlhf.dpo_train import dpo_loss, pair_logps
 from rlhf.packing import PADDED, RAGGED, completion_logprobs, pack, packed_logprobs
 from rlhf.policy import as_reference, disable_dropout
 from rlhf.reward_model import RewardModel, score_at_end
-from rlhf.utils import completion_batch, pad_rows, token_logprobs
+from rlhf.utils import pad_rows, token_logprobs
 
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])  # rotary and learned positions
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9, 10, 11, 12], [8, 9, 10, 11, 12]]
@@ -146,8 +146,8 @@ def test_log_probs_recomputed_in_training_equal_the_samplers(tiny, name, tempera
 def test_sampled_ids_are_trained_on_and_eos_counts_though_it_is_the_pad_token():
     packed = pack([[5]], [[7, 2]], pad_id=2, device="cpu")
     assert packed.targets.tolist() == [[7, 2]] and packed.mask.tolist() == [[1, 1]]
-    _, attention_mask, mask = completion_batch([[5], [5]], [[7, 2], [7, 7, 2]], 2, "cpu")
-    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    packed = pack([[5], [5]], [[7, 2], [7, 7, 2]], pad_id=2, device="cpu")
+    assert packed.targets.tolist() == [[7, 2, 2], [7, 7, 2]] and packed.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def pairs():
