@@ -23,6 +23,7 @@ import torch
 from configs.config import UserError
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.head import body, hidden_states, name_of, unsupported, unwrapped
+from models.loader import context_length
 from runtime.console import say
 
 # allowed mean difference / mean size of the compared numbers: far above rounding, far below all known errors
@@ -81,9 +82,8 @@ def admit(
     known = _admitted.setdefault(inner, {})
     if (kind, beyond) not in known:
         _check_causal(model)
-        context = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-        lengths: tuple[int, ...] = (window + LAST + 4 if beyond else 19, 11, 14)
-        lengths = tuple(int(min(n, max(2, context - BEFORE))) for n in lengths)
+        most = max(2, (context_length(model) or 1 << 30) - BEFORE)
+        lengths = tuple(min(n, most) for n in (window + LAST + 4 if beyond else 19, 11, 14))
         known[kind, beyond] = _try_ways(model, kind, ways, check, lengths)
         found = known[kind, beyond]
         said = (type(inner).__name__, kind, found.way)
@@ -120,7 +120,7 @@ def _check_causal(model):
     inner = unwrapped(model)
     if inner in _causal:
         return
-    [ids] = check_tokens(model, [12])
+    [ids] = check_tokens(model, [min(12, context_length(model) or 12)])
     first = len(ids) // 2
 
     def check(way, lengths):
@@ -142,7 +142,7 @@ def check_training(model: torch.nn.Module, noise: bool = False) -> None:
     noise: whether it may differ from eval mode, because dropout is wanted.
     """
     training = model.training
-    [ids] = check_tokens(model, [12])
+    [ids] = check_tokens(model, [min(12, context_length(model) or 12)])
     kind, trained = type(unwrapped(model)).__name__, [p for p in model.parameters() if p.requires_grad]
     try:
         with _checking(model) as dtype, torch.enable_grad():

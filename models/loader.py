@@ -144,7 +144,8 @@ def model_config(name: str | Path) -> Any:
 
 def context_length(model: Any) -> int | None:
     """The most tokens that a model reads in a row; None where its positions have no end (ALiBi, recurrent layers)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else None  # XLNet says -1
 
 
 def state_size(model: torch.nn.Module) -> int:
