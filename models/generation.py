@@ -28,6 +28,7 @@ from models.admission import admit, check_tokens, plain_logits
 from models.fast.attention import ALIGNED, added_mask, takes_ragged, use_matmul_attention
 from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
+from models.loader import context_length
 
 GRAPHED = ("cuda",)  # device types on which one decoding step runs as a CUDA graph
 ROOM = 256  # new tokens for which a cache gets memory at once; a longer completion lets it grow
@@ -454,7 +455,7 @@ def check_sampling(
     top_p: float,
     samples_per_prompt: int,
 ) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} is empty: a model needs at least one token to go on from")
