@@ -161,10 +161,12 @@ class Reference:
         self.policy.reference = None  # frees its memory for the steps
 
     def state_dict(self):
-        return {"known": self.known}
+        return {"known": self.known, "precision": self.stage.precision}
 
     def load_state_dict(self, state):
-        self.known = state["known"]
+        """Take the log-probs of a checkpoint, unless they were computed in another precision than the policy's."""
+        if state.get("precision", self.stage.precision) == self.stage.precision:
+            self.known = state["known"]
 
 
 def cache_reference(reference_logps, pairs, batch_size, known=None):

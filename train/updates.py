@@ -8,6 +8,7 @@ import torch
 
 from configs.config import UserError
 from models.device import autocast
+from runtime.console import say
 
 SMALLEST_SCALE = 1e-6  # of the fp16 loss; if gradients overflow below it, no scale helps
 
@@ -108,9 +109,16 @@ class Updates:
     def state_dict(self):
         """The state for a checkpoint."""
         counts = {"count": self.count, "overflows": self.overflows}
+        counts["precision"] = self.precision
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), **counts}
 
     def load_state_dict(self, state):
+        """Restore a state. If it is of another precision (`auto` on another machine), say so and go on."""
+        before = state.get("precision", self.precision)
+        if before != self.precision:
+            scale = ", with a new loss scale" if self.scaler.is_enabled() else ""
+            say(f"precision: {before} until here, {self.precision} on this machine: the run goes on in it{scale}")
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the precision was fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.count, self.overflows = state["count"], state["overflows"]

@@ -531,6 +531,16 @@ MUTANTS = [
         ("tests/runtime/test_spinning.py::test_only_what_others_take_counts",),
     ),
     Mutant(
+        "resume-precision", "a scaler takes the empty state of another precision", "train/updates.py",
+        'if state["scaler"]:', "if True:",
+        ("tests/rlhf/test_precision.py::test_a_loss_scale_is_kept_where_the_precision_is",),
+    ),
+    Mutant(
+        "resume-precision", "log-probs of the reference stay in the precision before", "rlhf/dpo_train.py",
+        'if state.get("precision", self.stage.precision) == self.stage.precision:', "if True:",
+        ("tests/rlhf/test_precision.py::test_dpo_compares_the_policy_with_a_reference_of_its_own_precision[fp32-True]",),
+    ),
+    Mutant(
         "text-in-pieces", "pieces are joined where they begin, agree or not", "models/tokens.py",
         "if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:", "if True:",
         ("tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[512-128-tiny-llama]",
