@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import yaml
 
-from configs.config import UserError, option, shown
+from configs.config import UserError, option, read_yaml, shown
 from data.corpus import load_corpus
 from data.prompts import text_of
 from report.evaluate import Config as EvaluateConfig
@@ -70,6 +70,7 @@ class Row:
     memory: float | None = None  # peak of training, GB
     curves: list[dict] | None = None  # lines of metrics.jsonl
     settings: dict | None = None  # config.yaml
+    via: tuple = ()  # runs between this one and the base: (models/sft,) for DPO on that SFT
 
     @property
     def gold(self):
@@ -94,7 +95,7 @@ def find_runs(config):
     for method in METHODS:
         lacks = {}
         if method.key == "best_of" and not reward:
-            lacks[config.reward_model] = REWARD_MODEL
+            lacks[config.reward_model or "reward_model"] = REWARD_MODEL
         for seed in config.seed_list() if method.script else ():
             folder = run_folder(config, method, seed)
             if read_manifest(folder) is None:
@@ -111,6 +112,36 @@ def find_runs(config):
     if missing:
         say("left out, for they are not there: " + ", ".join(missing))
     return methods
+
+
+def way_to_base(folder, base):
+    """The runs between the run in a folder and the base: () if it started from the base, (SFT,) for DPO on an SFT.
+
+    Raises UserError if its start, the start of that run, and so on, do not lead to the base.
+    """
+    way = [folder]
+    while not same_model(way[-1], base):
+        held = in_root(way[-1]) / "config.yaml"
+        if read_manifest(way[-1]) is None or not held.is_file() or way[-1] in way[:-1]:
+            said = ", and that from ".join(repr(name) for name in way[1:])
+            raise UserError(
+                f"{folder} started from {said}, not from base = {base!r}: KLs and gains would not be its own. Give "
+                f"--base {way[-1]}, or compare other runs"
+            )
+        way.append(read_yaml(held)["model_name"])
+    return tuple(way[1:-1])
+
+
+def same_model(a, b):
+    """Whether two names mean one model: equal names, or two paths of one folder."""
+    return a == b or (in_root(a).is_dir() and in_root(b).is_dir() and in_root(a).samefile(in_root(b)))
+
+
+def check_starts(config, methods):
+    """Raise UserError if a run does not lead back to the base. Call it before anything is measured."""
+    for method in methods:
+        for seed in config.seed_list() if method.script else ():
+            way_to_base(run_folder(config, method, seed), config.base)
 
 
 def measure_all(config, methods):
@@ -164,10 +195,8 @@ def make_rows(config, methods, results):
             row.memory = max(m["peak_memory_gb"] for m in manifests)
             row.curves = read_lines(in_root(folder) / "metrics.jsonl")
             row.settings = yaml.safe_load((in_root(folder) / "config.yaml").read_text(encoding="utf-8"))
-            start = row.settings.get("model_name")
-            if start != config.base:
-                raise UserError(f"{folder} started from {start!r}, not from base = {config.base!r}")
-            row.seconds_before = seconds_before(manifests[0]["inputs"])
+            row.via = way_to_base(folder, config.base)
+            row.seconds_before = seconds_before(manifests[0]["inputs"] | dict.fromkeys(row.via))
         elif method.key == "best_of":
             row.seconds_before = seconds_before({config.reward_model: ""})
         rows.append(row)
@@ -249,6 +278,7 @@ def main(config):
     group = in_root(config.models).absolute().name  # that of the runs which lie there
     tracker = Tracker(config, in_root(config.out), "comparison", group, "compare")
     methods = find_runs(config)
+    check_starts(config, methods)
     out = in_root(config.out)
     hold_output(out, lambda: out.mkdir(exist_ok=True))
     results = measure_all(config, methods)

@@ -111,6 +111,12 @@ def spread_section(rows, config):
     return note + "\n\n" + markdown_table(lines)
 
 
+def starts_sentence(rows):
+    """The methods that did not start from the base itself, and the runs between, as a text; "" if there are none."""
+    ways = [f"{row.label} by way of {', '.join(f'`{name}`' for name in row.via)}" for row in rows if row.via]
+    return f" Not at once: {'; '.join(ways)}." if ways else ""
+
+
 def answers_a_prompt(rows):
     """The number of measured completions per prompt, as a text: '2 (base: 4, best of 4: 1)'."""
     counts = {row.label: len(row.runs[0]["answers"]) // row.gold["n"] for row in rows}
@@ -206,7 +212,7 @@ The first sample of each method to prompts evenly spaced in the held-out set. A 
 - Command: `{command}`, commit `{git_commit() or "unknown"}`.
 - Machine: {where["cpu"]}, {where["cores"]} cores{gpu}; {where["system"]}.
 - Versions: {", ".join(f"{key} {value}" for key, value in used.items() if value)}.
-- Start of every run, and reference of every KL: {start}.
+- Start of every run, and reference of every KL: {start}.{starts_sentence(rows)}
 - {answers_a_prompt(rows)} completions a prompt, at most {setting["max_new_tokens"]} tokens, temperature
   {setting["temperature"]:g}, sampling seed {setting["seed"]}, weights in {setting["precision"]}; training seeds
   {", ".join(map(str, config.seed_list()))}.

@@ -541,6 +541,16 @@ MUTANTS = [
         ("tests/rlhf/test_precision.py::test_dpo_compares_the_policy_with_a_reference_of_its_own_precision[fp32-True]",),
     ),
     Mutant(
+        "starts", "starts are looked at after measuring", "report/compare.py",
+        "    check_starts(config, methods)\n", "",
+        ("tests/report/test_compare.py::test_a_run_from_another_start_is_refused_before_anything_is_measured",),
+    ),
+    Mutant(
+        "starts", "any start counts as the base", "report/compare.py",
+        "return a == b or ", "return True or ",
+        ("tests/report/test_compare.py::test_the_way_of_a_run_to_the_base_is_followed",),
+    ),
+    Mutant(
         "text-in-pieces", "pieces are joined where they begin, agree or not", "models/tokens.py",
         "if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:", "if True:",
         ("tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[512-128-tiny-llama]",

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from configs.config import UserError
+from configs.config import ROOT, UserError
 from report import compare
 from report.compare import Config, equal_variety, find_runs, run_folder, seconds_before
 from report.intervals import summarise
@@ -229,3 +231,60 @@ def test_completions_cannot_break_the_tables():
     assert plain("a | b\n\n- c*d*") == r"a \| b / - c\*d\*"
     assert plain("") == "(nothing)"
     assert listed(["a", "b", "c"]) == "a, b and c" and listed([]) == "none"
+
+
+def made_up_run(folder, start):
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"seconds": 3.0, "inputs": {}}')
+    (folder / "config.yaml").write_text(f"model_name: {start}\n")
+    return str(folder)
+
+
+@pytest.mark.statement("starts")
+def test_the_way_of_a_run_to_the_base_is_followed(tmp_path):
+    sft = made_up_run(tmp_path / "sft", "tiny-llama")
+    dpo = made_up_run(tmp_path / "dpo", sft)
+    grpo = made_up_run(tmp_path / "grpo", tmp_path / "." / "dpo")
+    assert compare.way_to_base(sft, "tiny-llama") == () == compare.way_to_base(sft, sft)
+    assert compare.way_to_base(dpo, "tiny-llama") == (sft,) and compare.way_to_base(dpo, f"{sft}/") == ()
+    assert compare.way_to_base(grpo, "tiny-llama") == (dpo, sft)
+    with pytest.raises(UserError, match="dpo started from '.*sft', and that from 'tiny-llama', not from base = 'gpt2'"):
+        compare.way_to_base(dpo, "gpt2")
+    circle = made_up_run(tmp_path / "circle", tmp_path / "circle")
+    with pytest.raises(UserError, match="not from base"):
+        compare.way_to_base(circle, "tiny-llama")
+
+
+@pytest.mark.statement("starts")
+def test_a_run_from_another_start_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    made_up_run(tmp_path / "sft", "another-model")
+    monkeypatch.setattr(compare, "evaluate", lambda job: pytest.fail("measured"))
+    with pytest.raises(UserError, match="sft started from 'another-model', not from base"):
+        compare.main(Config(models=str(tmp_path), allow_missing=True, out=str(tmp_path / "report")))
+
+
+@pytest.mark.statement("starts")
+def test_sft_then_dpo_then_the_comparison(tmp_path):
+    """The usual pipeline, by its own commands: the KL of both is to the base, and the report says the way."""
+    rows = [
+        {"prompt": f"letter {i}", "chosen": "a" * (1 + i % 3), "rejected": "b" * (1 + i % 4), "chosen_score": 1.0,
+         "rejected_score": 0.0}
+        for i in range(24)
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, sft, dpo = f"--data {tmp_path}/pairs.jsonl", f"{tmp_path}/sft", f"{tmp_path}/dpo"
+    for script, config, words in (
+        ("train/train_lm_lora.py", "sft", f"{data} --out {sft} --sample_prompt="),
+        ("rlhf/dpo_train.py", "dpo", f"{data} --out {dpo} --model_name {sft}"),
+        ("report/compare.py", "compare", f"--models {tmp_path} --allow_missing true --limit 4 --reward_model none "
+         f"--out {tmp_path}/report --runs {tmp_path}/measured"),
+    ):  # fmt: skip
+        command = [sys.executable, ROOT / script, "--config", ROOT / f"configs/smoke/{config}.yaml", *words.split()]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "report" / "REPORT.md").read_text()
+    assert f"Not at once: DPO by way of `{sft}`." in text
+    first, second = (json.loads((tmp_path / "measured" / f"{name}.json").read_text()) for name in ("sft", "dpo"))
+    assert first["measured"]["kl"]["mean"] != 0 != second["measured"]["kl"]["mean"]
+    hashes = second["identity"]["hashes"]
+    assert first["identity"]["hashes"]["base"] == hashes["base"] != hashes["model"]
