@@ -153,6 +153,14 @@ def completion_sample(
     return Sample(np.array(kept + c), counts, sizes), cut
 
 
+def gives_samples(tokenizer: PreTrainedTokenizerBase, document: dict, max_length: int) -> bool:
+    """Whether anything of a document would count: not if each of its completions is too long, or has no prompt."""
+    if "text" in document:
+        return True
+    turns = _turns(document)
+    return any(completion_sample(tokenizer, p, c, max_length, "a document")[0] is not None for p, c in turns)
+
+
 def _turns(document):
     """A list of (prompt, completion). A conversation gives one pair for each message of the assistant."""
     if "prompt" in document:

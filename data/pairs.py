@@ -102,25 +102,29 @@ def count_steps(config: Any, pairs: list[dict]) -> int:
 def split_by_prompt(rows: list[dict], fraction: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """(train, heldout). Rows of the same prompt stay on one side; a hash of the prompt and the seed decides.
 
-    Raises UserError if one side is empty and `fraction` is not 0.
+    If this leaves one side empty (few prompts), one prompt goes there. If all rows have one prompt, they are split by
+    their completions. Raises UserError if one side stays empty and `fraction` is not 0: all rows are equal.
     """
     import hashlib
 
-    def place(row):
-        key = f"{seed}:{row['text']['prompt']}".encode()
+    def place(row, keys=("prompt",)):
+        key = ":".join([str(seed), *(row["text"][name] for name in keys)]).encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
 
-    train = [row for row in rows if place(row) >= fraction]
-    heldout = [row for row in rows if place(row) < fraction]
-    if (
-        fraction and rows and not (train and heldout)
-    ):  # by chance, of few prompts: one prompt then goes to the other side
-        first = min(rows, key=place)["text"]["prompt"] if not heldout else max(rows, key=place)["text"]["prompt"]
-        moved = [row for row in rows if row["text"]["prompt"] == first]
-        others = [row for row in rows if row["text"]["prompt"] != first]
-        train, heldout = (others, moved) if not heldout else (moved, others)
+    places = [place(row) for row in rows]
+    if fraction and len(set(places)) == 1:
+        places = [place(row, ("prompt", "chosen", "rejected")) for row in rows]
+    limit = fraction
+    if fraction and len(set(places)) > 1:  # at least the smallest is held out, and never the largest
+        second, largest = sorted(set(places))[1], max(places)
+        limit = min(fraction, largest) if min(places) < fraction else second
+    train = [row for row, at in zip(rows, places) if at >= limit]
+    heldout = [row for row, at in zip(rows, places) if at < limit]
     if fraction and (not train or not heldout):
-        raise UserError(f"heldout_fraction = {fraction}: leaves {len(train)} training and {len(heldout)} held-out rows")
+        raise UserError(
+            f"heldout_fraction = {fraction}: leaves {len(train)} training and {len(heldout)} held-out rows, because "
+            "there is one row, or all are equal. --heldout_fraction 0 trains on all where the script takes it"
+        )
     return train, heldout
 
 

@@ -38,6 +38,7 @@ STATEMENTS = {
     "shared-cores": "Threads wait shortly while other programs need the cores; the number of threads stays the same.",
     "resume-precision": "A run that goes on in another precision says so, and its numbers are of that precision.",
     "starts": "The comparison follows each run's start back to the base, and refuses another one before it measures.",
+    "held-out": "A held-out split exists wherever two documents differ, and does not change with chance.",
     "left-padding": "A row of a left-padded batch gets what it gets alone, in forward and generation, with learned and "
     "with rotary positions.",
     "sampled-ids": "Training on rollouts uses the sampled ids, never their text encoded again.",

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from configs.config import UserError, option, shown
-from data.blocks import make_blocks
-from data.corpus import load_corpus
+from data.blocks import gives_samples, make_blocks
+from data.corpus import load_corpus, split_heldout
 from data.order import epoch_order
 from models.admission import check_training
 from models.fast.head import check_head, head_nll, output_head
@@ -104,15 +104,24 @@ def load_data(config):
         raise UserError(f"{shown(path)} is not there. This makes it: python data/generate_preferences.py")
     corpus = load_corpus(str(path) if path.exists() else config.data, config.heldout_fraction)
     if not corpus.heldout:
-        raise UserError(f"data = {config.data!r} is too small: no document is left for evaluation")
+        why = "is too small" if len(corpus.train) == 1 else f"holds {len(corpus.train)} equal documents"
+        raise UserError(f"data = {config.data!r} {why}: no document is left for evaluation")
     return corpus
 
 
 def load_blocks(config, corpus, tokenizer):
-    """(training blocks, held-out blocks). Of the held-out blocks, config.eval_blocks are chosen at random (seed 0)."""
-    size, name = config.max_length, corpus.name
-    blocks = make_blocks(corpus.train, corpus.kind, tokenizer, size, f"{name}, training")
-    heldout = make_blocks(corpus.heldout, corpus.kind, tokenizer, size, f"{name}, held out")
+    """(training blocks, held-out blocks). Of the held-out blocks, config.eval_blocks are chosen at random (seed 0).
+
+    If nothing of the held-out documents can be used, the usable training documents are split again.
+    """
+    size, name, train, held = config.max_length, corpus.name, corpus.train, corpus.heldout
+    if not any(gives_samples(tokenizer, document, size) for document in held):
+        usable = [document for document in train if gives_samples(tokenizer, document, size)]
+        if len(usable) > 1:
+            say(f"{name}: none of its {len(held)} held-out documents can be used; others are held out")
+            train, held = split_heldout(usable, config.heldout_fraction)
+    blocks = make_blocks(train, corpus.kind, tokenizer, size, f"{name}, training")
+    heldout = make_blocks(held, corpus.kind, tokenizer, size, f"{name}, held out")
     if config.eval_blocks:
         heldout = heldout.pick(sorted(epoch_order(len(heldout), 0, 0)[: config.eval_blocks]))
     return blocks, heldout

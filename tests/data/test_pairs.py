@@ -1,5 +1,6 @@
 """Preference rows as token ids: boundaries, truncation, and rows that would teach nothing."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from configs.config import UserError
 from data.blocks import make_blocks
 from data.corpus import load_corpus
-from data.pairs import load_groups, load_pairs
+from data.pairs import load_groups, load_pairs, split_by_prompt
 from models.loader import load_tokenizer
 from models.tokens import prompt_ids
 
@@ -107,3 +108,34 @@ def test_a_completion_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning
     assert blocks.counted([0]) == 4 + 4 + 3  # a token a letter, and the stop tokens of the first two
     with pytest.raises(UserError, match="line 1: `rejected_finish_reason` is 'cut', it takes stop or length"):
         load_pairs(write(tmp_path, {**row, "rejected_finish_reason": "cut"}), tokenizer, 64)
+
+
+def pair(prompt, chosen="a", rejected="b"):
+    return {"text": {"prompt": prompt, "chosen": chosen, "rejected": rejected}}
+
+
+@pytest.mark.statement("held-out")
+def test_a_held_out_split_exists_whatever_the_hashes_are():
+    for seed in range(60):
+        for count in (2, 3, 24):
+            for fraction in (0.01, 0.1, 0.9, 0.99):
+                rows = [pair(f"p{i}") for i in range(count)] + [pair("p0", "c")]
+                train, heldout = split_by_prompt(rows, fraction, seed)
+                assert train and heldout and len(train) + len(heldout) == len(rows)
+                asked = [{row["text"]["prompt"] for row in part} for part in (train, heldout)]
+                assert not asked[0] & asked[1]
+        train, heldout = split_by_prompt([pair("same", f"c{i}") for i in range(24)], 0.1, seed)
+        assert train and 1 <= len(heldout) < 12
+    with pytest.raises(UserError, match="all are equal"):
+        split_by_prompt([pair("same")] * 24, 0.1)
+    assert split_by_prompt([pair("same")], 0) == ([pair("same")], [])
+
+
+@pytest.mark.statement("held-out")
+def test_a_split_that_worked_is_as_it_was():
+    """A prompt is held out if sha256 of "seed:prompt", as a share of the largest one, is below the fraction."""
+    for seed in range(5):
+        rows = [pair(f"p{i}") for i in range(40)]
+        shares = [int(hashlib.sha256(f"{seed}:p{i}".encode()).hexdigest()[:16], 16) / 2**64 for i in range(40)]
+        assert {x < 0.25 for x in shares} == {True, False}
+        assert split_by_prompt(rows, 0.25, seed)[1] == [row for row, x in zip(rows, shares) if x < 0.25]

@@ -551,6 +551,16 @@ MUTANTS = [
         ("tests/report/test_compare.py::test_the_way_of_a_run_to_the_base_is_followed",),
     ),
     Mutant(
+        "held-out", "no prompt is held out by chance", "data/pairs.py",
+        "if min(places) < fraction else second", "if min(places) < fraction else fraction",
+        ("tests/data/test_pairs.py::test_a_held_out_split_exists_whatever_the_hashes_are",),
+    ),
+    Mutant(
+        "held-out", "held-out documents that cannot be used stay", "train/common.py",
+        "if not any(gives_samples(tokenizer, document, size) for document in held):", "if False:",
+        ("tests/train/test_common.py::test_held_out_documents_that_cannot_be_used_are_replaced",),
+    ),
+    Mutant(
         "text-in-pieces", "pieces are joined where they begin, agree or not", "models/tokens.py",
         "if run and spans[i + run - 1, 1] - place >= OVERLAP // 2:", "if True:",
         ("tests/train/test_blocks.py::test_a_text_in_pieces_has_the_tokens_of_the_whole[512-128-tiny-llama]",

@@ -1,6 +1,7 @@
 """The statements of "Loss and gradient book-keeping", on literal numbers and a two-layer model in float64."""
 
 import copy
+import json
 import math
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from models.device import checkpoint_activations
 from models.loader import load_model, load_tokenizer
 from models.save import save_model
 from runtime.processes import Processes
-from train.common import LMConfig, count_steps, evaluate_lm, lm_loss, show_sample, step_rows
+from train.common import LMConfig, count_steps, evaluate_lm, lm_loss, load_blocks, load_data, show_sample, step_rows
 from train.train_lm_lora import add_lora, save_adapter
 from train.updates import lr_at, make_optimizer
 
@@ -215,3 +216,21 @@ def test_scratch_keys_without_scratch_are_an_error_and_scratch_needs_all_of_them
         LMConfig(scratch_layers=2).check()
     with pytest.raises(UserError, match="scratch needs scratch_architecture, scratch_heads"):
         LMConfig(model_name="scratch", scratch_layers=2, scratch_width=32, scratch_vocab=300).check()
+
+
+@pytest.mark.statement("held-out")
+def test_held_out_documents_that_cannot_be_used_are_replaced(tmp_path, capsys):
+    """Half of the rows are too long, and of 24 rows one is held out: which one, chance decides."""
+    again = 0
+    for number in range(12):
+        rows = [{"prompt": f"{number}.{i}", "completion": "c" * (300 if i % 2 else 5)} for i in range(24)]
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = LMConfig(data=str(path), heldout_fraction=0.05, max_length=64)
+        train, heldout = load_blocks(config, load_data(config), load_tokenizer("tiny-gpt2"))
+        assert len(train) and int(heldout.bytes.sum()) == 5  # one short completion
+        again += "none of its 1 held-out documents can be used" in capsys.readouterr().out
+    assert 0 < again < 12
+    (tmp_path / "equal.jsonl").write_text('{"text": "same"}\n' * 24)
+    with pytest.raises(UserError, match="holds 24 equal documents: no document is left for evaluation"):
+        load_data(LMConfig(data=str(tmp_path / "equal.jsonl")))
