@@ -95,7 +95,8 @@ class Tracker:
                 settings=wandb.Settings(silent=True, console="off", reinit="finish_previous"),
             )  # fmt: skip
         except (wandb.errors.Error, TimeoutError) as error:
-            raise UserError(f"W&B cannot be reached ({error}); --wandb offline works without it") from None
+            why = " ".join(str(error).split())
+            raise UserError(f"W&B cannot be reached ({why}); --wandb offline works without it") from None
         on_refusal.append(self._failed)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
