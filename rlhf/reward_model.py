@@ -59,6 +59,17 @@ def find_reward_model(name):
     return resolve_model(name)
 
 
+def has_score_head(config):
+    """Whether transformers has a sequence classifier for this configuration with one linear head, named `score`."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with torch.device("meta"):  # without memory
+            return "score" in dict(AutoModelForSequenceClassification.from_config(config).named_children())
+    except (ValueError, NotImplementedError, AttributeError):  # no such class, or not of a decoder alone
+        return False
+
+
 class RewardModel(torch.nn.Module):
     """A transformers sequence classifier with one label. The mask, not the pad token, tells where the score is read."""
 
@@ -88,10 +99,13 @@ class RewardModel(torch.nn.Module):
             raise UserError(
                 f"{name} is a {architecture}, not a reward model. This makes one: python rlhf/train_reward_model.py"
             )
+        if not has_score_head(config):
+            raise UserError(
+                f"{name} is a {architecture}, for which transformers has no sequence classifier with a `score` head; "
+                "a reward model needs one"
+            )
         new = () if classifies else ("score.weight",)
         model = read_weights(AutoModelForSequenceClassification, path, name, new, num_labels=1, dtype=dtype)
-        if "score" not in dict(model.named_children()):
-            raise UserError(f"{name} is a {architecture}: this takes a causal language model with a `score` head")
         if new:  # small weights, so that all scores start near 0: Stiennon et al. 2020, appendix B.1
             torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[-1] + 1) ** -0.5)
         return cls(model.to(device or pick_device()).eval())

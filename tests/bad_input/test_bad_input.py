@@ -875,7 +875,8 @@ MODELS = [
     ),
     case(
         "ppo",
-        "{here}/reward is a BertForSequenceClassification: this takes a causal language model with a `score` head",
+        "{here}/reward is a BertForSequenceClassification, for which transformers has no sequence classifier with a "
+        "`score` head; a reward model needs one",
         reward_model=reward(bert),
     ),
     case(
