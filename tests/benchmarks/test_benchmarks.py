@@ -6,6 +6,7 @@ import runpy
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -246,6 +247,22 @@ def test_scaling_runs_every_point(in_this_process, monkeypatch, capsys):
     assert [[point["value"] for point in sweep["points"]] for sweep in sweeps] == [[32, 64], [1, 2], [2, 4]]
     assert sweeps[1]["points"][1]["tokens"] == 2 * sweeps[1]["points"][0]["tokens"]
     assert scaling.slower([{"seconds": [1.0, 3.0]}, {"seconds": [2.0, 1.0]}]) == [2.0, 3.0]
+
+
+def test_a_busy_core_is_there_while_it_is_measured(monkeypatch, capsys):
+    alive = []
+
+    def measured(job, side, size, folder):
+        alive.append((job, sum(child.cmdline()[1:] == [*scaling.BUSY[1:]] for child in psutil.Process().children())))
+        return {"tokens": 100, "seconds": [1.0, 2.0 if alive[-1][1] else 1.0, 4.0 if alive[-1][1] else 1.0]}
+
+    monkeypatch.setattr(measure, "measure_side", measured)
+    monkeypatch.setattr(measure, "measure_peak", lambda *_: {"flops_per_second": 1e9})
+    words = ["--smoke", "true", "--ddp", "false", "--sweeps", "false", "--rounds", "2"]
+    found = scaling.main(load_config(scaling.Config, words))["busy"]
+    assert alive == [(job, busy) for job in ("generate", "lm") for _ in range(2) for busy in (0, 1)]
+    assert found["lm"] == found["generate"] == {"quiet": 100.0, "busy": 50.0}
+    assert "| LM training | 100 | 50 | 50% |" in page.busy_part(found)
 
 
 @pytest.mark.parametrize("job", ["lm", "generate"])
