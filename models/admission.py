@@ -30,7 +30,9 @@ from runtime.console import say
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 MOST_IN_FLOAT32 = 1_500_000_000  # a model with at most so many bf16 or fp16 weights is cast to float32 for a check
 BEFORE = 4  # tokens of a prompt that a check puts before a sequence
-LAST = 8  # the last tokens of each sequence are compared, because they see the most tokens
+# so many last tokens of each sequence are compared, because they see the most tokens; and so many first ones, because a
+# short window or convolution lets only those see what lies before the sequence
+LAST = 8
 
 
 @dataclass
@@ -71,8 +73,8 @@ def admit(
     """The first of `ways` to compute `kind` with `model` for which check(way, lengths) finds no difference.
 
     check: runs in eval mode without gradients. It returns (found, expected), lists with one tensor per sequence; the
-        last tokens are compared. lengths: of its sequences; if rows of `longest` tokens exceed the model's window, one
-        of them does, too.
+        first and the last tokens are compared. lengths: of its sequences; if rows of `longest` tokens exceed the
+        model's window, one of them does, too.
     costs: {way: a text on its cost}, printed if it is not the first way.
     Raises UserError that names the model, the check and the difference, if no way is right.
     """
@@ -210,14 +212,14 @@ def _attempt(check, way, lengths, errors):
 
 
 def apart(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Mean difference / mean size over the last tokens of a sequence; the maximum over the sequences."""
+    """Mean difference / mean size over the first or the last tokens of a sequence; the maximum over the sequences."""
     if found is None:
         return float("inf")
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
-        a, b = a[-LAST:].double(), b[-LAST:].double()
-        far = ((a - b).abs().mean() / b.abs().mean().clamp(min=1e-30)).item()
-        worst = max(worst, far if far == far else float("inf"))  # NaN counts as a difference
+        for at in (slice(LAST), slice(-LAST, None)):
+            far = (a[at].double() - b[at].double()).abs().mean() / b[at].double().abs().mean().clamp(min=1e-30)
+            worst = max(worst, far.item() if far == far else float("inf"))  # NaN counts as a difference
     return worst
 
 

@@ -16,7 +16,7 @@ SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
 IDS = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 2}
 SMALL = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 128}
-KINDS = {  # name: (model_type, shape); a window of 8 is shorter than the rows below
+KINDS = {  # name: (model_type, shape); a window of 8, or a short one of 4, is shorter than the rows below
     "llama": ("llama", SHAPE),
     "mistral, window": ("mistral", {**SHAPE, "sliding_window": 8}),
     "gemma3, windows in some layers": ("gemma3_text", {**SHAPE, "head_dim": 8, "sliding_window": 8,
@@ -24,6 +24,8 @@ KINDS = {  # name: (model_type, shape); a window of 8 is shorter than the rows b
     "gpt2, learned positions": ("gpt2", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
         "n_positions": 128}),
     "gpt_neo, eager": ("gpt_neo", {**SMALL, "num_layers": 2, "num_heads": 4, "window_size": 8,
+        "attention_types": [[["global", "local"], 1]]}),
+    "gpt_neo, short window": ("gpt_neo", {**SMALL, "num_layers": 2, "num_heads": 4, "window_size": 4,
         "attention_types": [[["global", "local"], 1]]}),
     "opt, ignores positions": ("opt", {**SMALL, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4,
         "word_embed_proj_dim": 32}),
@@ -39,6 +41,7 @@ KINDS = {  # name: (model_type, shape); a window of 8 is shorter than the rows b
 }  # fmt: skip
 SLOWER = {  # the kinds for which a fast way is wrong, and what is slower for them
     "gpt_neo, eager": {"completions", "decoding"},
+    "gpt_neo, short window": {"completions", "decoding"},  # only the first 3 tokens of a completion see the prompt
     "opt, ignores positions": {"samples"},
     "bloom, alibi": {"samples", "completions", "decoding"},
     "lfm2, recurrent": {"samples", "completions", "decoding"},
@@ -143,7 +146,8 @@ def test_a_slower_way_is_taken_where_the_fast_one_is_wrong_and_nowhere_else(mode
     slower = {found["kind"].split()[0] for found in admitted(model(name)) if found["differed"]}
     assert slower == SLOWER.get(name, set())
     window = window_of(model(name))
-    assert (window == 8) == ("window" in name or "gpt_neo" in name) and (window is None or window < len(PROMPTS[0]))
+    assert window == (4 if "short" in name else 8 if "window" in name or "gpt_neo" in name else None)
+    assert window is None or window < len(PROMPTS[0])
 
 
 def test_a_kind_of_work_for_which_no_way_is_right_is_refused_by_name(model):

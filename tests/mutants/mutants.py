@@ -484,6 +484,12 @@ MUTANTS = [
     ),
     FIRST_WAY,
     Mutant(
+        "packed-apart", "only the last tokens of a sequence are compared", "models/admission.py",
+        "for at in (slice(LAST), slice(-LAST, None)):", "for at in (slice(-LAST, None),):",
+        (f"{ADMISSION}completions_that_share_a_prompt_have_the_log_probs_that_they_have_alone[gpt_neo, short window]",),
+        "apart",
+    ),
+    Mutant(
         "packed-apart", "a window keeps one token too many", "models/fast/attention.py",
         "from_here <= window", "from_here <= window + 1",
         (f"{ADMISSION}completions_that_share_a_prompt_have_the_log_probs_that_they_have_alone[mistral, window]",),
