@@ -103,10 +103,13 @@ def tiny(default, tokens):
     return given | SPECIAL.get(default.model_type, {})
 
 
-def build(kind, folder):
-    """A folder with a tiny random model of this model_type. Raises what transformers raises if it cannot be built."""
+def build(kind, folder, **changes):
+    """Make a folder with a tiny random model of this model_type. changes: keys of its configuration, with their values.
+
+    Raises what transformers raises if the model cannot be built.
+    """
     tokenizer = byte_tokenizer(chat=True)
-    config = CONFIG_MAPPING[kind](**tiny(CONFIG_MAPPING[kind](), len(tokenizer)))
+    config = CONFIG_MAPPING[kind](**tiny(CONFIG_MAPPING[kind](), len(tokenizer)) | changes)
     with torch.device("meta"):  # without memory
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:

@@ -28,6 +28,7 @@ from proof.lab import (
     DTYPES,
     PAD,
     PROMPTS,
+    assert_beyond_window,
     both,
     definition,
     deviation,
@@ -164,6 +165,7 @@ def padded_generation_is_single(lab, name, dtype):
     the log-probs are compared up to the first such draw.
     """
     prompts, found, model = [PROMPTS[i] for i in (0, 2, 4)], {}, lab.model(name, dtype)
+    assert_beyond_window(model, prompts)
     uniforms = torch.rand(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for what, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         options = {"max_new_tokens": 8, "temperature": temperature, "stop_ids": [PAD]}
@@ -193,6 +195,7 @@ def sampler_is_trainer(lab, name, dtype):
         stream = PromptStream(config.prompts, tokenizer, config.prompts_per_step, 0, Processes(), need_checks=False)
         samples = config.samples_per_prompt
         prompts = [ids for _, _, ids in stream.at(1) for _ in range(samples)]
+        assert_beyond_window(model, prompts)
         sampler = Sampler(model, config, precision(dtype))
         for config.temperature in (1.0, 0.7):
             with lab.autocast(dtype), torch.no_grad():

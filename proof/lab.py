@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data.blocks import make_blocks
+from models.admission import window_of
 from models.device import PRECISIONS, autocast, frozen_dtype
 from models.loader import load_model, load_tokenizer
 from models.tokens import completion_ids, prompt_ids
@@ -42,7 +43,9 @@ class Lab:
     def model(self, name, dtype):
         """A language model whose weights all train, in float64 for that dtype and else in float32."""
         weights = torch.float64 if dtype == "float64" else torch.float32
-        return load_model(self.folder / name, dtype=weights, device=self.device)
+        model = load_model(self.folder / name, dtype=weights, device=self.device)
+        assert_beyond_window(model, [p + c for p, c in zip(PROMPTS, COMPLETIONS)])
+        return model
 
     def frozen(self, dtype):
         """The torch dtype of the weights below an adapter."""
@@ -73,6 +76,12 @@ class Lab:
     def rows(self):
         """Each prompt with its completion, alone: tensors (1, T)."""
         return [torch.tensor([p + c], device=self.device) for p, c in zip(PROMPTS, COMPLETIONS)]
+
+
+def assert_beyond_window(model, rows):
+    """Raise AssertionError if the model has a window that no row exceeds: a claim would say nothing of it then."""
+    window, longest = window_of(model), max(map(len, rows))
+    assert window is None or longest > window, f"the longest row has {longest} tokens, the window {window}"
 
 
 def precision(dtype):

@@ -33,12 +33,25 @@ from models.generation import generate
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer, tiny_config
 from models.tokens import completion_text, prompt_ids
+from proof.architectures import build
 from report.methods import METHODS
 from rlhf import train_reward_model
 from runtime.cli import cli
 from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, updates
 
 MODELS = ("tiny-gpt2", "tiny-llama")  # learned positions, rotary positions
+WINDOW = 4  # tokens: the claims' longer prompts, and their rows, exceed it
+# Tiny models of other kinds: (model_type, what the kind is, the keys that make it, the dtypes in which it is measured)
+KINDS: dict[str, tuple[str, str, dict, tuple[str, ...]]] = {
+    "tiny-mistral": ("mistral", "windowed", {"sliding_window": WINDOW}, ("float64", "float32", "bf16", "fp16")),
+    # not in float64, because transformers takes the softmax of eager attention in float32
+    "tiny-gemma2": ("gemma2", "soft-capped, windowed in one layer", {"sliding_window": WINDOW,
+        "final_logit_softcapping": 3.0, "attn_logit_softcapping": 3.0}, ("float32", "bf16", "fp16")),
+    # in float32 only, because a rounding of 16 bits may send a token to another expert; torch.grouped_mm has no float64
+    "tiny-mixtral": ("mixtral", "a mixture of experts", {"sliding_window": None}, ("float32",)),
+    # in float32 only, because its attention does not scale the products: it multiplies the roundings of 16 bits
+    "tiny-gpt-neo": ("gpt_neo", "eager, windowed in one layer", {"window_size": WINDOW}, ("float32",)),
+}  # fmt: skip
 DROPOUT = "tiny-gpt2-dropout"
 SECONDS = 120  # after which a run counts as hung
 
@@ -106,6 +119,7 @@ def prepare(folder):
 
     The models are those of `models/tiny.py`, but their weights are ten times as large: attention then looks somewhere,
     and a wrong position or mask shows. The token that ends a turn is often sampled: completions then differ in length.
+    Beside them, the models of KINDS as `proof/architectures.py` builds them.
     """
     for name in (*MODELS, DROPOUT):
         tokenizer = byte_tokenizer(chat=name == "tiny-llama")
@@ -119,6 +133,9 @@ def prepare(folder):
                 torch.nn.init.normal_(model.get_output_embeddings().weight[tokenizer.eos_token_id], std=0.8)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        _write(folder / name / "groups.jsonl", _groups(folder / name))
+    for name, (model_type, _, changes, _) in KINDS.items():
+        build(model_type, folder / name, max_position_embeddings=512, **changes)
         _write(folder / name / "groups.jsonl", _groups(folder / name))
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     texts = [{"prompt": f"Count {i}", "completion": " ".join(words[i % 5 : i % 5 + 1 + i % 7])} for i in range(40)]

@@ -1,11 +1,12 @@
 """The certificate: measure on this machine that the training code computes what it says, and write down what was found.
 
-    python proof/verify.py                         # all claims, in under 3 minutes on two cores
+    python proof/verify.py                         # all claims, in under 2 minutes on two cores
     python proof/verify.py --only packed           # those whose words contain this; nothing is written
     python proof/verify.py --json PATH             # where the certificate goes, with Markdown beside it
 
 Each claim says that two ways to compute one thing agree. It is measured with the functions and scripts that train, on
-tiny models with learned and with rotary positions. In float64 only a mistake in the mathematics can differ by more than
+tiny models: a GPT-2 and a Llama, and where the kind of a model matters a windowed, a soft-capped, a mixture-of-experts
+and an eager one. In float64 only a mistake in the mathematics can differ by more than
 1e-12. Claims are measured in float32, too, and in bf16 and fp16 where the machine computes in them. Claims about whole
 runs are measured on runs of the scripts, in processes of their own, on the CPU. Exit status 1 if a claim does not hold.
 """
@@ -63,7 +64,7 @@ class Claim:
     measure: Callable
     tolerance: dict[str, float]  # the largest deviation with which it holds, by dtype
     why: str  # the tolerance is what it is
-    models: tuple[str, ...] = trainers.MODELS
+    models: tuple[str, ...] = trainers.MODELS  # of those of trainers.KINDS, each in its dtypes
     whole_runs: bool = False  # whether it is measured on runs of the scripts
 
 
@@ -102,20 +103,22 @@ RUNS_WHY = (
     "gradient by its own size: that hides a wrong scale, and makes a full step of the rounding of a 0."
 )
 WHOLE = {"whole_runs": True}
+KINDS = {"models": (*trainers.MODELS, *trainers.KINDS)}
 CLAIMS = (
-    Claim("packed rows = each row alone", claims.packed_is_separate, ROUNDING, ROUNDING_WHY),
+    Claim("packed rows = each row alone", claims.packed_is_separate, ROUNDING, ROUNDING_WHY, **KINDS),
     Claim("memory-efficient layers = those of transformers", claims.memory_efficient_is_plain, SHORT,
-        f"{ROUNDING_WHY} Not in float64, where transformers takes norms in float32."),
-    Claim("loss in chunks = loss in one piece", claims.chunked_is_plain, ROUNDING, ROUNDING_WHY),
-    Claim("padded batch = single rows, in the forward pass", claims.padded_is_single, ROUNDING, ROUNDING_WHY),
-    Claim("padded batch = single rows, in generation", claims.padded_generation_is_single, SHORT, SHORT_WHY),
-    Claim("padding by any token = by the end of turn", claims.other_padding_is_the_same, BITWISE, BITWISE_WHY),
+        f"{ROUNDING_WHY} Not in float64, where transformers takes norms in float32.", **KINDS),
+    Claim("loss in chunks = loss in one piece", claims.chunked_is_plain, ROUNDING, ROUNDING_WHY, **KINDS),
+    Claim("padded batch = single rows, in the forward pass", claims.padded_is_single, ROUNDING, ROUNDING_WHY, **KINDS),
+    Claim("padded batch = single rows, in generation", claims.padded_generation_is_single, SHORT, SHORT_WHY, **KINDS),
+    Claim("padding by any token = by the end of turn", claims.other_padding_is_the_same, BITWISE, BITWISE_WHY,
+        **KINDS),
     Claim("padding that holds inf or NaN = clean", claims.poisoned_is_clean, {"float64": 0.0, "float32": 0.0},
         BITWISE_WHY, models=("",)),
-    Claim("sampler's log-probs = trainer's, at 1 and 0.7", claims.sampler_is_trainer, SHORT, SHORT_WHY),
-    Claim("LoRA at its start = base", claims.lora_starts_as_base, BITWISE, BITWISE_WHY),
-    Claim("adapter off after training = base", claims.adapter_off_is_base, BITWISE, BITWISE_WHY),
-    Claim("merged adapter = adapter", claims.merged_is_adapter, SHORT, SHORT_WHY),
+    Claim("sampler's log-probs = trainer's, at 1 and 0.7", claims.sampler_is_trainer, SHORT, SHORT_WHY, **KINDS),
+    Claim("LoRA at its start = base", claims.lora_starts_as_base, BITWISE, BITWISE_WHY, **KINDS),
+    Claim("adapter off after training = base", claims.adapter_off_is_base, BITWISE, BITWISE_WHY, **KINDS),
+    Claim("merged adapter = adapter", claims.merged_is_adapter, SHORT, SHORT_WHY, **KINDS),
     Claim("saved and loaded = in memory", claims.saved_is_in_memory, BITWISE, BITWISE_WHY),
     Claim("accumulation = full batch", claims.accumulation_is_full_batch, RUNS, RUNS_WHY, **WHOLE),
     Claim("two processes = one", claims.two_processes_are_one, RUNS, RUNS_WHY, **WHOLE),
@@ -144,6 +147,8 @@ def measure(claim, lab, dtype):
     cases, error, began = {}, None, time.time()
     try:
         for model in claim.models:
+            if model in trainers.KINDS and dtype not in trainers.KINDS[model][3]:
+                continue
             found = claim.measure(lab, model, dtype)
             assert found, "nothing was measured"
             cases |= {", ".join(filter(None, (case, model))): trainers.largest([x]) for case, x in found.items()}
@@ -181,7 +186,8 @@ def main(config):
     say(line("claim", "dtype", "deviation", "tolerance", ""))
     rows = []
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        trainers.prepare(Path(folder))
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainers.prepare(Path(folder))
         for row in measure_all(chosen, Lab(Path(folder), device), dtypes):
             rows.append(row)
             say(line(row.claim, row.dtype, shape(row.deviation), shape(row.tolerance), verdict(row)))
@@ -247,6 +253,11 @@ def write(json_path, markdown_path, rows, device, seconds):
     write_atomically(markdown_path, markdown(rows, by_words, about, seconds))
 
 
+def kinds_measured():
+    """The models of trainers.KINDS as a text: what they are, and in which dtypes they are measured."""
+    return "; ".join(f"{name} ({what}; {', '.join(dtypes)})" for name, (_, what, _, dtypes) in trainers.KINDS.items())
+
+
 def finite(deviation):
     return None if math.isinf(deviation) else deviation
 
@@ -269,7 +280,8 @@ def markdown(rows, by_words, about, seconds):
         f"- Machine: {'; '.join(on)}.",
         f"- Versions: {libraries}.",
         "- Models: a GPT-2 (learned positions) and a Llama (rotary positions, grouped heads) of a few thousand "
-        "parameters, with random weights large enough for attention to look somewhere.",
+        "parameters, with random weights large enough for attention to look somewhere. Where the kind of a model "
+        f"matters, also {kinds_measured()}. Of models with a window, the longest rows exceed it.",
         "- Deviation: the largest difference over the largest expected entry. For whole runs it is how far apart the "
         "weights ended over how far they moved, or the largest difference of the logged losses and gradient norms if "
         "that is larger. 0 means bitwise equal. inf means that the two cannot be compared: NaN, or other tokens.",

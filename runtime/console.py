@@ -62,6 +62,8 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     # peft detects the weight layout of GPT-2's layers, and warns for each layer
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+    # peft uses these patterns for the experts of a mixture, and warns that no module has them
+    warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted", category=RuntimeWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

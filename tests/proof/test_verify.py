@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,16 +20,21 @@ from safetensors.torch import save_file
 
 import proof.lab
 from configs.config import ROOT
-from models.fast import head, layers
+from models import admission
+from models.admission import window_of
+from models.fast import attention, head, layers
 from proof import claims, trainers, verify
 from proof.lab import PAD, Lab, deviation
 from report.methods import METHODS
+from rlhf import packing
+from rlhf.sampler import layer_of
 from runtime.cli import cli
 from train import updates
 
 pytestmark = pytest.mark.slow
 
 LEARNED, ROTARY = trainers.MODELS
+WINDOWED, CAPPED, MIXTURE, EAGER = trainers.KINDS
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def lab(prepared, tmp_path):
 def claim(words, model):
     """The claim with this in its words, on one model."""
     (found,) = (c for c in verify.CLAIMS if words in c.words)
-    return dataclasses.replace(found, models=(model,) if found.models == trainers.MODELS else found.models)
+    return dataclasses.replace(found, models=(model,) if model in found.models else found.models)
 
 
 # broken in the way that the claim is there to find
@@ -111,6 +117,36 @@ def saved_in_half(model, tokenizer, folder):
     return true_save_policy(copy.deepcopy(model).bfloat16().float(), tokenizer, folder)
 
 
+def window_is_forgotten(model, packed, *given, **options):
+    """Nor does admission notice it: it takes the first way."""
+    forgotten = mock.patch.object(attention, "windowed", lambda mask, window: mask)
+    with forgotten, mock.patch.object(packing, "admit", lambda model, kind, ways, *given: ways[0]):
+        return true_packed_logprobs(model, packed, *given, **options)
+
+
+def caps_are_forgotten(output_head, hidden):
+    return output_head.module(hidden).float()
+
+
+def only_the_last_tokens_are_compared(found, expected):
+    return true_apart(*([x[-admission.LAST :] for x in values] for values in (found, expected)))
+
+
+class ExpertsAreMergedTwice(claims.Sampler):
+    def _is_the_policy(self):  # nor does the sampler notice it
+        return True
+
+    def model(self):
+        copy = super().model()
+        for name, weight in copy.named_parameters():
+            if name.endswith("experts.down_proj"):
+                delta = weight - layer_of(self.policy, name.rpartition(".")[0]).down_proj
+                assert delta.abs().max() > 0  # the adapter on the experts has learned
+                weight.data = weight + delta
+        return copy
+
+
+true_apart = admission.apart
 true_pack, true_lm_loss, true_generate = proof.lab.pack, claims.lm_loss, claims.generate
 true_pieces, true_token_logprobs, true_pad_rows = head.pieces, claims.token_logprobs, claims.pad_rows
 true_packed_logprobs, true_add_lora, true_load_model = claims.packed_logprobs, claims.add_lora, claims.load_model
@@ -129,6 +165,10 @@ BROKEN = {  # what is wrong: (the claim, its model, the module, the function, wh
     "the adapter stays on": ("adapter off", LEARNED, claims, "as_reference", contextlib.nullcontext, "DPO"),
     "merged in bf16": ("merged adapter", ROTARY, claims, "load_model", merging_is_lossy, "loading"),
     "saved in bf16": ("saved and loaded", LEARNED, claims, "save_policy", saved_in_half, "DPO"),
+    "no window": ("packed rows", WINDOWED, claims, "packed_logprobs", window_is_forgotten, "DPO"),
+    "no soft cap": ("loss in chunks", CAPPED, head.OutputHead, "logits", caps_are_forgotten, "DPO"),
+    "experts merged twice": ("merged adapter", MIXTURE, claims, "Sampler", ExpertsAreMergedTwice, "sampler"),
+    "the first tokens": ("packed rows", EAGER, admission, "apart", only_the_last_tokens_are_compared, "reward"),
 }  # fmt: skip
 
 
@@ -145,6 +185,15 @@ def test_a_claim_fails_when_the_code_is_broken_in_the_way_it_fears(lab, monkeypa
     row = verify.measure(claim(words, model), lab, "float32")
     assert not row.passed and row.error is None
     assert {case for case, x in row.cases.items() if cases in case and x > row.tolerance}, row.cases
+
+
+def test_a_model_whose_window_no_row_exceeds_is_no_witness(lab):
+    for name in (WINDOWED, CAPPED, EAGER):
+        assert window_of(lab.model(name, "float32")) == trainers.WINDOW
+    config = lab.folder / WINDOWED / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sliding_window": 10}))  # as long as the longest row
+    row = verify.measure(claim("packed rows", WINDOWED), lab, "float32")
+    assert not row.passed and "the longest row has 10 tokens, the window 10" in row.error
 
 
 @pytest.mark.statement("mask-before-exp")
