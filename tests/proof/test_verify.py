@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 import proof.lab
@@ -140,7 +141,10 @@ class ExpertsAreMergedTwice(claims.Sampler):
         copy = super().model()
         for name, weight in copy.named_parameters():
             if name.endswith("experts.down_proj"):
-                delta = weight - layer_of(self.policy, name.rpartition(".")[0]).down_proj
+                layer = layer_of(self.policy, name.rpartition(".")[0])
+                while isinstance(layer, LoraLayer):
+                    layer = layer.base_layer
+                delta = weight - layer.down_proj
                 assert delta.abs().max() > 0  # the adapter on the experts has learned
                 weight.data = weight + delta
         return copy
