@@ -9,9 +9,10 @@ import torch
 
 from models.admission import check_training
 from models.device import frozen_dtype
-from models.fast.head import check_head, unwrapped
+from models.fast.head import check_head, name_of, unwrapped
 from models.fast.lora import add_adapter
 from models.loader import load_model, load_tokenizer, portable_name, resolve_model
+from models.router import auxiliary_coefficient
 from models.save import save_model
 from rlhf.packing import packed_logprobs
 from rlhf.rollouts import Minibatch
@@ -132,6 +133,11 @@ def prepare_training(model, config, task_type, **lora_options):
     Raises UserError if the model cannot be trained like that.
     """
     disable_dropout(model)
+    if auxiliary_coefficient(model):
+        say(
+            f"{name_of(model)}: its configuration asks for the router's auxiliary loss. This script trains without it; "
+            "only those of train/ add it"
+        )
     if config.lora_r:
         model = add_adapter(model, config.lora_r, 2 * config.lora_r, task_type=task_type, **lora_options)
     check_training(model.train(config.gradient_checkpointing))  # transformers checkpoints only in train mode

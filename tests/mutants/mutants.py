@@ -80,6 +80,7 @@ TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("
 GENERATION, LOADER, ADMISSION = (
     f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "admission")
 )
+ROUTER = "tests/models/test_router.py::test_"
 LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
@@ -612,6 +613,24 @@ MUTANTS = [
         "sampled-ids", "stored groups are encoded again from their text", "data/pairs.py",
         "        if ids is None:\n", "        if ids:\n",
         (f"{DATASET}groups_train_on_the_stored_ids_not_on_their_text",),
+    ),
+    # the router's auxiliary loss
+    Mutant(
+        "token-mean", "the auxiliary loss of a row counts once, however many tokens the row has", "models/router.py",
+        "(losses * mask.sum(-1)).sum()", "losses.sum() * mask.sum() / len(mask)",
+        (f"{ROUTER}values_and_gradients_are_those_of_transformers_row_by_row[mixtral]",
+         f"{ROUTER}any_split_into_micro_batches_gives_the_same_step"),
+    ),
+    Mutant(
+        "token-mean", "the router is balanced over padding, too", "models/router.py",
+        "weight = (real / real", "real = torch.ones_like(real)\n    weight = (real / real",
+        (f"{ROUTER}values_and_gradients_are_those_of_transformers_row_by_row[mixtral]",
+         f"{ROUTER}two_experts_and_three_tokens_by_hand"),
+    ),
+    Mutant(
+        "token-mean", "the router's auxiliary loss has no gradient", "models/router.py",
+        "return gradient, gradient", "return gradient, None",
+        (f"{ROUTER}values_and_gradients_are_those_of_transformers_row_by_row[qwen3_moe]",),
     ),
     # architectures
     Mutant(
