@@ -182,7 +182,8 @@ def main(config):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny
     dtypes = dtypes_here(device)
-    say(f"measuring {len(chosen)} claims on {device.type}, in {', '.join(dtypes)}; whole runs on the CPU\n")
+    say(f"measuring {len(chosen)} claims on {device.type}, in {', '.join(dtypes)}; whole runs on the CPU")
+    say(f"models: {', '.join(trainers.MODELS)}; where the kind matters, also {kinds_measured()}\n")
     say(line("claim", "dtype", "deviation", "tolerance", ""))
     rows = []
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
