@@ -92,7 +92,7 @@ def load_config(Config: Any, argv: list[str] | None = None) -> Any:
         method `check(self)`, where it has one, raises UserError for options that contradict each other. Its class
         attribute RENAMED = {old name: new name} tells users of a key by its old name what it is called now, and ALIASES
         = {other name: name} takes a key by another name. ONE_OF names keys of which one is given: a level that sets one
-        of them takes back what the levels before it set in the others.
+        of them takes back what the levels before it set in the others. NOTE is a text that `--help` shows.
     argv: the arguments after the script's name (default: sys.argv[1:]): `--key value`, `--key=value`, `--config PATH`.
     Raises UserError (a ValueError) naming the key and what is allowed.
     """
@@ -202,7 +202,9 @@ def usage(Config: Any) -> str:
     path = getattr(Config, "CONFIG", None)
     in_yaml = read_yaml(ROOT / path) if path else {}
     doc = (sys.modules[Config.__module__].__doc__ or "").strip()
-    lines = [doc, "", f"options (defaults: {path or 'below'}; --config PATH reads another file)"]
+    note = getattr(Config, "NOTE", "")
+    lines = [doc, "", *([note, ""] if note else [])]
+    lines.append(f"options (defaults: {path or 'below'}; --config PATH reads another file)")
     said = options(Config)
     for f in dataclasses.fields(Config):
         default = in_yaml.get(f.name, f.default)

@@ -27,6 +27,7 @@ from data.rewards import RewardConfig, RewardFunctions, columns_of, in_numbers, 
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash
+from models.options import ModelOptions
 from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.console import duration, quiet_libraries, say
@@ -36,7 +37,7 @@ from runtime.run_folder import check_place
 
 
 @dataclass
-class SamplingConfig(RewardConfig, PromptConfig):
+class SamplingConfig(RewardConfig, PromptConfig, ModelOptions):
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     model_name: str = option(
         "smollm2-135m", "the model that samples: an embedded name, a folder, or a hub id", reads=True

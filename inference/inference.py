@@ -38,6 +38,7 @@ from models.completions import (
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
 from models.loader import context_length, load_model, load_tokenizer, resolve_model
+from models.options import ModelOptions
 from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
@@ -51,7 +52,7 @@ EXAMPLES = (
 
 
 @dataclass
-class Config(PromptConfig):
+class Config(PromptConfig, ModelOptions):
     CONFIG: ClassVar[str] = "configs/inference.yaml"
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     model_name: str = option("smollm2-135m", "an embedded name, a folder (full model or adapter), or a hub id")

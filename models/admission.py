@@ -6,25 +6,28 @@ is right depends on the architecture: a model may ignore position ids, carry a s
 window. So a check runs when a model is first used for a kind of work. It computes a few dozen tokens by the plain
 forward pass of transformers, one sequence at a time, and by each way. The first way with equal results is used. A
 message names a slower way. If no way is right, a UserError is raised. So is it for a model whose tokens see later
-tokens (BERT, XLNet): it is no causal model. The check cannot be turned off.
+tokens (BERT, XLNet): it is no causal model. The check cannot be turned off. Its result is in the manifest of the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs.config import UserError
+from configs.config import UserError, shown
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.head import body, hidden_states, name_of, unsupported, unwrapped
 from models.loader import context_length
 from runtime.console import say
+from runtime.provenance import note_admission
 
 # allowed mean difference / mean size of the compared numbers: far above rounding, far below all known errors
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -37,7 +40,10 @@ LAST = 8
 
 @dataclass
 class Admitted:
-    """The result of a check: the way to use, its deviation from the plain forward pass, and the ways that differed."""
+    """The result of a check: the way to use, its deviation from the plain forward pass, and the ways that differed.
+
+    A deviation is as of `apart`; infinity stands for a way that the architecture does not support.
+    """
 
     kind: str
     way: str
@@ -48,8 +54,37 @@ class Admitted:
 
 # model: {(kind, whether beyond its window): Admitted}
 _admitted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_roles: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: what the run calls it; see `known_as`
 _causal: weakref.WeakSet = weakref.WeakSet()  # models whose tokens see no later tokens
 _said: set[tuple] = set()  # messages that were printed: a run loads some models twice
+
+
+def known_as(model: Any, role: str) -> Any:
+    """The model, which the manifest of the run will call `role`: "policy", "reference", "sampler", "reward model"."""
+    _roles[unwrapped(model)] = role
+    return model
+
+
+def record(model: torch.nn.Module, found: Admitted, beyond: bool = False) -> None:
+    """Keep the result of a check with its model, and for the manifest of the run.
+
+    beyond: whether rows longer than the model's window were checked. In the manifest, a deviation that is not finite is
+    None, because JSON has no such number.
+    """
+    inner = unwrapped(model)
+    _admitted.setdefault(inner, {})[found.kind, beyond] = found
+    path = Path(name_of(model))
+    finite = {way: far if math.isfinite(far) else None for way, far in found.differed.items()}
+    note_admission(
+        {
+            "model": _roles.get(inner, "model"),
+            "name": shown(path) if path.is_dir() else str(path),
+            **vars(found),
+            "differed": finite,
+            "seconds": round(found.seconds, 3),
+            "beyond_window": beyond,
+        }
+    )
 
 
 def window_of(model: torch.nn.Module) -> int | None:
@@ -83,11 +118,12 @@ def admit(
     beyond = window is not None and longest > window
     known = _admitted.setdefault(inner, {})
     if (kind, beyond) not in known:
+        began = time.time()
         _check_causal(model)
         most = max(2, (context_length(model) or 1 << 30) - BEFORE)
         lengths = tuple(min(n, most) for n in (window + LAST + 4 if beyond else 19, 11, 14))
-        known[kind, beyond] = _try_ways(model, kind, ways, check, lengths)
-        found = known[kind, beyond]
+        found = _try_ways(model, kind, ways, check, lengths, began)
+        record(model, found, beyond)
         said = (type(inner).__name__, kind, found.way)
         if found.way != ways[0] and said not in _said:
             _said.add(said)
@@ -143,7 +179,7 @@ def check_training(model: torch.nn.Module, noise: bool = False) -> None:
 
     noise: whether it may differ from eval mode, because dropout is wanted.
     """
-    training = model.training
+    began, training = time.time(), model.training
     [ids] = check_tokens(model, [min(12, context_length(model) or 12)])
     kind, trained = type(unwrapped(model)).__name__, [p for p in model.parameters() if p.requires_grad]
     try:
@@ -164,10 +200,12 @@ def check_training(model: torch.nn.Module, noise: bool = False) -> None:
             f"{name_of(model)} is a {kind}, which computes other numbers in train mode than in eval mode ({far:.1e} "
             "apart) though every dropout is 0. Try --gradient_checkpointing false, which trains in eval mode"
         )
+    way = "in train mode" if training else "in eval mode"
+    record(model, Admitted("gradients", way, far, {}, time.time() - began))
 
 
-def _try_ways(model, kind, ways, check, lengths):
-    began, differed, errors = time.time(), {}, []
+def _try_ways(model, kind, ways, check, lengths, began):
+    differed, errors = {}, []
     with _checking(model) as dtype:
         for way in ways:
             far = apart(*_attempt(check, way, lengths, errors))

@@ -33,6 +33,7 @@ from data.corpus import load_corpus
 from data.order import epoch_order
 from data.prompts import PROMPTS, PromptConfig, prompts_and_hash, text_of
 from data.rewards import RewardConfig, columns_of, in_numbers, reward_functions
+from models.admission import known_as
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
@@ -45,6 +46,7 @@ from models.loader import (
     same_tokens,
     weights_hash,
 )
+from models.options import ModelOptions
 from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from report.intervals import keep_best, number_or_dash, plus_minus, summarise
@@ -62,7 +64,7 @@ BLOCKS_AT_ONCE = 8
 
 
 @dataclass
-class Measure(RewardConfig, PromptConfig):
+class Measure(RewardConfig, PromptConfig, ModelOptions):
     """The options of a measurement. They are the same for all models that are compared."""
 
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
@@ -284,7 +286,7 @@ def evaluate(config):
     seconds["total"] = before + time.time() - started
     where = provenance(seconds["total"])
     result = {
-        **{key: where[key] for key in ("git_commit", "versions", "machine")},
+        **{key: where[key] for key in ("git_commit", "versions", "machine", "admission")},
         "model_name": config.model_name,
         "identity": who,
         "measured": measured,
@@ -321,7 +323,7 @@ def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temper
 
     logprobs: the sampler's log-probs, one list per completion.
     """
-    reference = load_model(base, dtype=dtype, device=pick_device(), merge_adapter=True)
+    reference = known_as(load_model(base, dtype=dtype, device=pick_device(), merge_adapter=True), "reference")
     ref_logprobs = completion_logprobs(reference, questions, completions, pad_id, temperature)
     pairs = zip(logprobs, ref_logprobs)
     return [kl_estimate(torch.tensor(p), torch.tensor(q), "k1").double().sum().item() for p, q in pairs]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from models.admission import check_training
+from models.admission import check_training, known_as
 from models.device import frozen_dtype
 from models.fast.head import check_head, name_of, unwrapped
 from models.fast.lora import add_adapter
@@ -105,7 +105,7 @@ def load_policy(config, device, precision, out):
     adapter_given = isinstance(path, Path) and (path / "adapter_config.json").is_file()
     dtype = frozen_dtype(precision) if config.lora_r else torch.float32
     model = load_model(config.model_name, dtype=dtype, device=device, merge_adapter=True)
-    check_head(model, config.model_name)
+    check_head(known_as(model, "policy"), config.model_name)
     base = path
     if adapter_given and config.lora_r:
         base = in_root(out) / "base"
@@ -116,7 +116,7 @@ def load_policy(config, device, precision, out):
         model.peft_config["default"].base_model_name_or_path = portable_name(base)
     else:
         reference = load_model(config.model_name, dtype=frozen_dtype(precision), device=device, merge_adapter=True)
-        disable_dropout(reference)
+        disable_dropout(known_as(reference, "reference"))
         reference.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained, all_of_them = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())

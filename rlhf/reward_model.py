@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configs.config import UserError, shown
+from models.admission import known_as
 from models.device import pick_device
 from models.fast.head import hidden_states, unwrapped
 from models.fast.lora import use_memory_efficient_adapters
@@ -108,7 +109,7 @@ class RewardModel(torch.nn.Module):
         model = read_weights(AutoModelForSequenceClassification, path, name, new, num_labels=1, dtype=dtype)
         if new:  # small weights, so that all scores start near 0: Stiennon et al. 2020, appendix B.1
             torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[-1] + 1) ** -0.5)
-        return cls(model.to(device or pick_device()).eval())
+        return cls(known_as(model, "reward model").to(device or pick_device()).eval())
 
     @property
     def head(self):

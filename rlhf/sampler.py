@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
-from models.admission import TOLERANCE, apart, check_tokens
+from models.admission import TOLERANCE, Admitted, apart, check_tokens, known_as, record
 from models.device import frozen_dtype
 from models.fast.head import unwrapped
 from models.generation import generate
@@ -56,7 +58,7 @@ class Sampler:
         self.dtype = frozen_dtype(precision)
         if isinstance(policy, PeftModel) or weight.dtype != self.dtype:
             self.copy = load_model(config.model_name, dtype=self.dtype, device=weight.device, merge_adapter=True)
-            self.copy.requires_grad_(False)
+            known_as(self.copy, "sampler").requires_grad_(False)
             if not self._is_the_policy():
                 self.copy = policy
                 say("sampler: a copy with merged adapters does not say what the policy says; the policy itself samples")
@@ -78,7 +80,7 @@ class Sampler:
         moved = [p for p in self.policy.parameters() if p.requires_grad] if isinstance(self.policy, PeftModel) else []
         before = [p.detach().clone() for p in moved]
         generator = torch.Generator().manual_seed(0)
-        training = self.policy.training
+        began, training = time.time(), self.policy.training
         self.policy.eval()
         try:
             for p in moved:
@@ -96,7 +98,12 @@ class Sampler:
                 p.copy_(old)
             self.policy.train(training)
             self.rest()
-        return apart([mine], [theirs]) <= TOLERANCE[self.dtype]
+        far = apart([mine], [theirs])
+        right = far <= TOLERANCE[self.dtype]
+        copy, itself = "a separate copy", "the policy itself"
+        way, there, differed = (copy, far, {}) if right else (itself, 0.0, {copy: far})
+        record(self.policy, Admitted("logits of the sampler", way, there, differed, time.time() - began))
+        return right
 
     def rest(self):
         """Free the weights of the copy until the next rollout."""

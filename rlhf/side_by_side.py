@@ -11,6 +11,7 @@ from models.completions import acquire_out, check_out, keep_for, sample_completi
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
 from models.loader import adapter_base, load_model, load_tokenizer, resolve_model
+from models.options import ModelOptions
 from models.tokens import prompt_ids
 from rlhf.packing import completion_logprobs
 from rlhf.policy import as_reference
@@ -19,7 +20,7 @@ from runtime.files import in_root
 
 
 @dataclass
-class CompareConfig(PromptConfig):
+class CompareConfig(PromptConfig, ModelOptions):
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size", "group_size": "samples_per_prompt"}
     model_name: str = option("", "the run's folder")
     prompt: str | None = option(None, "one prompt of your own, in place of the file's")

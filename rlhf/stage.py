@@ -9,6 +9,7 @@ import torch
 
 from configs.config import option
 from models.device import autocast, pick_device, pick_precision
+from models.options import ModelOptions
 from runtime.checkpoint import Checkpoints, Saving
 from runtime.console import quiet_libraries
 from runtime.processes import join_processes
@@ -16,7 +17,7 @@ from runtime.run import Run
 
 
 @dataclass
-class TrainingConfig(Saving):
+class TrainingConfig(ModelOptions, Saving):
     """The common options of the scripts of rlhf/. Each script adds the options of its algorithm."""
 
     model_name: str = option("smollm2-135m", "the model that training starts from", reads=True)

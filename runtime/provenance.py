@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -127,8 +128,21 @@ def git_commit():
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
 
 
+_admission: list[tuple[float, dict]] = []  # (time, result) of the checks of models since the last manifest
+
+
+def note_admission(result):
+    """Remember the result of a check of a model (models/admission.py), a dict, for the next manifest."""
+    _admission.append((time.time(), result))
+
+
 def provenance(seconds):
-    """The entries of every manifest on the origin of its numbers. seconds: the time of the work."""
+    """The entries of every manifest on the origin of its numbers. seconds: the time of the work.
+
+    The results of the checks of models in this time are among them. Those of earlier work that failed are not.
+    """
+    checks = [result for when, result in _admission if when >= time.time() - seconds]
+    _admission.clear()
     return {
         "command": shlex.join(["python", *sys.argv]),
         "seconds": round(seconds, 1),
@@ -137,4 +151,5 @@ def provenance(seconds):
         "git_commit": git_commit(),
         "versions": versions(),
         "machine": machine(),
+        "admission": checks,
     }

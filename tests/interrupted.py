@@ -332,7 +332,8 @@ def record(path):
     if "command" in found:
         words = shlex.split(found["command"])
         found["command"] = [word for before, word in zip(["", *words], words) if before != "--out"]
-    return {k: v for k, v in found.items() if k not in ("seconds", "peak_memory_gb", "config", "git_commit")}
+    left_out = ("seconds", "peak_memory_gb", "config", "git_commit", "admission")  # admission: of the last process
+    return {k: v for k, v in found.items() if k not in left_out}
 
 
 def lines(folder):

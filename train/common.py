@@ -16,6 +16,7 @@ from models.admission import check_training
 from models.fast.head import check_head, head_nll, output_head
 from models.generation import generate
 from models.loader import check_length, context_length, load_model, load_tokenizer, weights_hash
+from models.options import ModelOptions
 from models.router import auxiliary_coefficient, router_loss
 from models.scratch import build_scratch, train_tokenizer
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
@@ -27,7 +28,7 @@ from train.packed import block_states
 
 
 @dataclass
-class LMConfig(Saving):
+class LMConfig(ModelOptions, Saving):
     """The options of a language-model run. A script adds its own options."""
 
     CONFIG: ClassVar[str] = "configs/train_base.yaml"

@@ -116,6 +116,7 @@ def test_pairs_are_what_the_checks_say(made_pairs, prompts):
     assert manifest["rows"] == len(rows) and manifest["config"]["seed"] == 0
     assert manifest["summary"]["ties_dropped"] == 12 - len(rows)
     assert manifest["inputs"]["policy"] == weights_hash(load_model("tiny-llama", device="cpu"))
+    assert [check["kind"] for check in manifest["admission"]] == ["decoding"]
 
 
 def test_same_seed_same_file_other_seed_other_file(made_pairs, tiny_options, tmp_path):

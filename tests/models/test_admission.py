@@ -1,15 +1,21 @@
 """Every number is that of the plain forward pass of transformers, one sequence at a time, for every kind of model."""
 
+import importlib
+import json
+import time
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from configs.config import UserError
-from models.admission import admit, admitted, apart, window_of
+from configs.config import ROOT, UserError, options, usage
+from models.admission import Admitted, admit, admitted, apart, known_as, record, window_of
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.layers import use_memory_efficient_layers
 from models.generation import generate
+from models.options import ModelOptions
 from rlhf.packing import pack, packed_logprobs
+from runtime.provenance import provenance
 from train.common import lm_loss
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -47,6 +53,13 @@ SLOWER = {  # the kinds for which a fast way is wrong, and what is slower for th
     "lfm2, recurrent": {"samples", "completions", "decoding"},
     "qwen3_5, recurrent": {"samples", "completions", "decoding"},
 }
+ROOMS = ("train", "rlhf", "data", "inference", "report")
+SCRIPTS = [  # those that use a model: all but report/demo.py, which starts others
+    f"{room}.{path.stem}"
+    for room in ROOMS
+    for path in sorted((ROOT / room).glob("*.py"))
+    if "cli(" in path.read_text() and path.stem != "demo"
+]
 EVERY = pytest.mark.parametrize("name", KINDS)
 PROMPTS = [[(7 * i) % 57 + 3 for i in range(20)], [11, 30, 8, 45, 23], [50, 9, 33, 4, 17, 29, 41, 12, 6]]
 COMPLETIONS = [[(5 * i) % 53 + 4 for i in range(14)], [6, 44, 21, 9, 13, 2], [18, 55, 7]]
@@ -171,3 +184,42 @@ def test_a_window_counts_the_tokens_that_are_seen_wherever_they_stand():
     added = torch.zeros(1, 1, 5, 5).masked_fill(~seen, torch.finfo(torch.float32).min / 2)
     assert torch.equal(windowed(added, 2)[0, 0] == 0, expected)
     assert torch.equal(windowed(windowed(seen[None, None], 2), 2)[0, 0], expected)
+
+
+@pytest.mark.statement("architectures")
+def test_the_next_manifest_has_each_check_since_the_last_one_by_the_name_of_its_model(model):
+    provenance(0.0)  # forgets the checks of other tests
+    known_as(model("llama"), "reference")
+    record(model("llama"), Admitted("washing up", "by hand", 0.25, {"a machine": float("inf")}, 1.23456))
+    record(model("granite, scaled logits"), Admitted("drying", "a towel", 0.0, {}, 0.5), beyond=True)
+    text = json.dumps(provenance(60.0)["admission"], allow_nan=False)  # infinity would be no JSON
+    first, second = json.loads(text)
+    assert first == {
+        "model": "reference", "name": "this model", "kind": "washing up", "way": "by hand", "deviation": 0.25,
+        "differed": {"a machine": None}, "seconds": 1.235, "beyond_window": False,
+    }  # fmt: skip
+    assert (second["model"], second["kind"], second["beyond_window"]) == ("model", "drying", True)
+    assert provenance(60.0)["admission"] == []  # another run in this process has its own checks alone
+    record(model("llama"), Admitted("of a run that failed", "any", 0.0, {}, 0.0))
+    time.sleep(0.1)
+    assert provenance(0.05)["admission"] == []
+
+
+def test_a_check_is_recorded_once_however_often_its_model_is_used():
+    torch.manual_seed(0)
+    kind, shape = KINDS["bloom, alibi"]
+    bloom = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape, **IDS), dtype=torch.float32).eval()
+    provenance(0.0)
+    for _ in range(2):
+        generate(bloom, PROMPTS, 2, temperature=0)
+    [found] = provenance(60.0)["admission"]
+    assert (found["kind"], found["way"]) == ("decoding", "prompts of one length together")
+    assert list(found["differed"]) == ["in left-padded batches"] and found["deviation"] < 2e-4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_that_a_check_runs_which_cannot_be_turned_off(script):
+    Config = importlib.import_module(script).Config
+    assert " ".join(ModelOptions.NOTE.split()) in " ".join(usage(Config).split())
+    assert "cannot be turned off" in ModelOptions.NOTE
+    assert not {name for name in options(Config) if "check" in name} - {"keep_checkpoints", "gradient_checkpointing"}

@@ -654,6 +654,16 @@ MUTANTS = [
         "        _check_causal(model)\n", "", (f"{KINDS}[xlnet]",),
     ),
     Mutant(
+        "architectures", "a manifest does not say which model was checked", "models/admission.py",
+        '_roles.get(inner, "model")', '"model"',
+        (f"{ADMISSION}the_next_manifest_has_each_check_since_the_last_one_by_the_name_of_its_model",),
+    ),
+    Mutant(
+        "architectures", "a manifest has the checks of a run that failed", "runtime/provenance.py",
+        "for when, result in _admission if when >= time.time() - seconds]", "for _, result in _admission]",
+        (f"{ADMISSION}the_next_manifest_has_each_check_since_the_last_one_by_the_name_of_its_model",),
+    ),
+    Mutant(
         "architectures", "a body without a name is the whole model", "models/fast/head.py",
         "    if inner.base_model is not inner:\n        return", "    if True:\n        return",
         (f"{KINDS}[llama4_text]",), "body",

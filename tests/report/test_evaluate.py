@@ -57,6 +57,8 @@ def test_measures_again_what_changed(adapter, tmp_path):
     path = str(tmp_path / "out.json")
     config = Config(**QUICK, model_name=str(adapter), out=path)
     first = evaluate(config)
+    checks = {(check["model"], check["kind"].split()[0]) for check in first["admission"]}
+    assert checks == {("model", "decoding"), ("model", "samples"), ("reference", "completions")}
     assert first["measured"]["kl"]["mean"] != 0 and len(first["answers"]) == 12
     assert evaluate(Config(**QUICK, model_name=str(adapter), out=path)) == json.loads(json.dumps(first))
     assert evaluate(Config(**QUICK, model_name=str(adapter), out=path, seed=1))["answers"] != first["answers"]

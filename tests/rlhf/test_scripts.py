@@ -138,6 +138,14 @@ def test_ppo_runs(reward, tmp_path, options):
     rows = metrics(out)
     assert len(rows) == 2 and (out / "value_head.safetensors").is_file()
     assert {"reward", "gold", "kl", "entropy", "clipfrac", "value_loss", "clipped_ratio", "tok/s"} <= rows[0].keys()
+    training, sampling, packed = "gradients", "decoding", "completions that share a prompt"
+    expected = [("policy", training), ("sampler", sampling), ("policy", packed)]
+    if "--lora_r" in options:  # a reference and a reward model that are models of their own; the policy samples
+        expected = [("policy", training), ("policy", sampling), ("reward model", packed), ("policy", packed)]
+        expected.append(("reference", packed))
+    else:
+        expected.insert(1, ("policy", "logits of the sampler"))
+    assert [(check["model"], check["kind"]) for check in manifest(out)["admission"]] == expected
 
 
 @DEALT
