@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import types
@@ -143,12 +144,28 @@ def read_yaml(path: str | Path) -> dict:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{shown(path)}: must be a mapping of keys to values, one `key: value` a line")
-    lines: dict[str, int] = {}  # the library keeps the last of several equal keys
-    for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:  # type: ignore[union-attr]  # a mapping: not None
-        line = key.start_mark.line + 1
-        if lines.setdefault(key.value, line) != line:
-            raise UserError(f"{shown(path)} line {line}: {key.value} stands in line {lines[key.value]} already")
+    _refuse_equal_keys(yaml.compose(text, Loader=yaml.SafeLoader), shown(path))
     return content
+
+
+def _refuse_equal_keys(root, name):
+    """Raise UserError if a mapping of a YAML has a key twice: the library keeps the last one."""
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):  # an alias is the node that it names
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(f"{name} line {line}: {key.value} stands in line {lines[key.value]} already")
+            lines[key.value] = line
+            nodes.append(value)
 
 
 def refuse_unused(config: Any, keys: Iterable[str], because: str) -> None:
@@ -272,7 +289,28 @@ def _cast(Config, key, value, where):
         if kind is int and abs(number) > LARGEST:
             raise UserError(f"{key} = {value!r} {where} is out of range: whole numbers go up to {LARGEST}")
         return kind(number)
+    if kind is dict:
+        found = _mapping(value)
+        if not found:
+            raise wrong
+        return found
     raise AssertionError(f"configuration field {key}: type {kind} is not supported")
+
+
+def _mapping(value):
+    """A mapping from a YAML, or its JSON text, as a dict of JSON values. None for anything else."""
+    try:
+        found = json.loads(value, object_pairs_hook=_without_equal_keys) if isinstance(value, str) else value
+        same = json.loads(json.dumps(found, allow_nan=False)) == found  # a date of a YAML is no JSON, a number no key
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and same else None
+
+
+def _without_equal_keys(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
 def _check_range(name, m, value):
@@ -302,6 +340,7 @@ def _describe(Config, f):
         tail = ", or none"
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(str(v) for v in typing.get_args(kind)) + tail
-    name = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[kind]
+    mapping = 'a mapping that is not empty, as JSON on the command line: {"name": value}'
+    name = {bool: "true or false", str: "text", int: "a whole number", float: "a number", dict: mapping}[kind]
     limits = _limits(options(Config)[f.name])
     return name + (f" {limits}" if limits else "") + tail

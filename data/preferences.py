@@ -166,7 +166,7 @@ def sample_and_score(config: SamplingConfig, task: Task) -> Sampled:
     prompts, reward = task.prompts, task.reward
     device = pick_device()
     precision = pick_precision(config.precision, device)
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     model = load_model(config.model_name, dtype=torch.float32, device=device)
     policy = weights_hash(model)  # before the cast: a trainer that loads float32 weights computes the same hash
     model = cast_weights(model, frozen_dtype(precision))

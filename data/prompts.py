@@ -17,7 +17,7 @@ from pathlib import Path
 from configs.config import UserError, option
 from data.checks import CHECKS, words
 from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
-from data.rows import in_one_form, kind_of_file, read_rows
+from data.rows import in_one_form, kind_of_file, read_rows, refuse_beyond
 from runtime.console import quiet_libraries
 from runtime.files import in_root, sha256_file
 
@@ -116,6 +116,7 @@ def prompt_rows(rows: Iterable[tuple[str, dict]], need_checks: bool = False, col
                 f'{place}: must be an object whose "{column}" is a text or a list of messages, '
                 f"each with role and content, not {str(row)[:60]!r}"
             )
+        refuse_beyond(row, place, ["chat_template_kwargs"])
         if need_checks and not row.get("checks"):
             raise UserError(f"{place}: has no checks to be scored by; give a --reward module:function")
         if row.get("checks"):
@@ -232,6 +233,7 @@ def load_prompts(
             raise UserError(f"{where}: id must be a text that is not empty, got {row['id']!r}")
         if not _is_prompt(row["prompt"]):
             raise UserError(f"{where}: prompt must be a text that is not empty, or messages, got {row['prompt']!r}")
+        refuse_beyond(row, where, ["chat_template_kwargs"])
         if row["id"] in ids:
             raise UserError(f"{where}: this id stands twice")
         ids.add(row["id"])

@@ -28,6 +28,7 @@ BEYOND = (
     "audio",
     "weight",
     "weights",
+    "chat_template_kwargs",
 )
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
          "assistant": "assistant", "system": "system"}  # fmt: skip
@@ -127,9 +128,7 @@ def in_one_form(row: dict) -> dict:
     """
     where = row["where"]
     row = {key: value for key, value in row.items() if value is not None}
-    beyond = [key for key in BEYOND if row.get(key)]
-    if beyond:
-        raise UserError(f"{where}: has {', '.join(beyond)}, which no stage takes: leave the row or the key out")
+    refuse_beyond(row, where)
     if "conversations" in row and "messages" not in row:
         row["messages"] = row.pop("conversations")
     for key in ("messages", "prompt", "completion", "chosen", "rejected"):
@@ -142,6 +141,14 @@ def in_one_form(row: dict) -> dict:
     if "chosen" in row and "rejected" in row:
         _split_pair(row)
     return row
+
+
+def refuse_beyond(row: dict, where: str, keys: Collection[str] = BEYOND) -> None:
+    """Raise UserError if a row has one of `keys`: to ignore it would change what the row means."""
+    beyond = [key for key in keys if row.get(key)]
+    if beyond:
+        hint = "; --chat_template_kwargs sets it for all rows" if "chat_template_kwargs" in beyond else ""
+        raise UserError(f"{where}: has {', '.join(beyond)}, which no stage takes: leave the row or the key out{hint}")
 
 
 def _message(message, key, where):

@@ -93,7 +93,7 @@ def main(config):
     if config.merge and not adapter:
         raise UserError(f"merge = true: {config.model_name} holds no adapter, there is nothing to merge")
     model = load_model(config.model_name, dtype=frozen_dtype(precision), device=device, merge_adapter=config.merge)
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     kind = "adapter, merged" if config.merge else "adapter" if adapter else "full model"
     how = f"temperature {config.temperature:g}" if config.temperature else "greedy"
     say(f"{config.model_name} ({kind}, {precision}, {device}), {how}, at most {config.max_new_tokens} tokens")

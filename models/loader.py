@@ -21,7 +21,8 @@ from models.fast.head import unwrapped
 from models.fast.layers import use_memory_efficient_layers
 from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.tiny import TINY_MODELS, build_tiny
-from models.tokens import add_stop_ids, note_vocabulary
+from models.tokens import add_stop_ids, note_vocabulary, use_template_options, used_options
+from runtime.console import say
 from runtime.files import in_root, read_json
 
 if TYPE_CHECKING:
@@ -85,17 +86,19 @@ def load_model(
     return model.to(device or pick_device()).eval()
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, chat_template_kwargs: dict | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. A missing pad token is set to eos: masks come from lengths, not from token ids.
 
-    Raises UserError if it has no end-of-sequence token, or if the model reads no text.
+    chat_template_kwargs: options of the chat template; see `use_template_options`.
+    Raises UserError if it has no end-of-sequence token, if the model reads no text, or if its chat template does not
+    use one of these options.
     """
     from transformers import AutoTokenizer
 
     path = resolve_model(name)
     if isinstance(path, Path) and not (path / "tokenizer_config.json").is_file():
         if _is_adapter(path):
-            return load_tokenizer(adapter_base(path))
+            return load_tokenizer(adapter_base(path), chat_template_kwargs)
         raise UserError(f"{shown(path)} has no tokenizer (tokenizer_config.json and tokenizer.json are missing)")
     tokenizer = _read(AutoTokenizer, path, name)
     if tokenizer.eos_token_id is None:
@@ -109,6 +112,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_stop_ids(tokenizer, _generation_stops(name))
+    use_template_options(tokenizer, chat_template_kwargs, name)
     return tokenizer
 
 
@@ -129,9 +133,16 @@ def _generation_stops(name):
 
 
 def same_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
-    """Raise UserError if the model `name` has another vocabulary than `tokenizer`: its log-probs would mean nothing."""
-    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+    """Raise UserError if the model `name` has another vocabulary than `tokenizer`: its log-probs would mean nothing.
+
+    If the model was trained on prompts that were rendered with other options of the chat template, a message says so.
+    """
+    other = load_tokenizer(name)
+    if other.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{name} has another tokenizer than the model that it is to work with: give another one")
+    theirs, ours = used_options(other), used_options(tokenizer)
+    if theirs and theirs != ours:
+        say(f"note: the prompts of {name} had chat_template_kwargs = {theirs}, those of this run have {ours or None}")
 
 
 def model_config(name: str | Path) -> Any:

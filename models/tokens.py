@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from configs.config import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+OPTIONS = "chat_template_kwargs"  # the name that transformers and TRL give the options of a chat template
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
@@ -38,7 +44,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> 
     if tokenizer.chat_template:
         try:
             text = render(tokenizer, messages, add_generation_prompt=True)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template of the tokenizer does not take this prompt: {error}") from None
     elif isinstance(prompt, str):
         text = prompt
@@ -52,8 +58,66 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> 
 
 
 def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """Messages as the text that the chat template makes of them."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    """Messages as the text that the chat template makes of them, with the options of `use_template_options`."""
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, **used_options(tokenizer)
+    )
+
+
+def used_options(tokenizer: Any) -> dict:
+    """The options of the chat template with which the prompts of a tokenizer are rendered."""
+    return tokenizer.init_kwargs.get(OPTIONS) or {}
+
+
+def use_template_options(tokenizer: Any, given: dict | None, name: str | Path) -> None:
+    """Render all prompts with these options of the chat template, such as {"enable_thinking": False} of Qwen3.
+
+    They are saved with the tokenizer (in tokenizer_config.json, where transformers leaves them alone), so that later
+    stages render the same prompts. An option in `given` wins over a saved one. name: of the model, for messages.
+    Raises UserError for a tokenizer without a chat template, and for an option that the template does not use.
+    """
+    saved = used_options(tokenizer)
+    if not isinstance(saved, dict):
+        raise UserError(f"the tokenizer of {name}: {OPTIONS} = {saved!r} is no mapping")
+    wanted = {**saved, **(given or {})}
+    if not wanted:
+        return
+    if not tokenizer.chat_template:
+        raise UserError(f"{OPTIONS} = {wanted}: the tokenizer of {name} has no chat template")
+    known = template_options(tokenizer)
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise UserError(
+            f"{OPTIONS}: the chat template of {name} does not use {', '.join(unknown)}; "
+            f"its options are: {', '.join(known) or 'none'}"
+        )
+    tokenizer.init_kwargs[OPTIONS] = wanted
+    _ends.pop(tokenizer, None)
+
+
+def template_options(tokenizer: Any) -> list[str]:
+    """The names that the chat template reads and that neither it nor its renderer sets, sorted.
+
+    Raises UserError for a template that is no Jinja.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        names = meta.find_undeclared_variables(environment.parse(tokenizer.get_chat_template()))
+    except (TemplateError, ValueError) as error:
+        raise UserError(f"the chat template of the tokenizer cannot be read: {error}") from None
+    of_renderer = {"messages", "raise_exception", "strftime_now", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    of_renderer |= {*inspect.signature(tokenizer.apply_chat_template).parameters, *environment.globals}
+    return sorted(names - of_renderer)
+
+
+class _Generation(Extension):
+    """The tag {% generation %} of transformers around what the assistant says."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> list:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -183,13 +183,14 @@ def evaluate(config):
     quiet_libraries()
     device = pick_device()
     dtype = frozen_dtype(who["config"]["precision"])
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     same_tokens(tokenizer, config.base)
     prompts, unseen = heldout_prompts(config)
     reward = reward_functions(config)
     if reward:
         reward.check_columns(prompts)
-    blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
+    options = json.dumps(config.chat_template_kwargs)  # text, because the blocks are cached by it
+    blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base, options)
     reward_model = None
     if who["hashes"]["reward_model"]:  # before sampling, so that an error in it is reported at once
         same_tokens(tokenizer, config.reward_model)
@@ -330,13 +331,16 @@ def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temper
 
 
 @functools.lru_cache(maxsize=2)
-def heldout_blocks(text, tokens, length, tokenizer_name):
-    """About `tokens` tokens of the held-out part of a corpus, in blocks of `length`. All models get the same blocks."""
+def heldout_blocks(text, tokens, length, tokenizer_name, template_options):
+    """About `tokens` tokens of the held-out part of a corpus, in blocks of `length`. All models get the same blocks.
+
+    template_options: `chat_template_kwargs` as JSON, for a corpus of messages or prompts.
+    """
     path = in_root(text)
     corpus = load_corpus(str(path) if path.exists() else text)
     if not corpus.heldout:
         raise UserError(f"text = {text!r}: no document of it is held out")
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = load_tokenizer(tokenizer_name, None if corpus.kind == "text" else json.loads(template_options))
     blocks = make_blocks(corpus.heldout, corpus.kind, tokenizer, length, f"{corpus.name}, held out")
     return blocks.pick(sorted(epoch_order(len(blocks), 0, 0)[: max(1, tokens // length)]))
 

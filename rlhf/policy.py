@@ -100,7 +100,7 @@ def load_policy(config, device, precision, out):
     reference is a frozen copy. If model_name is an adapter, it is merged first. Its merged weights are saved in
     `out`/base, so that the new adapter has a base that can be loaded.
     """
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     path = resolve_model(config.model_name)
     adapter_given = isinstance(path, Path) and (path / "adapter_config.json").is_file()
     dtype = frozen_dtype(precision) if config.lora_r else torch.float32

@@ -65,7 +65,7 @@ class SideBySide:
         self.dtype = frozen_dtype(pick_precision(config.precision, self.device))
         self.model = load_model(self.folder, dtype=self.dtype, device=self.device)
         check_head(self.model, self.folder)
-        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer = load_tokenizer(self.folder, config.chat_template_kwargs)
         if (self.folder / "adapter_config.json").is_file():
             self.base, self.reference = adapter_base(self.folder), None
         else:

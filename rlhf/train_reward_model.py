@@ -43,7 +43,7 @@ class Config(PairsConfig):
 
 def main(config):
     stage = Stage(config)  # device, precision, processes, seed, the run's folder
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     reward_model = build(config, stage.device, stage.precision)
     pairs = Pairs(config, stage, reward_model.model, tokenizer)  # as token ids; some prompts are held out
     check_margins(config, [*pairs.train, *pairs.heldout])

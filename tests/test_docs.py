@@ -19,6 +19,7 @@ from data.rewards import RewardFunctions
 from models.loader import load_tokenizer
 from report.evaluate import read_measurement
 from rlhf import dpo_train, grpo_train
+from train.common import LMConfig, load_data, load_start
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TODAY = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names what was there before
@@ -138,6 +139,8 @@ def test_examples_of_prompts_rewards_configurations_and_records_load(write):
     config = load_config(dpo_train.Config, ["--config", write("my_dpo.yaml", examples()["my_dpo.yaml"])])
     assert (config.beta, config.lr) == (0.1, 5e-4) and yaml.safe_load(examples()["my_dpo.yaml"])
     assert [json.loads(line)["step"] for line in examples()["metrics.jsonl"].splitlines()] == [1, 2]
+    options = load_config(dpo_train.Config, ["--config", write("my_options.yaml", examples()["my_options.yaml"])])
+    assert options.chat_template_kwargs == {"enable_thinking": False}
     assert json.loads(examples()["manifest.json"])["script"] == "dpo_train.py"
 
 
@@ -204,6 +207,11 @@ def errors(write, tokenizer):
     def measurement():
         return read_measurement(Path(write("my.json", "{}")))
 
+    def plain_text():
+        data = write("my.txt", "one line\n" * 50)
+        config = LMConfig(data=data, chat_template_kwargs={"enable_thinking": False})
+        return load_start(config, load_data(config), "cpu")
+
     return [
         text('{"text": "a"}\n{"text": \n'),
         text('["a"]\n'),
@@ -215,6 +223,10 @@ def errors(write, tokenizer):
         text([{"prompt": "a", "completion": "b", "tools": "c"}]),
         text("a", name="my.doc"),
         text("caf\xe9", name="my.txt"),
+        lambda: load_tokenizer("tiny-llama", {"enable_thinking": False}),
+        lambda: load_tokenizer("tiny-gpt2", {"enable_thinking": False}),
+        plain_text,
+        pairs({**pair, "chat_template_kwargs": {"enable_thinking": False}}),
         pairs({"prompt": "a", "completion": "b"}),
         pairs({"chosen": "b", "rejected": "c"}),
         pairs({**pair, "chosen": ""}),

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from configs.config import UserError, option, shown
+from configs.config import UserError, option, refuse_unused, shown
 from data.blocks import gives_samples, make_blocks
 from data.corpus import load_corpus, split_heldout
 from data.order import epoch_order
@@ -19,7 +19,7 @@ from models.loader import check_length, context_length, load_model, load_tokeniz
 from models.options import ModelOptions
 from models.router import auxiliary_coefficient, router_loss
 from models.scratch import build_scratch, train_tokenizer
-from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
+from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids, use_template_options
 from runtime.checkpoint import Saving
 from runtime.console import say
 from runtime.files import in_root
@@ -133,12 +133,16 @@ def load_blocks(config, corpus, tokenizer):
 
 def load_start(config, corpus, device):
     """(model, tokenizer) at the start of training, in float32: a pretrained model, or random weights."""
+    options = config.chat_template_kwargs
+    if corpus.kind == "text":
+        refuse_unused(config, ["chat_template_kwargs"], f"data = {config.data!r}: no template renders plain text")
     if config.model_name == "scratch":
         tokenizer = train_tokenizer(corpus.train, config.scratch_vocab)
+        use_template_options(tokenizer, options, config.model_name)
         shape = (config.scratch_layers, config.scratch_width, config.scratch_heads, config.max_length)
         model = build_scratch(config.scratch_architecture, *shape, tokenizer, config.seed).to(device)
     else:
-        tokenizer = load_tokenizer(config.model_name)
+        tokenizer = load_tokenizer(config.model_name, options)
         model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
         check_head(model, config.model_name)
     check_length(model, config)

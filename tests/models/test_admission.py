@@ -1,6 +1,5 @@
 """Every number is that of the plain forward pass of transformers, one sequence at a time, for every kind of model."""
 
-import importlib
 import json
 import time
 
@@ -8,12 +7,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from configs.config import ROOT, UserError, options, usage
+from configs.config import UserError
 from models.admission import Admitted, admit, admitted, apart, known_as, record, window_of
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.layers import use_memory_efficient_layers
 from models.generation import generate
-from models.options import ModelOptions
 from rlhf.packing import pack, packed_logprobs
 from runtime.provenance import provenance
 from train.common import lm_loss
@@ -53,13 +51,6 @@ SLOWER = {  # the kinds for which a fast way is wrong, and what is slower for th
     "lfm2, recurrent": {"samples", "completions", "decoding"},
     "qwen3_5, recurrent": {"samples", "completions", "decoding"},
 }
-ROOMS = ("train", "rlhf", "data", "inference", "report")
-SCRIPTS = [  # those that use a model: all but report/demo.py, which starts others
-    f"{room}.{path.stem}"
-    for room in ROOMS
-    for path in sorted((ROOT / room).glob("*.py"))
-    if "cli(" in path.read_text() and path.stem != "demo"
-]
 EVERY = pytest.mark.parametrize("name", KINDS)
 PROMPTS = [[(7 * i) % 57 + 3 for i in range(20)], [11, 30, 8, 45, 23], [50, 9, 33, 4, 17, 29, 41, 12, 6]]
 COMPLETIONS = [[(5 * i) % 53 + 4 for i in range(14)], [6, 44, 21, 9, 13, 2], [18, 55, 7]]
@@ -215,11 +206,3 @@ def test_a_check_is_recorded_once_however_often_its_model_is_used():
     [found] = provenance(60.0)["admission"]
     assert (found["kind"], found["way"]) == ("decoding", "prompts of one length together")
     assert list(found["differed"]) == ["in left-padded batches"] and found["deviation"] < 2e-4
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_says_that_a_check_runs_which_cannot_be_turned_off(script):
-    Config = importlib.import_module(script).Config
-    assert " ".join(ModelOptions.NOTE.split()) in " ".join(usage(Config).split())
-    assert "cannot be turned off" in ModelOptions.NOTE
-    assert not {name for name in options(Config) if "check" in name} - {"keep_checkpoints", "gradient_checkpointing"}

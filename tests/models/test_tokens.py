@@ -1,33 +1,14 @@
 """Where a turn ends, which ids a model may sample, and which a text may hold."""
 
-import json
-
 import pytest
 import torch
+from tiny_folder import folder_with
 from transformers import AutoModelForCausalLM
 
 from configs.config import UserError
 from models.generation import generate
 from models.loader import load_tokenizer
-from models.tiny import byte_tokenizer, tiny_config
 from models.tokens import completion_ids, end_of_turn, never_sampled, prompt_ids, stop_ids
-
-
-def folder_with(path, rows=None, template=None, generation_stops=None, eos="<|im_end|>", token=None):
-    """A folder with a tiny Llama of `rows` embedding rows, and a tokenizer whose eos, template and stops are these."""
-    tokenizer = byte_tokenizer(chat=True)
-    tokenizer.eos_token = eos
-    if token:
-        tokenizer.add_tokens([token])
-    if template is not None:
-        tokenizer.chat_template = template
-    config = tiny_config("tiny-llama", rows or len(tokenizer), tokenizer.eos_token_id)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    if generation_stops is not None:
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_stops}))
-    return path
 
 
 @pytest.mark.statement("stop-token")

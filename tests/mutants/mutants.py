@@ -74,6 +74,7 @@ INFERENCE = "tests/inference/test_resume.py::test_"
 SYSTEMS = "tests/runtime/test_systems.py::test_"
 TRACKING = "tests/runtime/test_tracking.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
+OPTIONS = "tests/models/test_template_options.py::test_"
 DATASET = "tests/data/test_pairs.py::test_"
 KINDS = "tests/proof/test_architectures.py::test_the_page_says_what_is_true_of_each_kind"
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
@@ -384,6 +385,30 @@ MUTANTS = [
         'prompt_ids(tokenizer, row["prompt"]) for row',
         'tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}]) for row',
         (f"{LOADER}chat_templates_are_rendered_in_one_function_only",),
+    ),
+    Mutant(
+        "one-renderer", "options of the chat template are not used", "models/tokens.py",
+        "add_generation_prompt=add_generation_prompt, **used_options(tokenizer)",
+        "add_generation_prompt=add_generation_prompt",
+        (f"{OPTIONS}a_prompt_is_what_transformers_renders_with_these_options",),
+    ),
+    Mutant(
+        "one-renderer", "saved options win over given ones", "models/tokens.py",
+        "{**saved, **(given or {})}", "{**(given or {}), **saved}",
+        (f"{OPTIONS}a_trained_model_keeps_the_options_and_a_given_one_wins",),
+    ),
+    Mutant(
+        "one-renderer", "an option that the template does not use is ignored", "models/tokens.py",
+        "    if unknown:", "    if False:", (f"{OPTIONS}what_the_template_does_not_use_is_refused_by_name",),
+    ),
+    Mutant(
+        "one-renderer", "a policy is trained without the options", "rlhf/policy.py",
+        "load_tokenizer(config.model_name, config.chat_template_kwargs)", "load_tokenizer(config.model_name)",
+        (f"{OPTIONS}every_place_that_loads_a_tokenizer_to_render_gives_it_the_options",),
+    ),
+    Mutant(
+        "one-renderer", "a row's own options are ignored", "data/rows.py",
+        '    "chat_template_kwargs",\n', "", (f"{OPTIONS}a_row_with_options_of_its_own_is_refused_and_never_ignored",),
     ),
     Mutant(
         "one-renderer", "the template's BOS and the tokenizer's", "models/tokens.py",
