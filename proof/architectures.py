@@ -157,7 +157,9 @@ def decoding(model, folder):
 
 def policy_of(folder):
     """A policy with an adapter on the model in `folder`, moved away from 0: (config, policy, tokenizer, parameters)."""
-    config = SimpleNamespace(model_name=str(folder), lora_r=4, precision="fp32", gradient_checkpointing=False)
+    config = SimpleNamespace(
+        model_name=str(folder), chat_template_kwargs=None, lora_r=4, precision="fp32", gradient_checkpointing=False
+    )
     policy, _, tokenizer, parameters = load_policy(config, torch.device("cpu"), "fp32", folder / "run")
     generator = torch.Generator().manual_seed(1)
     for p in parameters:
