@@ -734,6 +734,38 @@ MODELS = [
         model_name=model(put("chat_template.jinja", "{{ raise_exception('no such role') }}")),
     ),
     case(
+        "dpo",
+        "chat_template_kwargs: the chat template of {here}/model does not use enable_thinkin; its options are: "
+        "enable_thinking",
+        model_name=model(put("chat_template.jinja", "{{ enable_thinking }}")),
+        chat_template_kwargs='{"enable_thinkin": false}',
+    ),
+    case(
+        "reward",
+        "{good}/pairs.jsonl line 1: the chat template of the tokenizer does not take this prompt: can only "
+        'concatenate str (not "int") to str',
+        model_name=model(put("chat_template.jinja", "{{ 'It is ' + date_string }}")),
+        chat_template_kwargs='{"date_string": 5}',
+    ),
+    case(
+        "grpo",
+        "chat_template_kwargs = {'enable_thinking': False}: the tokenizer of tiny-gpt2 has no chat template",
+        model_name="tiny-gpt2",
+        chat_template_kwargs='{"enable_thinking": false}',
+    ),
+    case(
+        "inference",
+        "the tokenizer of {here}/model: chat_template_kwargs = 5 is no mapping",
+        model_name=model(settings("tokenizer_config.json", chat_template_kwargs=5)),
+        prompt="hi",
+    ),
+    case(
+        "ppo",
+        "chat_template_kwargs = 'thinking' on the command line: must be a mapping that is not empty, as JSON on the "
+        'command line: {"name": value}, or none',
+        chat_template_kwargs="thinking",
+    ),
+    case(
         "lm",
         "{here}/model has no weights: there is no .safetensors file in it. pytorch_model.bin is a pickle, which "
         "can run code, and is never read: convert it to safetensors",
