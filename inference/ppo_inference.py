@@ -23,10 +23,9 @@ from data.prompts import text_of
 from data.rewards import RewardConfig, columns_of, in_numbers, reward_functions
 from models.completions import lengths, mean, show_completion, show_table, write_rows
 from models.loader import same_tokens
-from rlhf.packing import score_completions
 from rlhf.reward_model import RewardModel
 from rlhf.side_by_side import CompareConfig, SideBySide, run_folder, run_value
-from rlhf.utils import kl_estimate
+from rlhf.utils import kl_estimate, score_completions
 from runtime.cli import cli
 from runtime.console import say
 

@@ -32,10 +32,11 @@ from models.fast.head import body
 from models.generation import generate
 from models.loader import load_model, load_tokenizer
 from models.tiny import byte_tokenizer
-from rlhf.packing import pack, packed_logprobs, score_completions
+from rlhf.packing import pack
 from rlhf.policy import load_policy, prepare_training, save_policy
 from rlhf.reward_model import RewardModel
 from rlhf.sampler import Sampler
+from rlhf.utils import packed_logprobs, score_completions
 from runtime.checkpoint import flatten, put_back, state_of, unflatten
 from runtime.cli import cli
 from runtime.console import duration, quiet_libraries, say

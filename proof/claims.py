@@ -54,13 +54,13 @@ from proof.trainers import (
     said,
 )
 from rlhf import grpo_train, ppo_train
-from rlhf.packing import pack, packed_logprobs
+from rlhf.packing import pack
 from rlhf.policy import as_reference, save_policy
 from rlhf.reward_model import RewardModel, place_reward_model
 from rlhf.rollouts import Batch, PromptStream
 from rlhf.sampler import Sampler
 from rlhf.steps import Meter
-from rlhf.utils import masked_mean, masked_whiten, pad_rows, token_logprobs
+from rlhf.utils import masked_mean, masked_whiten, packed_logprobs, pad_rows, token_logprobs
 from runtime.processes import Processes
 from train.common import lm_loss
 from train.train_lm_lora import add_lora, save_adapter

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from models.tiny import tiny_config
 from rlhf.dpo_train import dpo_loss
 from rlhf.grpo_train import group_advantages, grpo_loss
-from rlhf.packing import pack, packed_logprobs
+from rlhf.packing import pack
 from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
-from rlhf.utils import masked_whiten
+from rlhf.utils import masked_whiten, packed_logprobs
 
 STOP = 0
 ZERO = 1e-9  # a smaller relative difference is rounding

@@ -18,8 +18,9 @@ from models.device import PRECISIONS, autocast, frozen_dtype
 from models.loader import load_model, load_tokenizer
 from models.tokens import completion_ids, prompt_ids
 from rlhf import grpo_train, train_reward_model
-from rlhf.packing import pack, packed_logprobs, packed_scores
+from rlhf.packing import pack
 from rlhf.policy import load_policy
+from rlhf.utils import packed_logprobs, packed_scores
 from train.updates import make_optimizer
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

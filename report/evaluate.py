@@ -50,9 +50,8 @@ from models.options import ModelOptions
 from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from report.intervals import keep_best, number_or_dash, plus_minus, summarise
-from rlhf.packing import completion_logprobs, score_completions
 from rlhf.reward_model import RewardModel
-from rlhf.utils import kl_estimate
+from rlhf.utils import completion_logprobs, kl_estimate, score_completions
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 from configs.config import UserError, option
 from data.pairs import pair_length
-from rlhf.packing import packed_logprobs
 from rlhf.pairs import Pairs, PairsConfig, in_batches, pack_pairs
 from rlhf.policy import Policy, as_reference
 from rlhf.stage import Stage
 from rlhf.steps import Meter, RunningMeter
+from rlhf.utils import packed_logprobs
 from runtime.cli import cli
 from runtime.console import say
 from train.updates import Updates

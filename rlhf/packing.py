@@ -15,7 +15,7 @@ import torch
 
 from models.admission import admit, check_tokens, kinds_of_layers, masks_by_layer, plain_states
 from models.fast.attention import Ragged, takes_ragged
-from models.fast.head import head_logprobs, hidden_states, output_head, unwrapped
+from models.fast.head import hidden_states, unwrapped
 from models.generation import common_prefix
 
 
@@ -158,62 +158,3 @@ def _check(model, way, lengths):
     found = [states[packed.last[i] - len(c) + 1 : packed.last[i] + 1] for i, c in enumerate(completions)]
     alone = plain_states(model, [p + c for p, c in zip(prompts, completions)])
     return found, [x[-len(c) :] for x, c in zip(alone, completions)]
-
-
-def packed_logprobs(model, packed, temperature=1.0, entropy=False, value_head=None):
-    """Log-probs (N, L), float32, nats, of the tokens of the completions at the sampling temperature.
-
-    Entries outside the mask are 0. entropy=True also returns the entropies (N, L) in nats, without gradient.
-    value_head: a module (..., H) -> (..., 1). With it, the function also returns the values (N, L) of the states before
-    each token, and the values (N,) after the last token.
-    """
-    head = output_head(model)  # before the states: it may run the model in eval mode
-    hidden = token_states(model, packed)
-    at = packed.mask.bool()
-    states = hidden[packed.predictor[at]]  # (tokens of the completions, H)
-    measured = head_logprobs(head, states, packed.targets[at], temperature, entropy)
-    found = [packed.to_completions(x) for x in (measured if entropy else (measured,))]
-    if value_head is not None:
-        found.append(packed.to_completions(value_head(states.float()).float().squeeze(-1)))
-        found.append(value_head(hidden[packed.last].float()).float().squeeze(-1))
-    return found[0] if len(found) == 1 else tuple(found)
-
-
-def packed_scores(model, packed, head):
-    """Scores (N,) of a reward model: its head at the last token of each completion."""
-    hidden = token_states(model, packed)
-    return head(hidden[packed.last]).float().squeeze(-1)
-
-
-@torch.no_grad()
-def score_completions(reward_model, prompts, completions, pad_id, batch_size=64):
-    """The scores of a RewardModel, a list of floats in the given order.
-
-    Completions of one prompt should be consecutive, so that their prompt is computed once.
-    """
-    device = next(reward_model.parameters()).device
-    scores = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        packed = pack(prompts[part], completions[part], pad_id, device)
-        scores += packed_scores(reward_model.model, packed, reward_model.head).tolist()
-    return scores
-
-
-@torch.no_grad()
-def completion_logprobs(model, prompts, completions, pad_id, temperature=1.0, batch_size=64, progress=None):
-    """The log-prob in nats of each completion token given its prompt: a list of lists, in the given order.
-
-    Completions of one prompt should be consecutive. Runs in the autocast context of the caller. progress(done, all) is
-    called after each batch.
-    """
-    device = model.get_input_embeddings().weight.device
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        packed = pack(prompts[part], completions[part], pad_id, device)
-        logprobs = packed_logprobs(model, packed, temperature)
-        found += [row[: len(c)].tolist() for row, c in zip(logprobs, completions[part])]
-        if progress:
-            progress(len(found), len(prompts))
-    return found

@@ -14,8 +14,8 @@ from models.fast.lora import add_adapter
 from models.loader import load_model, load_tokenizer, portable_name, resolve_model
 from models.router import auxiliary_coefficient
 from models.save import save_model
-from rlhf.packing import packed_logprobs
 from rlhf.rollouts import Minibatch
+from rlhf.utils import packed_logprobs
 from runtime.console import say
 from runtime.files import in_root
 from runtime.processes import on_main

@@ -22,7 +22,7 @@ from models.device import pick_device
 from models.fast.head import hidden_states, unwrapped
 from models.fast.lora import use_memory_efficient_adapters
 from models.loader import model_config, portable_name, read_weights, resolve_model, set_adapter_weights
-from rlhf.packing import packed_scores
+from rlhf.utils import packed_scores
 from runtime.console import say
 from runtime.files import in_root, read_json
 

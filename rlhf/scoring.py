@@ -5,8 +5,8 @@ from __future__ import annotations
 from data.checks import score
 from data.rewards import reward_functions
 from models.loader import same_tokens
-from rlhf.packing import score_completions
 from rlhf.reward_model import RewardModel, find_reward_model
+from rlhf.utils import score_completions
 
 
 def gold_scores(rollout):

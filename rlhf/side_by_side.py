@@ -13,8 +13,8 @@ from models.fast.head import check_head
 from models.loader import adapter_base, load_model, load_tokenizer, resolve_model
 from models.options import ModelOptions
 from models.tokens import prompt_ids
-from rlhf.packing import completion_logprobs
 from rlhf.policy import as_reference
+from rlhf.utils import completion_logprobs
 from runtime.console import quiet_libraries, say
 from runtime.files import in_root
 

@@ -20,12 +20,12 @@ import torch
 from configs.config import UserError, option, shown
 from models.device import frozen_dtype
 from models.loader import load_tokenizer, resolve_model
-from rlhf.packing import packed_scores
 from rlhf.pairs import Pairs, PairsConfig, pack_pairs
 from rlhf.policy import prepare_training
 from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.stage import Stage
 from rlhf.steps import RunningMeter
+from rlhf.utils import packed_scores
 from runtime.cli import cli
 from runtime.console import say
 from train.updates import Updates

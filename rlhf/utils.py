@@ -1,6 +1,7 @@
-"""Shared functions of the RLHF scripts: log-probs, masked statistics, KL estimators, padded batches.
+"""Shared functions of the RLHF scripts: log-probs and scores, masked statistics, KL estimators, padded batches.
 
-All per-token tensors have shape (B, T-1) and are aligned with `input_ids[:, 1:]`: entry t belongs to token t+1.
+Per-token tensors of packed completions have shape (N, L): N completions, L tokens of the longest one. Those of padded
+rows have shape (B, T-1) and are aligned with `input_ids[:, 1:]`: entry t belongs to token t+1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,82 @@ import torch
 
 from configs.config import UserError
 from models.fast.head import head_logprobs, hidden_states, output_head
+from rlhf.packing import Packed, pack, token_states
+
+
+def packed_logprobs(
+    model: torch.nn.Module,
+    packed: Packed,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    value_head: torch.nn.Module | None = None,
+) -> Any:
+    """Log-probs (N, L), float32, nats, of the tokens of the completions at the sampling temperature.
+
+    Entries outside the mask are 0. entropy=True also returns the entropies (N, L) in nats, without gradient.
+    value_head: a module (..., H) -> (..., 1). With it, the function also returns the values (N, L) of the states before
+    each token, and the values (N,) after the last token.
+    """
+    head = output_head(model)  # before the states: it may run the model in eval mode
+    hidden = token_states(model, packed)
+    at = packed.mask.bool()
+    states = hidden[packed.predictor[at]]  # (tokens of the completions, H)
+    measured = head_logprobs(head, states, packed.targets[at], temperature, entropy)
+    found = [packed.to_completions(x) for x in (measured if entropy else (measured,))]
+    if value_head is not None:
+        found.append(packed.to_completions(value_head(states.float()).float().squeeze(-1)))
+        found.append(value_head(hidden[packed.last].float()).float().squeeze(-1))
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def packed_scores(model: torch.nn.Module, packed: Packed, head: torch.nn.Module) -> torch.Tensor:
+    """Scores (N,) of a reward model: its head at the last token of each completion."""
+    hidden = token_states(model, packed)
+    return head(hidden[packed.last]).float().squeeze(-1)
+
+
+@torch.no_grad()
+def score_completions(
+    reward_model: Any, prompts: list[list[int]], completions: list[list[int]], pad_id: int, batch_size: int = 64
+) -> list[float]:
+    """The scores of a RewardModel, a list of floats in the given order.
+
+    Completions of one prompt should be consecutive, so that their prompt is computed once.
+    """
+    device = next(reward_model.parameters()).device
+    scores = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        packed = pack(prompts[part], completions[part], pad_id, device)
+        scores += packed_scores(reward_model.model, packed, reward_model.head).tolist()
+    return scores
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: Any,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    pad_id: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    progress: Callable | None = None,
+) -> list[list[float]]:
+    """The log-prob in nats of each completion token given its prompt: a list of lists, in the given order.
+
+    Completions of one prompt should be consecutive. Runs in the autocast context of the caller. progress(done, all) is
+    called after each batch.
+    """
+    device = model.get_input_embeddings().weight.device
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        packed = pack(prompts[part], completions[part], pad_id, device)
+        logprobs = packed_logprobs(model, packed, temperature)
+        found += [row[: len(c)].tolist() for row, c in zip(logprobs, completions[part])]
+        if progress:
+            progress(len(found), len(prompts))
+    return found
 
 
 def token_logprobs(

@@ -19,7 +19,7 @@ from data.prompts import parse_prompts, read_prompts
 from models.completions import Completion
 from models.loader import load_model, load_tokenizer, weights_hash
 from models.tokens import completion_text, prompt_ids
-from rlhf.packing import completion_logprobs
+from rlhf.utils import completion_logprobs
 from runtime.cli import cli
 
 pytestmark = pytest.mark.slow

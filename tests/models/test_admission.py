@@ -12,7 +12,8 @@ from models.admission import Admitted, admit, admitted, apart, known_as, record,
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.layers import use_memory_efficient_layers
 from models.generation import generate
-from rlhf.packing import pack, packed_logprobs
+from rlhf.packing import pack
+from rlhf.utils import packed_logprobs
 from runtime.provenance import provenance
 from train.common import lm_loss
 

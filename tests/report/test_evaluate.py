@@ -11,7 +11,7 @@ from configs.config import ROOT, UserError
 from models.loader import load_model, load_tokenizer
 from report.evaluate import Config, completion_kls, evaluate, heldout_prompts, measurement_path
 from report.intervals import best_of_measured, pair_accuracy
-from rlhf.packing import completion_logprobs
+from rlhf.utils import completion_logprobs
 
 pytestmark = pytest.mark.slow
 

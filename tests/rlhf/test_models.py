@@ -13,10 +13,10 @@ from models.fast.head import unwrapped
 from models.fast.layers import use_memory_efficient_layers
 from models.generation import generate
 from rlhf.dpo_train import dpo_loss, pair_logps
-from rlhf.packing import PADDED, RAGGED, completion_logprobs, pack, packed_logprobs
+from rlhf.packing import PADDED, RAGGED, pack
 from rlhf.policy import as_reference, disable_dropout
 from rlhf.reward_model import RewardModel, score_at_end
-from rlhf.utils import pad_rows, token_logprobs
+from rlhf.utils import completion_logprobs, packed_logprobs, pad_rows, token_logprobs
 
 BOTH = pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])  # rotary and learned positions
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9, 10, 11, 12], [8, 9, 10, 11, 12]]
@@ -231,7 +231,7 @@ def test_the_score_is_read_at_the_last_real_token(name):
 @BEGIN
 @pytest.mark.statement("score-at-end")
 def test_packed_scores_equal_separate_ones(begin):
-    from rlhf.packing import score_completions
+    from rlhf.utils import score_completions
 
     reward_model, prompts = classifier(), [begin + p for p in PROMPTS]
     found = score_completions(reward_model, prompts, COMPLETIONS, 2)

@@ -16,11 +16,11 @@ from models.tiny import build_tiny
 from rlhf import dpo_train
 from rlhf.dpo_train import dpo_loss, pair_logps
 from rlhf.grpo_train import grpo_loss
-from rlhf.packing import pack, packed_logprobs, packed_scores
+from rlhf.packing import pack
 from rlhf.ppo_train import gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.sampler import Sampler
-from rlhf.utils import kl_estimate, token_logprobs
+from rlhf.utils import kl_estimate, packed_logprobs, packed_scores, token_logprobs
 
 pytestmark = pytest.mark.slow
 

@@ -233,7 +233,7 @@ def test_a_reward_model_and_reward_functions_take_prompts_without_checks(train, 
 def test_ppo_with_a_function_that_scores_as_the_reward_model_does_takes_its_steps(train, reward, functions):
     (functions / "model_says.py").write_text(
         "from models.loader import load_tokenizer\nfrom models.tokens import prompt_ids\n"
-        "from rlhf.packing import score_completions\nfrom rlhf.reward_model import RewardModel\n"
+        "from rlhf.utils import score_completions\nfrom rlhf.reward_model import RewardModel\n"
         f"NAME = {str(reward)!r}\nmodel, tokenizer = RewardModel.load(NAME), load_tokenizer(NAME)\n"
         "def score(prompts, completion_ids):\n"
         "    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]\n"

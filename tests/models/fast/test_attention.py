@@ -21,7 +21,8 @@ from models.fast.attention import (
 )
 from models.fast.head import hidden_states
 from models.loader import load_model
-from rlhf.packing import pack, packed_logprobs
+from rlhf.packing import pack
+from rlhf.utils import packed_logprobs
 
 B, T, KV, GROUP, D = 3, 7, 2, 2, 8
 
