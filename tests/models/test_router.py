@@ -48,6 +48,7 @@ def transformers_loss(model, row):
 
 
 @EVERY
+@pytest.mark.statement("token-mean")
 def test_values_and_gradients_are_those_of_transformers_row_by_row(kind, tmp_path):
     build(kind, tmp_path, **ASKS)
     model = load_model(tmp_path, device="cpu")
@@ -68,6 +69,7 @@ def test_values_and_gradients_are_those_of_transformers_row_by_row(kind, tmp_pat
     assert (found - wanted).norm() < 1e-4 * (wanted - without).norm()
 
 
+@pytest.mark.statement("token-mean")
 def test_any_split_into_micro_batches_gives_the_same_step(tmp_path):
     build("mixtral", tmp_path, **ASKS)
     model, found = load_model(tmp_path, device="cpu"), []
@@ -103,6 +105,7 @@ def test_gradient_checkpointing_changes_nothing(lora_r, tmp_path):
     assert (gradients(model, nats / count) - found[0]).norm() > 0.01 * found[0].norm()
 
 
+@pytest.mark.statement("token-mean")
 def test_two_experts_and_three_tokens_by_hand():
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 9.0]])  # the last token is padding
     p = 1 / (1 + torch.tensor(-2.0).exp())

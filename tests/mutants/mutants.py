@@ -719,7 +719,7 @@ MUTANTS = [
     # DPO
     Mutant(
         "dpo-ln-2", "dropout stays on", "rlhf/policy.py",
-        "    disable_dropout(model)\n    if config.lora_r:\n", "    if config.lora_r:\n",
+        "    disable_dropout(model)\n    if aux", "    if aux",
         (f"{TRAINERS}the_first_dpo_loss_is_ln_2_exactly_with_dropout_in_the_config",),
     ),
     Mutant(
