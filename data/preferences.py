@@ -23,7 +23,7 @@ import torch
 
 from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
-from data.prompts import PROMPTS, load_prompts, read_prompts, text_of
+from data.prompts import PROMPTS, TASKS, load_prompts, read_prompts, text_of
 from data.rewards import columns_of, load_reward, reward_all
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
@@ -150,12 +150,13 @@ def load_task(config: SamplingConfig) -> Task:
     if config.limit is not None and config.limit > len(prompts):
         raise UserError(f"limit = {config.limit}: {config.prompts} has only {len(prompts)} training prompts")
     prompts = prompts[: config.limit]
-    heldout = {_plain(row["prompt"]): row["id"] for row in load_prompts(PROMPTS, "heldout")}
+    heldout = {_plain(row["prompt"]): (row["id"], file) for file in TASKS for row in load_prompts(file, "heldout")}
     for row in prompts:
         if _plain(row["prompt"]) in heldout:
+            name, file = heldout[_plain(row["prompt"])]
             raise UserError(
-                f"{config.prompts}: the prompt {text_of(row['prompt'])!r} is the held-out prompt "
-                f"{heldout[_plain(row['prompt'])]!r} of {PROMPTS}, on which models are measured; take it out"
+                f"{config.prompts}: the prompt {text_of(row['prompt'])!r} is the held-out prompt {name!r} of {file}, "
+                "on which models are measured; take it out"
             )
     return Task(prompts, reward, digest)
 
@@ -208,7 +209,7 @@ def scores_of(row: dict, texts: list[str], reward: Callable | None = None) -> li
     """The scores of the completions `texts` of one prompt: by the reward function, else by the checks of its row."""
     if reward:
         return reward_all(reward, [row["prompt"]] * len(texts), texts, [columns_of(row)] * len(texts))
-    return [score(text, row["checks"]) for text in texts]
+    return [score(text, row["checks"], row["prompt"]) for text in texts]
 
 
 def messages(role: str, content: str | list[dict]) -> list[dict]:
@@ -275,7 +276,7 @@ def pass_rates(sampled: Sampled) -> dict[str, float]:
     for row, group in sampled:
         checks = row.get("checks") or []
         for answer in group:
-            for check, good in zip(checks, passed(answer.text, checks)):
+            for check, good in zip(checks, passed(answer.text, checks, row["prompt"])):
                 tried[check["name"]] += 1
                 right[check["name"]] += good
     return {name: right[name] / tried[name] for name in sorted(tried)}

@@ -26,13 +26,14 @@ import torch
 
 from configs.config import ROOT, UserError, config_to_dict, names_with, option, shown
 from data.blocks import make_blocks
-from data.checks import is_degenerate, passed, score
+from data.checks import asked_checks, passed, score
 from data.corpus import load_corpus
 from data.order import epoch_order
 from data.prompts import PROMPTS, load_prompts
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
+from models.generation import generate
 from models.loader import (
     adapter_base,
     context_length,
@@ -51,7 +52,7 @@ from rlhf.utils import kl_estimate
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically
-from runtime.provenance import provenance
+from runtime.provenance import provenance, sha256_files
 from runtime.run_folder import check_place
 from train.common import evaluate_lm
 
@@ -67,11 +68,14 @@ class Measure:
     reward_model: str | None = option(
         "models/reward", "folder of the reward model, the proxy; left out if not there", reads=True
     )
-    prompts: str = option(PROMPTS, "prompt file; completions of its held-out prompts are measured", reads=True)
-    limit: int | None = option(None, "take only the first so many held-out prompts", at_least=2)
+    prompts: str = option(PROMPTS, "prompt file; completions of one part of its prompts are measured", reads=True)
+    split: Literal["heldout", "validation"] = option("heldout", "which part: choose settings by validation")
+    limit: int | None = option(None, "take only the first so many of these prompts", at_least=2)
     samples_per_prompt: int = option(2, "completions measured for each prompt", at_least=1)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
-    temperature: float = option(1.0, "of the sampling and of the log-probs", above=0)
+    temperature: float = option(
+        1.0, "of the sampling and of the log-probs; a greedy completion is measured apart", above=0
+    )
     sampling_batch_size: int = option(240, "completions sampled at once", at_least=1, identity=False)
     text: str = option("shakespeare", "corpus whose held-out part is read for the perplexity", reads=True)
     text_tokens: int = option(4096, "tokens of it that are read, about", at_least=16)
@@ -152,7 +156,7 @@ def identity(config):
         "base": files_hash(config.base),
         "reward_model": files_hash(config.reward_model) if there else None,
         "prompts": sha256_file(prompts)[:16],
-        "checks": sha256_file(ROOT / "data" / "checks.py")[:16],
+        "checks": sha256_files([ROOT / "data" / name for name in ("checks.py", "words.txt")], ROOT)[:16],
     }
     return {"config": settings, "hashes": hashes}
 
@@ -161,8 +165,8 @@ def evaluate(config):
     """Measure config.model_name. Returns a dict, and writes it to `measurement_path(config)`.
 
     Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers
-    (the completions), seconds (of sampling, kl, reward_model, text, total), git_commit, versions, machine. If an equal
-    measurement is already there, it is read instead.
+    (the sampled completions), greedy (one greedy completion per prompt), seconds (of sampling, kl, reward_model, text,
+    total), git_commit, versions, machine. If an equal measurement is already there, it is read instead.
     Raises UserError for models with different tokenizers, and for everything that the loaders refuse.
     """
     started = time.time()
@@ -179,7 +183,7 @@ def evaluate(config):
     dtype = frozen_dtype(who["config"]["precision"])
     tokenizer = load_tokenizer(config.model_name)
     same_tokens(tokenizer, config.base)
-    prompts, unseen = heldout_prompts(config)
+    prompts, unseen = measured_prompts(config)
     blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base)
     reward_model = None
     if who["hashes"]["reward_model"]:  # before sampling, so that an error in it is reported at once
@@ -196,23 +200,29 @@ def evaluate(config):
     if context and config.text_length > context:
         raise UserError(f"text_length = {config.text_length}: {config.model_name} reads at most {context} tokens")
     per_prompt = config.samples_per_prompt * config.best_of
+    ids = [prompt_ids(tokenizer, row["prompt"]) for row in prompts]
+    stops, never = list(stop_ids(tokenizer)), never_sampled(tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     generation, before = generate_resumable(
         partial_path(path),
         who,
         model,
-        [prompt_ids(tokenizer, row["prompt"]) for row in prompts],
+        ids,
         config.max_new_tokens,
         config.temperature,
         per_prompt,
-        list(stop_ids(tokenizer)),
+        stops,
         config.seed,
         config.sampling_batch_size,
         progress_line(),
-        never_sampled(tokenizer),
+        never,
     )
-    questions = [prompt_ids(tokenizer, row["prompt"]) for row in prompts for _ in range(per_prompt)]
+    questions = [question for question in ids for _ in range(per_prompt)]
     completions = generation.completions
+    greedy = None
+    if config.best_of == 1:
+        settings = {"stop_ids": stops, "batch_size": config.sampling_batch_size, "never": never}
+        greedy = generate(model, ids, config.max_new_tokens, temperature=0, **settings)
     seconds["sampling"] = before + time.time() - clock
 
     # 2. the reward model's scores
@@ -241,27 +251,12 @@ def evaluate(config):
     seconds["kl"] = time.time() - clock
 
     # 4. the checks, and the summary
-    answers = []
-    for i, ids in enumerate(completions):
-        row = prompts[i // per_prompt]
-        said = completion_text(tokenizer, ids)
-        good = [x and not is_degenerate(said) for x in passed(said, row["checks"])]
-        answers.append(
-            {
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "text": said,
-                "gold": score(said, row["checks"]),
-                "proxy": scores[i],
-                "kl": kls[i],
-                "tokens": len(ids),
-                "finish_reason": generation.finish_reasons[i],
-                "checks": [[check["name"], x] for check, x in zip(row["checks"], good)],
-            }
-        )
+    answers = checked(tokenizer, [row for row in prompts for _ in range(per_prompt)], generation)
+    answers = [{**answer, "proxy": x, "kl": kl} for answer, x, kl in zip(answers, scores, kls)]
     if config.best_of > 1:
         answers = keep_best(answers, config.best_of)
-    measured = summarise(answers, unseen, config.best_of)
+    firsts = checked(tokenizer, prompts, greedy) if greedy else []
+    measured = summarise(answers, unseen, config.best_of, firsts)
     seconds["total"] = before + time.time() - started
     where = provenance(seconds["total"])
     result = {
@@ -273,22 +268,53 @@ def evaluate(config):
         "unseen_types": unseen,
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "answers": answers,
+        "greedy": firsts,
     }
     write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     discard(partial_path(path))
     return result
 
 
-def heldout_prompts(config):
-    """(held-out prompts, check types that no training prompt has). Raises UserError if no prompt is held out."""
-    path = PROMPTS if config.prompts == PROMPTS else in_root(config.prompts)
-    rows = load_prompts(path)
-    trained = {check["name"] for row in rows if row["split"] == "train" for check in row["checks"]}
-    heldout = [row for row in rows if row["split"] == "heldout"]
-    if not heldout:
-        raise UserError(f"{config.prompts} has no held-out prompts")
-    unseen = sorted({check["name"] for row in heldout for check in row["checks"]} - trained)
-    return heldout[: config.limit], unseen
+def measured_prompts(config):
+    """(prompts of config.split, types that no training prompt has). Raises UserError if no prompt has this split."""
+    rows = load_prompts(in_root(config.prompts))
+    trained = {name for row in rows if row["split"] == "train" for name in types_of(row)}
+    chosen = [row for row in rows if row["split"] == config.split]
+    if not chosen:
+        raise UserError(f"{config.prompts} has no prompt with split {config.split!r}")
+    unseen = sorted({name for row in chosen for name in types_of(row)} - trained)
+    return chosen[: config.limit], unseen
+
+
+def types_of(row):
+    """The types by which the report breaks down the scores: the prompt's `family`, else the names of its checks."""
+    return [row["family"]] if "family" in row else [check["name"] for check in asked_checks(row["checks"])]
+
+
+def checked(tokenizer, rows, generation):
+    """The completions as dicts with their gold scores: entry i of the `Generation` belongs to the prompt rows[i].
+
+    "checks" has a list [type, passed] for each of `types_of`: with a family, whether all checks are passed.
+    """
+    found = []
+    for row, ids, reason in zip(rows, generation.completions, generation.finish_reasons, strict=True):
+        said = completion_text(tokenizer, ids)
+        gold = score(said, row["checks"], row["prompt"])
+        good = [gold == 1.0]
+        if "family" not in row:
+            good = [x and gold > 0 for x in passed(said, asked_checks(row["checks"]), row["prompt"])]
+        found.append(
+            {
+                "id": row["id"],
+                "prompt": row["prompt"],
+                "text": said,
+                "gold": gold,
+                "tokens": len(ids),
+                "finish_reason": reason,
+                "checks": [[name, x] for name, x in zip(types_of(row), good)],
+            }
+        )
+    return found
 
 
 def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
@@ -317,9 +343,11 @@ def heldout_blocks(text, tokens, length, tokenizer_name):
 def show(config, result):
     """Print the measurement."""
     m = result["measured"]
-    say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} held-out prompts; intervals hold 95 %")
+    part = {"heldout": "held-out"}.get(config.split, config.split)
+    say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} {part} prompts; intervals hold 95 %")
     say(f"  gold score           {plus_minus(m['gold'])}")
-    say(f"  unseen check types   {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
+    say(f"  greedy               {plus_minus(m['greedy'])}")
+    say(f"  unseen types         {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
     say(f"  reward model         {plus_minus(m['proxy'])}")
     bound = "  (at most: log n - (n - 1) / n)" if config.best_of > 1 else ""
     se = f"  (standard error {m['kl']['se']:.3f})" if m["kl"]["se"] is not None else ""
@@ -333,7 +361,7 @@ def show(config, result):
     text = result["text"]
     perplexity = math.exp(text["nats_per_token"])
     say(f"  held-out text        {text['nats_per_token']:.4f} nats per token, perplexity {perplexity:.1f}")
-    say("  share passed, by check type (* only held-out):")
+    say("  share passed, by type (* in no training prompt):")
     rates = [f"{name}{'*' * (name in result['unseen_types'])} {x['mean']:.2f}" for name, x in m["checks"].items()]
     for i in range(0, len(rates), 4):
         say("    " + "".join(rate.ljust(22) for rate in rates[i : i + 4]).rstrip())

@@ -46,7 +46,7 @@ def files_read(config):
         if files:
             found[key] = sha256_files(files, ROOT)
     if "prompts" in vars(config) and not code:
-        found["checks"] = sha256_files([ROOT / "data" / "checks.py"], ROOT)
+        found["checks"] = sha256_files([ROOT / "data" / name for name in ("checks.py", "words.txt")], ROOT)
     return found
 
 
