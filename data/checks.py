@@ -237,22 +237,26 @@ CHECKS = {
 
 # Words that carry no topic: they hold a sentence together, or announce an answer.
 COMMON = frozenset(
-    words("""a about after all also always am an and any are as at be because been before being best better big both but by
+    words("""
+    a about after all also always am an and any are as at be because been before being best better big both but by
     came can come could day did do does don't down each enough even ever every few find first for from get gets give
-    gives go goes going good great had has have having he help helps her here him his how i if in into is isn't it it's
-    its just keep keeps know last less let lets like little long look lot made make makes many may me mean means might
-    more most much must my need needs never new next no not nothing now of off often old on once one only or other our
-    out over own part people place put really right same say see she should small so some something still such take
-    takes than that that's the their them then there these they thing things think this those through time to too try
-    two under until up us use used uses very want was way we well were what when where which while who why will with
-    without work would yes you you'll you're your""")
+    gives go goes going good great had has have having he help helps her here him his how i if in into is isn't it
+    it's its just keep keeps know last less let lets like little long look lot made make makes many may me mean
+    means might more most much must my need needs never new next no not nothing now of off often old on once one
+    only or other our out over own part people place put really right same say see she should small so some
+    something still such take takes than that that's the their them then there these they thing things think this
+    those through time to too try two under until up us use used uses very want was way we well were what when where
+    which while who why will with without work would yes you you'll you're your
+    """)
 )
 FILLER = frozenset(
-    words("""above act allowed answer answered answering apologize below can't cannot capital comma commas contain
-    contains course description end ends exactly exclamation example following forbidden happy here's i'll i'm it'll letter letters
-    line lines lowercase mark mention ok okay please prompt question quote quotes request reply respond response
-    sentence sentences short sorry sure task text thank thanks topic unable understand uppercase word words write
-    writing written""")
+    words("""
+    above act allowed answer answered answering apologize below can't cannot capital comma commas contain contains
+    course description end ends exactly exclamation example following forbidden happy here's i'll i'm it'll letter
+    letters line lines lowercase mark mention ok okay please prompt question quote quotes request reply respond
+    response sentence sentences short sorry sure task text thank thanks topic unable understand uppercase word words
+    write writing written
+    """)
 )
 ARTICLES = {"a", "an", "the"}
 NEVER_AFTER_ARTICLE = {  # a word salad puts them there

@@ -23,7 +23,7 @@ import torch
 
 from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
-from data.prompts import PROMPTS, TASKS, load_prompts, read_prompts, text_of
+from data.prompts import ARITHMETIC, TASKS, load_prompts, read_prompts, text_of
 from data.rewards import columns_of, load_reward, reward_all
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
@@ -43,7 +43,7 @@ class SamplingConfig:
     model_name: str = option(
         "smollm2-135m", "the model that samples: an embedded name, a folder, or a hub id", reads=True
     )
-    prompts: str = option(PROMPTS, "file of prompts (.json, .jsonl, .txt); of a .json those of training", reads=True)
+    prompts: str = option(ARITHMETIC, "file of prompts (.json, .jsonl, .txt); of a .json those of training", reads=True)
     limit: int | None = option(None, "take only the first so many training prompts", at_least=1)
     reward: str | None = option(None, "module:function, a reward function in place of the checks", reads="code")
     samples_per_prompt: int = option(4, "completions sampled for each prompt", at_least=2)

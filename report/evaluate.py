@@ -29,7 +29,7 @@ from data.blocks import make_blocks
 from data.checks import asked_checks, passed, score
 from data.corpus import load_corpus
 from data.order import epoch_order
-from data.prompts import PROMPTS, load_prompts
+from data.prompts import ARITHMETIC, load_prompts
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
@@ -68,7 +68,7 @@ class Measure:
     reward_model: str | None = option(
         "models/reward", "folder of the reward model, the proxy; left out if not there", reads=True
     )
-    prompts: str = option(PROMPTS, "prompt file; completions of one part of its prompts are measured", reads=True)
+    prompts: str = option(ARITHMETIC, "prompt file; completions of one part of its prompts are measured", reads=True)
     split: Literal["heldout", "validation"] = option("heldout", "which part: choose settings by validation")
     limit: int | None = option(None, "take only the first so many of these prompts", at_least=2)
     samples_per_prompt: int = option(2, "completions measured for each prompt", at_least=1)

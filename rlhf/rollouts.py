@@ -10,7 +10,7 @@ import torch
 from configs.config import UserError, option
 from data.order import step_indices
 from data.pairs import load_groups
-from data.prompts import read_prompts, text_of
+from data.prompts import ARITHMETIC, read_prompts, text_of
 from data.rewards import columns_of
 from models.loader import check_length, context_length
 from models.tokens import completion_text, prompt_ids, stop_ids
@@ -28,7 +28,7 @@ class RolloutConfig(TrainingConfig):
     """The common options of PPO and GRPO."""
 
     RENAMED: ClassVar[dict] = {"group_size": "samples_per_prompt", "rollout_batch_size": "sampling_batch_size"}
-    prompts: str = option("data/prompts.json", "prompts; their checks give the gold score", reads=True)
+    prompts: str = option(ARITHMETIC, "prompts; their checks give the gold score", reads=True)
     steps: int = option(30, "rollouts; each is followed by inner_epochs * minibatches updates", at_least=1)
     prompts_per_step: int = option(8, "prompts per rollout, over all processes", at_least=1)
     samples_per_prompt: int = option(4, "completions per prompt; the prompt is computed once for all", at_least=1)
