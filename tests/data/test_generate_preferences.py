@@ -67,7 +67,7 @@ def tiny_options(prompts):
 @pytest.fixture(scope="module")
 def made_pairs(tmp_path_factory, tiny_options):
     out = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    status, stdout, stderr = run(generate_preferences, *tiny_options, "--out", out)
+    status, stdout, stderr = run(generate_preferences, *tiny_options, "--pairs_per_prompt", 1, "--out", out)
     assert status == 0, stderr
     return out, stdout
 
