@@ -119,7 +119,7 @@ def samples_text(rows):
         lines = []
         for row, answer in answers:
             said = " / ".join(line.strip() for line in answer["text"].splitlines() if line.strip())
-            lines.append(f"  {row.label:<{width}}  {answer['gold']:.2f}  {said}{was_cut(answer)}")
+            lines.append(f"  {row.label:<{width}}  {answer['gold']:.2f}  {said or '(nothing)'}{was_cut(answer)}")
         parts.append("\n".join([" ".join(text_of(prompt).split()), *lines]))
     return "\n\n".join(parts)
 

@@ -67,10 +67,12 @@ def greedy_sentence(rows):
     if not others or not base.greedy:
         return ""
     best = max(others, key=lambda row: row.greedy["mean"])
-    times = f", {best.greedy['mean'] / base.greedy['mean']:.1f} times the base's" if base.greedy["mean"] else "; base:"
+    if best.greedy["mean"] <= base.greedy["mean"]:
+        return f"Greedy, no method scores above the base, {plus_minus(base.greedy)}."
+    times = f", {best.greedy['mean'] / base.greedy['mean']:.1f} times" if base.greedy["mean"] else ", against"
     return (
-        f"Greedy, {best.label} is the best: {plus_minus(best.greedy)}{times} {plus_minus(base.greedy)}. Of its sampled "
-        f"completions {best.measured['finish_stop']:.0%} end by themselves, of the base's "
+        f"Greedy, {best.label} is the best: {plus_minus(best.greedy)}{times} the base's {plus_minus(base.greedy)}. "
+        f"Of its sampled completions {best.measured['finish_stop']:.0%} end by themselves, of the base's "
         f"{base.measured['finish_stop']:.0%}."
     )
 

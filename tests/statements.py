@@ -71,6 +71,13 @@ STATEMENTS = {
     "aggregations": "The three aggregations have their worked values, whatever the micro-batches and the padding.",
     "no-signal": "The share of groups without any difference in reward is logged.",
     "offline-online": "With stored log-probs, the offline gradient is that of the online step on the same data.",
+    # the tasks and their gold scores
+    "last-number": "An arithmetic completion is right when its last number is the answer: with thousands, signs, "
+    "decimals and whatever stands around it.",
+    "real-answer": "An instruction's gold score is 0 for nonsense that fits the form: nothing, an echo, a refusal, key "
+    "words, invented words, what is off topic; plain good answers score 1.",
+    "splits-apart": "No question is in two parts of a prompt file, in whatever order its numbers stand.",
+    "chosen-ended": "Where a run asks for it, no completion that was cut is chosen for a pair.",
     # LoRA, checkpoints
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",
     "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",

@@ -40,11 +40,13 @@ def test_answers_are_right():
         assert solved(row["prompt"])[1] >= 0
 
 
+@pytest.mark.statement("splits-apart")
 def test_no_question_is_there_twice_in_whatever_order_it_is_asked():
     assert solved("What is 3 + 14?")[0] == solved("What is 14 + 3?")[0]
     assert solved("What is 14 - 3?")[0] != solved("What is 3 - 14?")[0]
-    asked = Counter(solved(row["prompt"])[0] for row in ROWS)
-    assert max(asked.values()) == 1 and len(asked) == len(ROWS)
+    for rows in (ROWS, make(Config(seed=1))):
+        asked = Counter(solved(row["prompt"])[0] for row in rows)
+        assert max(asked.values()) == 1 and len(asked) == len(rows) >= 900
 
 
 def test_sizes_and_what_is_only_held_out():

@@ -61,6 +61,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.statement("last-number")
 @pytest.mark.parametrize("name, arguments, good, bad", CASES, ids=[case[0] for case in CASES])
 def test_each_check_on_answers_that_pass_and_nearly_pass(name, arguments, good, bad):
     for text in good:
@@ -75,6 +76,7 @@ def test_every_check_is_tested_and_documented():
     assert all(check.__doc__ for check in (CHECKS | GATES).values())
 
 
+@pytest.mark.statement("last-number")
 @pytest.mark.parametrize(
     "text, value",
     [("1,234", 1234), ("1,234.5", 1234.5), ("1,234,567.", 1234567), ("12,34", 34), ("12,345,6", 6), ("-7", -7),

@@ -94,6 +94,15 @@ def test_among_equal_scores_the_completion_that_ended_goes_first():
     assert order_group([cut_bad, cut_good, bad, good]) == [good, cut_good, bad, cut_bad]
 
 
+@pytest.mark.statement("chosen-ended")
+def test_a_completion_that_was_cut_is_not_chosen_if_the_run_asks_for_that():
+    cut_good, good, bad = answer("a", 1.0, "length"), answer("b", 0.5), answer("c", 0.0)
+    assert make_pairs([cut_good, good, bad]) == [(cut_good, bad)]
+    assert make_pairs([cut_good, good, bad], chosen_ended=True) == [(good, bad)]
+    assert make_pairs([cut_good, bad], chosen_ended=True) == []
+    assert make_pairs([good, answer("d", 0.0, "length")], chosen_ended=True)[0][1].finish_reason == "length"
+
+
 def test_no_empty_completion_and_no_text_twice_in_the_pairs():
     a, again, empty, bad = answer("a", 1.0), answer("a", 1.0), answer("", 0.0), answer("z", 0.0)
     assert make_pairs([a, again, empty, bad], 2) == [(a, bad)]

@@ -122,12 +122,14 @@ def test_the_lists_are_long_and_their_prompts_have_the_gate():
     assert all(len(asked_checks(row["checks"])) == len(row["checks"]) - 1 for row in ROWS)
 
 
+@pytest.mark.statement("real-answer")
 @pytest.mark.parametrize("kind, start, text", ATTACKS, ids=[kind for kind, _, _ in ATTACKS])
 def test_nonsense_scores_zero(kind, start, text):
     row = row_of(start)
     assert score(text, row["checks"], row["prompt"]) == 0.0
 
 
+@pytest.mark.statement("real-answer")
 @pytest.mark.parametrize("start, text", GOOD, ids=[start[:30] for start, _ in GOOD])
 def test_good_answers_score_one(start, text):
     row = row_of(start)

@@ -179,6 +179,10 @@ def test_greedy_sentence_follows_the_numbers():
         row.measured["greedy"] = mean and {"mean": mean, "half": 0.01, "se": 0.005, "n": 54}
     text = greedy_sentence(rows)
     assert text.startswith("Greedy, DPO is the best: 0.500 +- 0.010, 2.5 times the base's 0.200 +- 0.010.")
+    rows[0].measured["greedy"] = {"mean": 0.0, "half": 0.0, "se": 0.0, "n": 54}
+    assert "DPO is the best: 0.500 +- 0.010, against the base's 0.000" in greedy_sentence(rows)
+    rows[0].measured["greedy"] = {"mean": 0.6, "half": 0.0, "se": 0.0, "n": 54}
+    assert greedy_sentence(rows) == "Greedy, no method scores above the base, 0.600 +- 0.000."
     rows[0].measured["greedy"] = None
     assert greedy_sentence(rows) == ""
 
