@@ -54,12 +54,12 @@ def make_pairs(
     trainer that adds a stop token to a cut text would teach the model to stop in the middle of a sentence. After that
     the order of sampling decides. Completions without text and copies of an earlier text are left out.
     chosen_ended: only completions with finish_reason "stop" are chosen. A cut one has no stop token, so DPO would learn
-    to go on.
+    to go on. As rejected, cut completions are as good as others then.
     """
     distinct = list({a.text: a for a in reversed(answers) if a.text}.values())[::-1]
     ended = [a for a in distinct if a.finish_reason == "stop" or not chosen_ended]
     best = sorted(ended, key=lambda a: (-a.score, a.finish_reason != "stop"))
-    worst = sorted(distinct, key=lambda a: (a.score, a.finish_reason != "stop"))
+    worst = sorted(distinct, key=lambda a: (a.score, a.finish_reason != "stop" and not chosen_ended))
     return [(c, r) for c, r in zip(best, worst) if c.score > r.score][:pairs_per_prompt]
 
 

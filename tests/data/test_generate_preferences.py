@@ -100,7 +100,9 @@ def test_a_completion_that_was_cut_is_not_chosen_if_the_run_asks_for_that():
     assert make_pairs([cut_good, good, bad]) == [(cut_good, bad)]
     assert make_pairs([cut_good, good, bad], chosen_ended=True) == [(good, bad)]
     assert make_pairs([cut_good, bad], chosen_ended=True) == []
-    assert make_pairs([good, answer("d", 0.0, "length")], chosen_ended=True)[0][1].finish_reason == "length"
+    cut_bad = answer("d", 0.0, "length")
+    assert make_pairs([good, cut_bad, bad], chosen_ended=True) == [(good, cut_bad)]  # the first that was sampled
+    assert make_pairs([good, cut_bad, bad]) == [(good, bad)]
 
 
 def test_no_empty_completion_and_no_text_twice_in_the_pairs():
