@@ -1,17 +1,23 @@
 """Checks: programs that decide whether a completion follows an instruction.
 
 A check is a pure function of the text of a completion and its arguments. It uses no tokenizer, network or model. In a
-prompt file a check is `{"name": "max_words", "n": 12}`; CHECKS maps each name to its function. `score` is the gold
-score of a completion. With `--reward module:function`, a reward function of the user replaces it.
+prompt file a check is `{"name": "max_words", "n": 12}`; CHECKS maps each name to its function. A gate is a check that
+the instruction takes for granted: without it the score is 0. GATES maps their names; they read the prompt, too. `score`
+is the gold score of a completion. With `--reward module:function`, a reward function of the user replaces it.
 
 Before a check reads a completion, white space at both ends is dropped and curly quotes become straight quotes.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
+from fractions import Fraction
+
+from configs.config import ROOT
 
 QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "\u00a0": " "})
 ALNUM = r"[^\W_]"
@@ -20,6 +26,11 @@ MARKER = re.compile(r"[-*+•‣◦▪–—](?![-*])|\(?\d+[.)](?!\d)")  # a li
 CLOSERS = "\"')]}*_ \n\t"  # may stand between the last mark of a completion and its end
 # A run of end marks ends a sentence where white space, the end, or a capital letter follows ("end.Start").
 SENTENCE_END = re.compile(r"(?:[.!?…]+[\"')\]*_]*)(?=\s|$|(?<=[a-z][.!?])[A-Z])")
+# Digits with commas between thousands, or plain, with decimals; or a fraction of two such numbers without a space.
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?!,\d{3})|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+"
+NUMERAL = re.compile(rf"(?<![\w.])(?:{DIGITS})(?:/(?:{DIGITS}))?", re.ASCII)
+SIGN = re.compile(r"(?:[-−–]|=\s*[-−–]\s*|\b(?:minus|negative)\s+)$", re.IGNORECASE)  # ends so: the number is below 0
+SUBTRACTION = re.compile(r"(?:\w|[\d)]\s*)(?:[-−–]|\bminus)\s*$", re.IGNORECASE)  # so: it is subtracted
 NEVER_LAST = {"mr", "mrs", "ms", "dr", "prof", "st", "e.g", "i.e", "vs", "cf", "approx"}
 SELDOM_LAST = {"etc", "a.m", "p.m", "u.s", "u.k", "jr", "sr", "inc"}  # last only before a capital or at the end
 
@@ -87,6 +98,22 @@ def count_word(text: str, word: str) -> int:
     """How often a word occurs in the text, in upper or lower case. `bee` occurs in `bee's`, not in `bees`."""
     pattern = rf"(?<!{ALNUM}){re.escape(clean(word).casefold())}(?!{ALNUM})"
     return len(re.findall(pattern, clean(text).casefold()))
+
+
+def numbers(text: str) -> list[Fraction]:
+    """The numbers that are written in digits, in order: `1,234.5`, `-7`, `- 7` after `=`, `minus 7`, `1/2`, `.5`.
+
+    A hyphen or `minus` after a number is a subtraction or a range (`20-7`, `20 minus 7`), and a hyphen before a space
+    is a list mark: no signs. Digits after a letter or `_` are part of a name (`x2`). 27.0 is 27; `27.` ends a sentence.
+    """
+    text, found = clean(text), []
+    for match in NUMERAL.finditer(text):
+        before = text[: match.start()].rstrip("$€£*_")
+        sign = -1 if SIGN.search(before) and not SUBTRACTION.search(before) else 1
+        above, _, below = match.group().replace(",", "").partition("/")
+        if not below or Fraction(below):
+            found.append(sign * Fraction(above) / Fraction(below or 1))
+    return found
 
 
 def max_words(text: str, n: int) -> bool:
@@ -193,13 +220,124 @@ def number(text: str) -> bool:
     return any(re.search(r"\d", re.sub(r"^\(?\d+[.)](?!\d)", "", line)) for line in lines(text))
 
 
+def last_number(text: str, value: float) -> bool:
+    """The last number of the completion is this number; see `numbers`."""
+    return numbers(text)[-1:] == [Fraction(str(value))]
+
+
 CHECKS = {
     function.__name__: function
     for function in (
         max_words, short_words, sentences, one_sentence, lowercase, capitals, no_commas, starts_with, ends_with,
         includes, excludes, repeats, bullets, numbered, question, exclamation, quoted, parentheses, no_letter, number,
+        last_number,
     )
 }  # fmt: skip
+
+
+# Words that carry no topic: they hold a sentence together, or announce an answer.
+COMMON = frozenset(
+    words("""
+    a about after all also always am an and any are as at be because been before being best better big both but by
+    came can come could day did do does don't down each enough even ever every few find first for from get gets give
+    gives go goes going good great had has have having he help helps her here him his how i if in into is isn't it
+    it's its just keep keeps know last less let lets like little long look lot made make makes many may me mean
+    means might more most much must my need needs never new next no not nothing now of off often old on once one
+    only or other our out over own part people place put really right same say see she should small so some
+    something still such take takes than that that's the their them then there these they thing things think this
+    those through time to too try two under until up us use used uses very want was way we well were what when where
+    which while who why will with without work would yes you you'll you're your
+    """)
+)
+FILLER = frozenset(
+    words("""
+    above act allowed answer answered answering apologize below can't cannot capital comma commas contain contains
+    course description end ends exactly exclamation example following forbidden happy here's i'll i'm it'll letter
+    letters line lines lowercase mark mention ok okay please prompt question quote quotes request reply respond
+    response sentence sentences short sorry sure task text thank thanks topic unable understand uppercase word words
+    write writing written
+    """)
+)
+ARTICLES = {"a", "an", "the"}
+NEVER_AFTER_ARTICLE = {  # a word salad puts them there
+    "a", "an", "and", "are", "at", "be", "but", "by", "for", "from", "he", "if", "in", "into", "is", "it", "of", "on",
+    "or", "she", "that", "the", "them", "they", "this", "to", "was", "we", "were", "with", "you",
+}  # fmt: skip
+ENDINGS = (("ies", "y"), ("es", ""), ("s", ""), ("ied", "y"), ("ed", ""), ("ed", "e"), ("ing", ""), ("ing", "e"),
+           ("er", ""), ("er", "e"), ("est", ""), ("est", "e"), ("ly", ""), ("y", ""))  # fmt: skip
+LISTS = re.compile(r"\s*(?:list|name)\b", re.IGNORECASE)  # prompts that ask for items, not for sentences
+
+
+@functools.cache
+def vocabulary() -> frozenset[str]:
+    """English words without their endings: data/words.txt."""
+    return frozenset((ROOT / "data" / "words.txt").read_text(encoding="utf-8").split())
+
+
+def is_english(word: str) -> bool:
+    """Whether a word, or what is left of it without an ending (`bees`, `baked`), is in the vocabulary."""
+    stems = [word.removesuffix(end) + rest for end, rest in ENDINGS if word.endswith(end) and len(word) > len(end) + 1]
+    doubled = [stem[:-1] for stem in stems if len(stem) > 3 and stem[-1] == stem[-2]]  # running
+    return word.isdigit() or any(stem in vocabulary() for stem in (word, *stems, *doubled))
+
+
+def on_topic(text: str, stems: list[str]) -> bool:
+    """A word begins with one of the stems, in upper or lower case."""
+    return any(word.startswith(stem) for word in parts(text) for stem in stems)
+
+
+def own_words(text: str, prompt: str) -> bool:
+    """Of the words beyond COMMON and FILLER, two different ones and a third of all are not words of the prompt."""
+    mine = [word for word in words(text) if word not in COMMON and word not in FILLER]
+    asked = {*words(prompt), *parts(prompt)}
+    new = [word for word in mine if word not in asked]
+    return len(set(new)) >= 2 and len(new) >= len(mine) / 3
+
+
+def in_sentences(text: str, listing: bool) -> bool:
+    """The words are held together: a sixth are COMMON, and no article stands before `of`, `is` or the like.
+
+    listing: items are enough, of at most five words each on average, between commas or on lines of their own.
+    """
+    found = words(text)
+    salad = any(a in ARTICLES and b in NEVER_AFTER_ARTICLE for a, b in itertools.pairwise(found))
+    items = [item for item in re.split(r"[,;:\n•]|\.\s| - ", clean(text)) if words(item)]
+    enough = sum(word in COMMON for word in found) >= len(found) / 6
+    return not salad and (enough or listing and len(items) >= 2 and len(found) <= 5 * len(items))
+
+
+def parts(text: str) -> list[str]:
+    """Words in lower case; the parts of a hyphened word apart, and without what follows an apostrophe (`bee's`)."""
+    return [part.partition("'")[0] for word in words(text) for part in word.split("-")]
+
+
+def real_answer(text: str, prompt: str, stems: list[str], n: int) -> bool:
+    """A completion that says something about what it was asked. All of these hold:
+
+    - it has at least n words, and three quarters of them are English (`is_english`) or begin with one of the stems;
+    - it is on topic: one of its words begins with one of the stems (`on_topic`);
+    - it is no echo of the prompt (`own_words`), and no row of key words (`in_sentences`).
+
+    It reads no meaning: whether the answer is true, or sensible, it cannot tell.
+    """
+    found = parts(text)
+    known = sum(is_english(word) or any(map(word.startswith, stems)) for word in found)
+    listing = bool(LISTS.match(prompt)) or len(list_items(text)[0]) >= 2
+    return (
+        len(words(text)) >= n
+        and known >= 0.75 * len(found)
+        and on_topic(text, stems)
+        and own_words(text, prompt)
+        and in_sentences(text, listing)
+    )
+
+
+GATES = {function.__name__: function for function in (real_answer,)}
+
+
+def asked_checks(checks: list[dict]) -> list[dict]:
+    """The checks that the instruction asks for: those that are no gates."""
+    return [check for check in checks if check["name"] not in GATES]
 
 
 def is_degenerate(text: str) -> bool:
@@ -228,22 +366,31 @@ def is_degenerate(text: str) -> bool:
     return any(len(loop.group()) >= len(clean(text)) / 2 for loop in re.finditer(r"(\S{1,12}?)\1{7,}", clean(text)))
 
 
-def call_check(text: str, check: dict) -> bool:
-    """Whether one completion passes one check. A completion without a word passes no check."""
+def call_check(text: str, check: dict, prompt: str | list[dict] = "") -> bool:
+    """Whether one completion of a prompt passes one check. A completion without a word passes no check."""
     arguments = {key: value for key, value in check.items() if key != "name"}
+    if check["name"] in GATES:
+        asked = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        return bool(words(text)) and GATES[check["name"]](text, asked, **arguments)
     return bool(words(text)) and CHECKS[check["name"]](text, **arguments)
 
 
-def passed(text: str, checks: list[dict]) -> list[bool]:
-    """For each check, whether the completion passes it. Loops are not considered here."""
-    return [call_check(text, check) for check in checks]
+def passed(text: str, checks: list[dict], prompt: str | list[dict] = "") -> list[bool]:
+    """For each check, whether the completion of the prompt passes it. Loops are not considered here."""
+    return [call_check(text, check, prompt) for check in checks]
 
 
-def score(text: str, checks: list[dict]) -> float:
-    """The gold score: the share of checks passed, in [0, 1]. 0.0 for a completion that has no word or that loops.
+def score(text: str, checks: list[dict], prompt: str | list[dict] = "") -> float:
+    """The gold score: the share of checks passed, in [0, 1], of those that are no gates.
 
+    0.0 for a completion that has no word, that loops, or that does not pass a gate. The prompt (a text, or a list of
+    messages) is read by gates only.
     Raises ValueError if there are no checks.
     """
     if not checks:
         raise ValueError("score needs at least one check, got none")
-    return 0.0 if is_degenerate(text) else sum(passed(text, checks)) / len(checks)
+    gates = [check for check in checks if check["name"] in GATES]
+    if is_degenerate(text) or not all(passed(text, gates, prompt)):
+        return 0.0
+    asked = asked_checks(checks)
+    return sum(passed(text, asked)) / len(asked) if asked else 1.0

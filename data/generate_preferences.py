@@ -43,18 +43,24 @@ class Config(SamplingConfig):
     pairs_per_prompt: int = option(
         1, "pairs made of each prompt's completions, no completion in two of them", at_least=1
     )
+    chosen_ended: bool = option(False, "choose only completions that ended by themselves, none that was cut")
 
 
-def make_pairs(answers: list[Completion], pairs_per_prompt: int = 1) -> list[tuple[Completion, Completion]]:
+def make_pairs(
+    answers: list[Completion], pairs_per_prompt: int = 1, chosen_ended: bool = False
+) -> list[tuple[Completion, Completion]]:
     """(chosen, rejected) completions: the k-th best with the k-th worst, as long as their scores differ.
 
     Among equal scores, completions with finish_reason "stop" come before cut completions, as chosen and as rejected. A
     trainer that adds a stop token to a cut text would teach the model to stop in the middle of a sentence. After that
     the order of sampling decides. Completions without text and copies of an earlier text are left out.
+    chosen_ended: only completions with finish_reason "stop" are chosen. A cut one has no stop token, so DPO would learn
+    to go on. As rejected, cut completions are as good as others then.
     """
     distinct = list({a.text: a for a in reversed(answers) if a.text}.values())[::-1]
-    best = sorted(distinct, key=lambda a: (-a.score, a.finish_reason != "stop"))
-    worst = sorted(distinct, key=lambda a: (a.score, a.finish_reason != "stop"))
+    ended = [a for a in distinct if a.finish_reason == "stop" or not chosen_ended]
+    best = sorted(ended, key=lambda a: (-a.score, a.finish_reason != "stop"))
+    worst = sorted(distinct, key=lambda a: (a.score, a.finish_reason != "stop" and not chosen_ended))
     return [(c, r) for c, r in zip(best, worst) if c.score > r.score][:pairs_per_prompt]
 
 
@@ -69,7 +75,7 @@ def main(config: Config) -> None:
     rows, matches = [], []
     ties = 0
     for prompt, answers in sampled:
-        pairs = make_pairs(answers, config.pairs_per_prompt)
+        pairs = make_pairs(answers, config.pairs_per_prompt, config.chosen_ended)
         ties += not pairs
         for chosen, rejected in pairs:
             matches.append((prompt, chosen, rejected))
@@ -91,7 +97,7 @@ def main(config: Config) -> None:
         )
 
     # 3. numbers by which a person can judge the pairs
-    say(f"\n{len(rows)} pairs of {len(sampled.answers)} prompts; dropped {ties} whose completions all score the same")
+    say(f"\n{len(rows)} pairs of {len(sampled.answers)} prompts; dropped {ties} without two scores")
     summary = {"pairs": len(rows), "prompts": len(sampled.answers), "ties_dropped": ties}
     summary |= summarise(config, sampled, [(c, r) for _, c, r in matches])
     show_match(*matches[len(matches) // 2])

@@ -22,7 +22,7 @@ import torch
 
 from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
-from data.prompts import PROMPTS, PromptConfig, load_prompts, prompts_and_hash, text_of
+from data.prompts import ARITHMETIC, TASKS, PromptConfig, load_prompts, prompts_and_hash, text_of
 from data.rewards import RewardConfig, RewardFunctions, columns_of, in_numbers, reward_functions
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
@@ -42,7 +42,9 @@ class SamplingConfig(RewardConfig, PromptConfig, ModelOptions):
     model_name: str = option(
         "smollm2-135m", "the model that samples: an embedded name, a folder, or a hub id", reads=True
     )
-    prompts: str = option(PROMPTS, "prompts (.json, .jsonl, .csv, .txt, ...); of a .json those of training", reads=True)
+    prompts: str = option(
+        ARITHMETIC, "prompts (.json, .jsonl, .csv, .txt, ...); of a .json those of training", reads=True
+    )
     limit: int | None = option(None, "take only the first so many training prompts", at_least=1)
     samples_per_prompt: int = option(4, "completions sampled for each prompt", at_least=2)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
@@ -145,12 +147,13 @@ def load_task(config: SamplingConfig) -> Task:
     if config.limit is not None and config.limit > len(prompts):
         raise UserError(f"limit = {config.limit}: {config.prompts} has only {len(prompts)} training prompts")
     prompts = prompts[: config.limit]
-    heldout = {_plain(row["prompt"]): row["id"] for row in load_prompts(PROMPTS, "heldout")}
+    heldout = {_plain(row["prompt"]): (row["id"], file) for file in TASKS for row in load_prompts(file, "heldout")}
     for row in prompts:
         if _plain(row["prompt"]) in heldout:
+            name, file = heldout[_plain(row["prompt"])]
             raise UserError(
-                f"{config.prompts}: the prompt {text_of(row['prompt'])!r} is the held-out prompt "
-                f"{heldout[_plain(row['prompt'])]!r} of {PROMPTS}, on which models are measured; take it out"
+                f"{config.prompts}: the prompt {text_of(row['prompt'])!r} is the held-out prompt {name!r} of {file}, "
+                "on which models are measured; take it out"
             )
     return Task(prompts, reward, digest)
 
@@ -207,7 +210,7 @@ def score_answers(
     if reward is None:
         for row, group in zip(prompts, groups):
             for answer in group:
-                answer.score = score(answer.text, row["checks"])
+                answer.score = score(answer.text, row["checks"], row["prompt"])
         return groups, {}
     pairs = [(row, answer) for row, group in zip(prompts, groups) for answer in group]
     asked, columns = [row["prompt"] for row, _ in pairs], [columns_of(row) for row, _ in pairs]
@@ -290,7 +293,7 @@ def pass_rates(sampled: Sampled) -> dict[str, float]:
     for row, group in sampled:
         checks = row.get("checks") or []
         for answer in group:
-            for check, good in zip(checks, passed(answer.text, checks)):
+            for check, good in zip(checks, passed(answer.text, checks, row["prompt"])):
                 tried[check["name"]] += 1
                 right[check["name"]] += good
     return {name: right[name] / tried[name] for name in sorted(tried)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.config import UserError, option
-from data.checks import CHECKS, words
+from data.checks import CHECKS, GATES, words
 from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
 from data.rows import in_one_form, kind_of_file, read_rows, refuse_beyond
 from runtime.console import quiet_libraries
@@ -158,16 +159,22 @@ def text_of(value: str | list[dict]) -> str:
     return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
 
 
-PROMPTS = "data/prompts.json"
+ARITHMETIC = "data/arithmetic.json"  # made by data/make_arithmetic.py
+PROMPTS = "data/prompts.json"  # the instructions
+TASKS = (ARITHMETIC, PROMPTS)
 
-
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "validation", "heldout")
 
 
 ARGUMENTS = {  # argument: (whether a value is allowed, what is allowed)
     "n": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
     "word": (lambda v: isinstance(v, str) and len(words(v)) == 1, "one word"),
     "phrase": (lambda v: isinstance(v, str) and len(words(v)) >= 1, "a text of at least one word"),
+    "value": (lambda v: type(v) in (int, float) and math.isfinite(v), "a number"),
+    "stems": (
+        lambda v: isinstance(v, list) and bool(v) and all(isinstance(x, str) and x and x == x.casefold() for x in v),
+        "a list of beginnings of words, in lower case",
+    ),
     "letter": (lambda v: isinstance(v, str) and len(v) == 1 and v.isalpha(), "one letter"),
 }
 
@@ -180,11 +187,12 @@ def validate_checks(checks: list[dict], where: str) -> None:
         if not isinstance(check, dict) or not isinstance(check.get("name"), str):
             raise UserError(f'{where}: a check must be an object with a "name", got {check!r}')
         name = check["name"]
-        if name not in CHECKS:
-            near = difflib.get_close_matches(name, CHECKS, n=1, cutoff=0.5)
+        known = CHECKS | GATES
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(f"{where}: unknown check {name!r}{hint}; known checks: {', '.join(sorted(CHECKS))}")
-        allowed = list(inspect.signature(CHECKS[name]).parameters)[1:]
+            raise UserError(f"{where}: unknown check {name!r}{hint}; known checks: {', '.join(sorted(known))}")
+        allowed = [key for key in inspect.signature(known[name]).parameters if key in ARGUMENTS]
         takes = f"{name} takes " + (", ".join(f"{a} ({ARGUMENTS[a][1]})" for a in allowed) or "no arguments")
         given = [key for key in check if key != "name"]
         for key in given:
@@ -243,7 +251,7 @@ def load_prompts(
             validate_checks(row["checks"], where)
         text = " ".join(text_of(row["prompt"]).casefold().split())
         if text in seen and seen[text] != row["split"]:
-            raise UserError(f"{where}: the same prompt stands in both splits")
+            raise UserError(f"{where}: the same prompt stands in two splits")
         if text in seen and row["split"] == "heldout":
             raise UserError(f"{where}: the same prompt is held out twice, and would count twice; take one out")
         seen[text] = row["split"]

@@ -119,7 +119,7 @@ def mean_score(values):
 
 
 def gold(row, answer):
-    return f" | gold {score(answer.text, row['checks']):.2f}" if row.get("checks") else ""
+    return f" | gold {score(answer.text, row['checks'], row['prompt']):.2f}" if row.get("checks") else ""
 
 
 if __name__ == "__main__":

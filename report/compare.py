@@ -27,8 +27,8 @@ from report.evaluate import Config as EvaluateConfig
 from report.evaluate import Measure, evaluate
 from report.intervals import best_of_measured, distinct, summarise
 from report.methods import METHODS, REWARD_MODEL, method_of
-from report.page import table, text_table, write_report
-from report.sentences import headline
+from report.page import COLUMNS, NARROW, samples_text, table, text_table, write_report
+from report.sentences import greedy_sentence, headline
 from runtime.cli import cli
 from runtime.console import duration, say
 from runtime.files import in_root, read_lines, read_manifest, sha256_file
@@ -75,6 +75,11 @@ class Row:
     @property
     def gold(self):
         return self.measured["gold"]
+
+    @property
+    def greedy(self):
+        """The `interval` of the gold score of greedy completions; None for best-of-n."""
+        return self.measured["greedy"]
 
     def answers(self):
         return [answer for run in self.runs for answer in run["answers"]]
@@ -186,7 +191,10 @@ def make_rows(config, methods, results):
         measured = runs[0]["measured"]
         if len(runs) > 1:  # all seeds use the same prompts: their completions are clustered by prompt
             best_of = config.best_of if method.key == "best_of" else 1
-            measured = summarise([a for run in runs for a in run["answers"]], runs[0]["unseen_types"], best_of)
+            measured = summarise(
+                [a for run in runs for a in run["answers"]], runs[0]["unseen_types"], best_of,
+                [a for run in runs for a in run.get("greedy", ())],
+            )  # fmt: skip
         row = Row(method.key, method.label.format(n=config.best_of), runs, measured)
         if method.script:
             folder = run_folder(config, method, config.seed_list()[0])
@@ -285,8 +293,9 @@ def main(config):
     rows = make_rows(config, methods, results)
     notes = stale_inputs(rows, config)
     path = write_report(config, rows, notes)
-    narrow = [[line[i] for i in (0, 1, 3, 4, 5, 7, 8, 9, 10, 11, 13)] for line in table(rows)]
-    say(f"\n{text_table(narrow)}\n\n{headline(rows)}")
+    narrow = [[line[COLUMNS.index(name)] for name in NARROW] for line in table(rows)]
+    say(f"\n{text_table(narrow)}\n\n{headline(rows)} {greedy_sentence(rows)}")
+    say(f"\ngreedy completions of every method\n\n{samples_text(rows)}")
     for note in notes:
         say(f"note: {note}")
     say(f"\nwritten to {shown(path)}, figures in {shown(Path(path).parent / 'figures')}/")

@@ -28,15 +28,16 @@ import torch
 
 from configs.config import ROOT, UserError, config_to_dict, names_with, option, shown
 from data.blocks import make_blocks
-from data.checks import is_degenerate, passed, score
+from data.checks import asked_checks, passed, score
 from data.corpus import load_corpus
 from data.order import epoch_order
-from data.prompts import PROMPTS, PromptConfig, prompts_and_hash, text_of
+from data.prompts import ARITHMETIC, PromptConfig, prompts_and_hash, text_of
 from data.rewards import RewardConfig, columns_of, in_numbers, reward_functions
 from models.admission import known_as
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
+from models.generation import generate
 from models.loader import (
     adapter_base,
     context_length,
@@ -55,7 +56,7 @@ from rlhf.utils import completion_logprobs, kl_estimate, score_completions
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically
-from runtime.provenance import code_read, provenance
+from runtime.provenance import code_read, provenance, sha256_files
 from runtime.run_folder import check_place
 from train.common import evaluate_lm
 
@@ -71,11 +72,14 @@ class Measure(RewardConfig, PromptConfig, ModelOptions):
     reward_model: str | None = option(
         "models/reward", "folder of the reward model, the proxy; left out if not there", reads=True
     )
-    prompts: str = option(PROMPTS, "prompts; of a .json in the form of data/prompts.json the held-out ones", reads=True)
-    limit: int | None = option(None, "take only the first so many held-out prompts", at_least=2)
+    prompts: str = option(ARITHMETIC, "prompts; completions of one part of them are measured", reads=True)
+    split: Literal["heldout", "validation"] = option("heldout", "which part: choose settings by validation")
+    limit: int | None = option(None, "take only the first so many of these prompts", at_least=2)
     samples_per_prompt: int = option(2, "completions measured for each prompt", at_least=1)
     max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
-    temperature: float = option(1.0, "of the sampling and of the log-probs", above=0)
+    temperature: float = option(
+        1.0, "of the sampling and of the log-probs; a greedy completion is measured apart", above=0
+    )
     sampling_batch_size: int = option(240, "completions sampled at once", at_least=1, identity=False)
     text: str = option("shakespeare", "corpus whose held-out part is read for the perplexity", reads=True)
     text_tokens: int = option(4096, "tokens of it that are read, about", at_least=16)
@@ -154,7 +158,7 @@ def identity(config):
         "base": files_hash(config.base),
         "reward_model": files_hash(config.reward_model) if there else None,
         "prompts": prompts[:16],
-        "checks": sha256_file(ROOT / "data" / "checks.py")[:16],
+        "checks": sha256_files([ROOT / "data" / name for name in ("checks.py", "words.txt")], ROOT)[:16],
         **code_read(config),
     }
     return {"config": settings, "hashes": hashes}
@@ -164,8 +168,9 @@ def evaluate(config):
     """Measure config.model_name. Returns a dict, and writes it to `measurement_path(config)`.
 
     Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers
-    (the completions), left_out (numbers of completions without a gold score), seconds (of sampling, kl, reward_model,
-    rewards, text, total), git_commit, versions, machine. If an equal measurement is already there, it is read instead.
+    (the sampled completions), greedy (one greedy completion per prompt), left_out (numbers of sampled completions
+    without a gold score), seconds (of sampling, kl, reward_model, rewards, text, total), git_commit, versions, machine.
+    If an equal measurement is already there, it is read instead.
     Raises UserError for models with different tokenizers, and for everything that the loaders refuse.
     """
     started = time.time()
@@ -184,7 +189,7 @@ def evaluate(config):
     dtype = frozen_dtype(who["config"]["precision"])
     tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     same_tokens(tokenizer, config.base)
-    prompts, unseen = heldout_prompts(config)
+    prompts, unseen = measured_prompts(config)
     reward = reward_functions(config)
     if reward:
         reward.check_columns(prompts)
@@ -205,23 +210,29 @@ def evaluate(config):
     if context and config.text_length > context:
         raise UserError(f"text_length = {config.text_length}: {config.model_name} reads at most {context} tokens")
     per_prompt = config.samples_per_prompt * config.best_of
+    ids = [prompt_ids(tokenizer, row["prompt"]) for row in prompts]
+    stops, never = list(stop_ids(tokenizer)), never_sampled(tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     generation, before = generate_resumable(
         partial_path(path),
         who,
         model,
-        [prompt_ids(tokenizer, row["prompt"]) for row in prompts],
+        ids,
         config.max_new_tokens,
         config.temperature,
         per_prompt,
-        list(stop_ids(tokenizer)),
+        stops,
         config.seed,
         config.sampling_batch_size,
         progress_line(),
-        never_sampled(tokenizer),
+        never,
     )
-    questions = [prompt_ids(tokenizer, row["prompt"]) for row in prompts for _ in range(per_prompt)]
+    questions = [question for question in ids for _ in range(per_prompt)]
     completions = generation.completions
+    greedy = None
+    if config.best_of == 1:
+        settings = {"stop_ids": stops, "batch_size": config.sampling_batch_size, "never": never}
+        greedy = generate(model, ids, config.max_new_tokens, temperature=0, **settings)
     seconds["sampling"] = before + time.time() - clock
 
     # 2. the reward model's scores
@@ -252,37 +263,13 @@ def evaluate(config):
     # 4. the gold score (None: the reward functions give none), the checks, and the summary
     clock = time.time()
     rows = [row for row in prompts for _ in range(per_prompt)]
-    texts = [completion_text(tokenizer, ids) for ids in completions]
-    left_out = {}
-    if reward:
-        asked, columns = [row["prompt"] for row in rows], [columns_of(row) for row in rows]
-        found = reward.in_parts(asked, texts, columns, completions, per_prompt)
-        golds, left_out = found.values, found.left_out
-        if all(gold is None for gold in golds):
-            raise UserError(f"{in_numbers(left_out)} have no reward: there is nothing to measure")
-    else:
-        golds = [score(text, row["checks"]) for row, text in zip(rows, texts)]
+    answers, left_out = judged(tokenizer, rows, generation, reward, per_prompt)
+    answers = [{**answer, "proxy": x, "kl": kl} for answer, x, kl in zip(answers, scores, kls)]
+    firsts = judged(tokenizer, prompts, greedy, reward, 1)[0] if greedy else []
     seconds["rewards"] = time.time() - clock
-    answers = []
-    for i, (row, text) in enumerate(zip(rows, texts)):
-        checks = row.get("checks") or []
-        good = [x and not is_degenerate(text) for x in passed(text, checks)]
-        answers.append(
-            {
-                "id": row["id"],
-                "prompt": text_of(row["prompt"]),
-                "text": text,
-                "gold": golds[i],
-                "proxy": scores[i],
-                "kl": kls[i],
-                "tokens": len(completions[i]),
-                "finish_reason": generation.finish_reasons[i],
-                "checks": [[check["name"], x] for check, x in zip(checks, good)],
-            }
-        )
     if config.best_of > 1:
         answers = keep_best(answers, config.best_of)
-    measured = summarise(answers, unseen, config.best_of)
+    measured = summarise(answers, unseen, config.best_of, firsts)
     seconds["total"] = before + time.time() - started
     where = provenance(seconds["total"])
     result = {
@@ -295,27 +282,72 @@ def evaluate(config):
         "left_out": left_out,
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "answers": answers,
+        "greedy": firsts,
     }
     write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     discard(partial_path(path))
     return result
 
 
-def heldout_prompts(config):
-    """(held-out prompts, check types that no training prompt has). Raises UserError if no prompt is held out.
+def measured_prompts(config):
+    """(prompts of config.split, types that no training prompt has). Raises UserError if no prompt has this split.
 
     All prompts of a file without splits are held out.
     """
     rows, _ = prompts_and_hash(config.prompts, None, config.reward is None, config.prompt_column)
-    trained = {check["name"] for row in rows if row.get("split") == "train" for check in row.get("checks") or ()}
-    heldout = [row for row in rows if row.get("split") != "train"]
-    if not heldout:
-        raise UserError(f"{config.prompts} has no held-out prompts")
-    unseen = {check["name"] for row in heldout for check in row.get("checks") or ()} - trained
-    names = [str(row.get("id")) for row in heldout]
+    trained = {name for row in rows if row.get("split") == "train" for name in types_of(row)}
+    chosen = [row for row in rows if row.get("split", "heldout") == config.split]
+    if not chosen:
+        raise UserError(f"{config.prompts} has no prompt with split {config.split!r}")
+    unseen = sorted({name for row in chosen for name in types_of(row)} - trained)
+    names = [str(row.get("id")) for row in chosen]
     if len(set(names)) < len(names):  # rows without ids: completions are grouped by the place of their prompt
-        heldout = [row | {"id": f"row {i}"} for i, row in enumerate(heldout, 1)]
-    return heldout[: config.limit], sorted(unseen)
+        chosen = [row | {"id": f"row {i}"} for i, row in enumerate(chosen, 1)]
+    return chosen[: config.limit], unseen
+
+
+def types_of(row):
+    """The types by which the report breaks down the scores: the prompt's `family`, else the names of its checks."""
+    if not row.get("checks"):
+        return []
+    return [row["family"]] if "family" in row else [check["name"] for check in asked_checks(row["checks"])]
+
+
+def judged(tokenizer, rows, generation, reward, per_prompt):
+    """(the completions as dicts with their gold scores, numbers of completions without one).
+
+    Entry i of the `Generation` belongs to the prompt rows[i]; per_prompt of them follow each other. "checks" has a list
+    [type, passed] for each of `types_of`: with a family, whether all checks are passed.
+    """
+    texts = [completion_text(tokenizer, ids) for ids in generation.completions]
+    by_checks = [
+        score(text, row["checks"], row["prompt"]) if row.get("checks") else 0.0 for row, text in zip(rows, texts)
+    ]
+    golds, left_out = by_checks, {}
+    if reward:
+        asked, columns = [row["prompt"] for row in rows], [columns_of(row) for row in rows]
+        found = reward.in_parts(asked, texts, columns, generation.completions, per_prompt)
+        golds, left_out = found.values, found.left_out
+        if all(gold is None for gold in golds):
+            raise UserError(f"{in_numbers(left_out)} have no reward: there is nothing to measure")
+    answers = []
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        good = [by_checks[i] == 1.0]
+        if "family" not in row:
+            asked = asked_checks(row.get("checks") or [])
+            good = [x and by_checks[i] > 0 for x in passed(text, asked, row["prompt"])]
+        answers.append(
+            {
+                "id": row["id"],
+                "prompt": text_of(row["prompt"]),
+                "text": text,
+                "gold": golds[i],
+                "tokens": len(generation.completions[i]),
+                "finish_reason": generation.finish_reasons[i],
+                "checks": [[name, x] for name, x in zip(types_of(row), good)],
+            }
+        )
+    return answers, left_out
 
 
 def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
@@ -349,9 +381,11 @@ def show(config, result):
     m = result["measured"]
     if any(result["left_out"].values()):
         say(f"\nwithout a gold score: {in_numbers(result['left_out'])}")
-    say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} held-out prompts; intervals hold 95 %")
+    part = {"heldout": "held-out"}.get(config.split, config.split)
+    say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} {part} prompts; intervals hold 95 %")
     say(f"  gold score           {plus_minus(m['gold'])}")
-    say(f"  unseen check types   {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
+    say(f"  greedy               {plus_minus(m['greedy'])}")
+    say(f"  unseen types         {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
     say(f"  reward model         {plus_minus(m['proxy'])}")
     bound = "  (at most: log n - (n - 1) / n)" if config.best_of > 1 else ""
     se = f"  (standard error {m['kl']['se']:.3f})" if m["kl"]["se"] is not None else ""
@@ -366,7 +400,7 @@ def show(config, result):
     perplexity = math.exp(text["nats_per_token"])
     say(f"  held-out text        {text['nats_per_token']:.4f} nats per token, perplexity {perplexity:.1f}")
     if m["checks"]:
-        say("  share passed, by check type (* only held-out):")
+        say("  share passed, by type (* in no training prompt):")
     rates = [f"{name}{'*' * (name in result['unseen_types'])} {x['mean']:.2f}" for name, x in m["checks"].items()]
     for i in range(0, len(rates), 4):
         say("    " + "".join(rate.ljust(22) for rate in rates[i : i + 4]).rstrip())

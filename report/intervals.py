@@ -73,16 +73,16 @@ def keep_best(answers, n):
 def best_of_measured(result, n):
     """The measurement of best-of-n, from a measurement of the model with a multiple of n completions per prompt."""
     answers = keep_best(result["answers"], n)
-    return result | {"answers": answers, "measured": summarise(answers, result["unseen_types"], n)}
+    return result | {"answers": answers, "greedy": [], "measured": summarise(answers, result["unseen_types"], n)}
 
 
-def summarise(answers, unseen, best_of=1):
+def summarise(answers, unseen, best_of=1, greedy=()):
     """The summary of a list of completions, as a dict of numbers and of `interval`s.
 
     answers: completions as dicts {"id" (of the prompt), "text", "gold" or None, "proxy" or None, "kl" or None (nats),
-    "tokens", "finish_reason", "checks" (a list of [name, passed])}. unseen: check types that occur in no training
-    prompt.
+    "tokens", "finish_reason", "checks" (a list of [type, passed])}. unseen: types that occur in no training prompt.
     best_of: each completion is the best of so many; if it is above 1, "kl" is the upper bound `best_of_kl`.
+    greedy: the greedy completions; their gold score is "greedy", None without them.
     Gold, proxy and KL are means per completion with intervals; kl_per_token is in nats per token.
     """
     by_check = {}
@@ -99,6 +99,7 @@ def summarise(answers, unseen, best_of=1):
     return {
         "answers": len(answers),
         "gold": clustered(answers, lambda a: a["gold"]),
+        "greedy": clustered(greedy, lambda a: a["gold"]) if greedy else None,
         "unseen": clustered(asked, lambda c: c["good"]) if asked else None,
         "checks": {name: clustered(by_check[name], lambda c: c["good"]) for name in sorted(by_check)},
         "proxy": clustered(answers, lambda a: a["proxy"]) if have_proxy else None,

@@ -6,7 +6,9 @@ import re
 import shlex
 import statistics
 import sys
+from collections import Counter
 
+from data.prompts import text_of
 from models.fetch import EMBEDDED_MODELS
 from report.intervals import number_or_dash, plus_minus
 from report.plots import checks_figure, curves_figure, gold_is, scores_figure
@@ -15,6 +17,7 @@ from report.sentences import (
     cost_sentence,
     curves_sentence,
     gain,
+    greedy_sentence,
     headline,
     kl_sentence,
     proxy_sentence,
@@ -26,9 +29,11 @@ from runtime.files import in_root, write_atomically
 from runtime.provenance import git_commit, machine, versions
 
 COLUMNS = (
-    "method", "gold", "gain on base", "unseen checks", "proxy", "KL, nats/sequence", "KL/token", "ended", "tokens",
-    "distinct-2", "text, nats/token", "training", "before it", "memory, GB",
+    "method", "gold", "greedy", "gain on base", "unseen types", "proxy", "KL, nats/sequence", "KL/token", "ended",
+    "tokens", "distinct-2", "text, nats/token", "training", "before it", "memory, GB",
 )  # fmt: skip
+NARROW = ("method", "gold", "greedy", "unseen types", "proxy", "KL, nats/sequence", "ended", "tokens", "training",
+          "memory, GB")  # fmt: skip
 
 
 def table(rows):
@@ -43,6 +48,7 @@ def table(rows):
             [
                 row.label,
                 plus_minus(row.gold),
+                plus_minus(row.greedy),
                 "" if row is base else plus_minus(gain(row, base)),
                 plus_minus(m["unseen"]),
                 plus_minus(m["proxy"], 2),
@@ -79,23 +85,47 @@ def plain(text, limit=300):
     return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", text) or "(nothing)"
 
 
-def samples_section(rows, count=5):
-    """The first completion of each method for `count` held-out prompts. The prompts are evenly spaced in the file."""
-    first = {row.key: {} for row in rows}
-    for row in rows:
-        for answer in row.runs[0]["answers"]:
-            first[row.key].setdefault(answer["id"], answer)
-    ids = list(first["base"])
+def sample_prompts(rows, count=5):
+    """[(prompt, [(row, its greedy completion)])] for `count` prompts. Best-of-n has no greedy completions.
+
+    The prompts are the first one of each type, of the types with the most prompts.
+    """
+    greedy = [(row, {answer["id"]: answer for answer in row.runs[0]["greedy"]}) for row in rows if row.greedy]
+    firsts, sizes = {}, Counter()
+    for key, answer in greedy[0][1].items():
+        name = answer["checks"][0][0] if answer["checks"] else key  # without checks each prompt is a type
+        firsts.setdefault(name, key)
+        sizes[name] += 1
+    chosen = [firsts[name] for name, _ in sizes.most_common(count)]
+    return [(greedy[0][1][key]["prompt"], [(row, found[key]) for row, found in greedy]) for key in chosen]
+
+
+def samples_section(rows):
+    """The completions of `sample_prompts` as Markdown tables."""
     parts = []
-    for k in range(min(count, len(ids))):
-        chosen = ids[(2 * k + 1) * len(ids) // (2 * count)] if len(ids) >= count else ids[k]
-        lines = [["method", "gold", "answer"]]
-        for row in rows:
-            answer = first[row.key][chosen]
-            cut = "" if answer["finish_reason"] == "stop" else " (cut)"
-            lines.append([row.label, number_or_dash(answer["gold"]), plain(answer["text"]) + cut])
-        parts.append(f"**{plain(first['base'][chosen]['prompt'])}**\n\n" + markdown_table(lines).replace("---:", "---"))
+    for prompt, answers in sample_prompts(rows):
+        lines = [["method", "gold", "completion"]]
+        for row, answer in answers:
+            lines.append([row.label, number_or_dash(answer["gold"]), plain(answer["text"]) + was_cut(answer)])
+        parts.append(f"**{plain(text_of(prompt))}**\n\n" + markdown_table(lines).replace("---:", "---"))
     return "\n\n".join(parts)
+
+
+def samples_text(rows):
+    """The completions of `sample_prompts` as text for the console."""
+    parts = []
+    for prompt, answers in sample_prompts(rows):
+        width = max(len(row.label) for row, _ in answers)
+        lines = []
+        for row, answer in answers:
+            said = " / ".join(line.strip() for line in answer["text"].splitlines() if line.strip())
+            lines.append(f"  {row.label:<{width}}  {answer['gold']:.2f}  {said or '(nothing)'}{was_cut(answer)}")
+        parts.append("\n".join([" ".join(text_of(prompt).split()), *lines]))
+    return "\n\n".join(parts)
+
+
+def was_cut(answer):
+    return "" if answer["finish_reason"] == "stop" else " (cut)"
 
 
 def spread_section(rows, config):
@@ -125,9 +155,9 @@ def answers_a_prompt(rows):
     return f"{usual} ({others})" if others else f"{usual}"
 
 
-CHECKS_SECTION = """## Each check type
+CHECKS_SECTION = """## Each type of prompt
 
-![Share of completions that pass, by check type](figures/checks.png)
+![Share of completions that pass, by type of prompt](figures/checks.png)
 
 """
 
@@ -156,20 +186,22 @@ def write_report(config, rows, notes=()):
     for row in rows:
         hashes += [[row.label, f"`{run['model_name']}`", f"`{run['identity']['hashes']['model']}`"] for run in row.runs]
     setting = who["config"]
+    part = {"heldout": "held-out"}.get(setting["split"], setting["split"])
     seconds = sum(run["seconds"]["total"] for row in rows if row.key != "best_of" for run in row.runs)
     text = f"""# Comparison
 
-{headline(rows)}
+{headline(rows)} {greedy_sentence(rows)}
 
 {markdown_table(table(rows))}
 
-Gold: {gold_is(rows)}, the mean over completions. Proxy: the reward model's score. Intervals (+-) hold 95 %:
-Student's, over the means of the {base.gold["n"]} held-out prompts. Gain on base: the difference prompt by prompt.
-Unseen checks: types that occur in no training prompt. KL: k1, the mean of log pi(completion) - log base(completion); of
-best-of-n the upper bound log n - (n - 1) / n. Ended: completions that stopped by themselves within
-{setting["max_new_tokens"]} tokens. Text: loss on held-out {setting["text"]}. Training: the run alone; before it: making
-the preferences, groups and reward model that it needs. Memory: the training process at its peak. Distinct-2:
-different word pairs over all, in the first completions to each prompt, as many of each method.
+Gold: {gold_is(rows)}, the mean over completions that were sampled. Greedy: the same of completions in which each token
+is the most probable one. Proxy: the reward model's score. Intervals (+-) hold 95 %: Student's, over the means of the
+{base.gold["n"]} {part} prompts. Gain on base: the difference prompt by prompt. Unseen types: those that occur in no
+training prompt. KL: k1, the mean of log pi(completion) - log base(completion); of best-of-n the upper bound
+log n - (n - 1) / n. Ended: completions that stopped by themselves within {setting["max_new_tokens"]} tokens. Text:
+loss on held-out {setting["text"]}. Training: the run alone; before it: making the preferences, groups and reward model
+that it needs. Memory: the training process at its peak. Distinct-2: different word pairs over all, in the first
+completions to each prompt, as many of each method.
 
 ## Score against KL, and gold against proxy
 
@@ -203,7 +235,8 @@ DPO and PPO fall to the optimum of the KL-regularised objective; IPO, GRPO and o
 
 ## Sample completions
 
-The first sample of each method to prompts evenly spaced in the held-out set. A line break is shown as /.
+The greedy completion of each method to the first {part} prompt of each of the most frequent types. They were not
+chosen by hand. A line break is shown as /.
 
 {samples_section(rows)}
 
@@ -214,8 +247,8 @@ The first sample of each method to prompts evenly spaced in the held-out set. A 
 - Versions: {", ".join(f"{key} {value}" for key, value in used.items() if value)}.
 - Start of every run, and reference of every KL: {start}.{starts_sentence(rows)}
 - {answers_a_prompt(rows)} completions a prompt, at most {setting["max_new_tokens"]} tokens, temperature
-  {setting["temperature"]:g}, sampling seed {setting["seed"]}, weights in {setting["precision"]}; training seeds
-  {", ".join(map(str, config.seed_list()))}.
+  {setting["temperature"]:g} (and one greedy completion), sampling seed {setting["seed"]}, weights in
+  {setting["precision"]}; training seeds {", ".join(map(str, config.seed_list()))}.
 - Prompts `{config.prompts}` ({who["hashes"]["prompts"]}), {scored_by}, reward model
   `{config.reward_model}` ({who["hashes"]["reward_model"] or "not there"}).
 - Measuring took {duration(seconds)} in all.

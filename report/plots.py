@@ -55,7 +55,7 @@ def scores_figure(rows, path):
         ax.axhline(base.gold["mean"], color="0.6", lw=0.8, ls=":", zorder=0)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(rows), 7), frameon=False)
-    figure.suptitle("Held-out prompts; bars are 95 % intervals", fontsize=10, color="0.35")
+    figure.suptitle("Prompts that no method trained on; bars are 95 % intervals", fontsize=10, color="0.35")
     figure.savefig(path)
 
 
@@ -121,7 +121,7 @@ def curves_figure(rows, path):
 
 
 def checks_figure(rows, path):
-    """Draw the share of completions that pass each check type, as a map. Types that are only held out are separate."""
+    """Draw the share of completions that pass, by type of prompt, as a map. Unseen types stand apart."""
     base = next(row for row in rows if row.key == "base")
     unseen = base.runs[0]["unseen_types"]
     checks = base.measured["checks"]
@@ -145,5 +145,5 @@ def checks_figure(rows, path):
         ax.tick_params(length=0)
     bar = figure.colorbar(image, ax=list(axes), fraction=0.03, pad=0.01)
     bar.set_label("share of completions that pass")
-    figure.supxlabel("check type (held-out prompts that ask for it)", fontsize=9)
+    figure.supxlabel("type (number of prompts)", fontsize=9)
     figure.savefig(path)

@@ -60,6 +60,23 @@ def headline(rows):
     return f"{first} {'; '.join(parts)}."
 
 
+def greedy_sentence(rows):
+    """The greedy score of the best method and of the base, and how often sampled completions end by themselves."""
+    base, others = split_base(rows)
+    others = [row for row in others if row.greedy]
+    if not others or not base.greedy:
+        return ""
+    best = max(others, key=lambda row: row.greedy["mean"])
+    if best.greedy["mean"] <= base.greedy["mean"]:
+        return f"Greedy, no method scores above the base, {plus_minus(base.greedy)}."
+    times = f", {best.greedy['mean'] / base.greedy['mean']:.1f} times" if base.greedy["mean"] else ", against"
+    return (
+        f"Greedy, {best.label} is the best: {plus_minus(best.greedy)}{times} the base's {plus_minus(base.greedy)}. "
+        f"Of its sampled completions {best.measured['finish_stop']:.0%} end by themselves, of the base's "
+        f"{base.measured['finish_stop']:.0%}."
+    )
+
+
 def kl_sentence(rows):
     """The gold score and the KL to the base of the best, the most efficient and the furthest method."""
     base, others = split_base(rows)
@@ -116,7 +133,7 @@ def reward_sentence(rows):
     if not familiar or familiar["pairs"] == everywhere["pairs"]:
         return f"{text}."
     half = familiar["half"] or 0
-    return f"{text}; on prompts with check types that it was trained on, in {familiar['mean']:.0%} +- {half:.0%}."
+    return f"{text}; on prompts of types that it was trained on, in {familiar['mean']:.0%} +- {half:.0%}."
 
 
 def curves_sentence(rows):
@@ -136,7 +153,7 @@ def curves_sentence(rows):
 
 
 def checks_sentence(rows):
-    """The check types on which the best method gained most and least, and the scores on the unseen check types."""
+    """The types on which the best method gained most and least, and the scores on the unseen types."""
     base, others = split_base(rows)
     if not others:
         return "Only the base was measured."
@@ -148,7 +165,7 @@ def checks_sentence(rows):
     verb = "gains" if change[most] > 0 else "changes"
     text = f"{best.label} {verb} most on {most} ({change[most]:+.2f}) and least on {least} ({change[least]:+.2f})."
     if not base.measured["unseen"]:
-        return text + " No check type occurs only held-out."
+        return text + " No type occurs only held-out."
     transfers = [r.label for r in others if sure(unseen_gain(r, base)) > 0]
     start = base.measured["unseen"]["mean"]
     reached = max(others, key=lambda r: r.measured["unseen"]["mean"])
@@ -160,7 +177,7 @@ def checks_sentence(rows):
 
 
 def unseen_gain(row, base):
-    """`gain` on the check types that no training prompt has."""
+    """`gain` on the types that no training prompt has."""
     types = base.runs[0]["unseen_types"]
 
     def asked(answers):

@@ -13,7 +13,7 @@ import torch
 from configs.config import UserError, option
 from data.order import step_indices
 from data.pairs import load_groups
-from data.prompts import PromptConfig, prompts_and_hash, text_of
+from data.prompts import ARITHMETIC, PromptConfig, prompts_and_hash, text_of
 from data.rewards import RewardConfig, columns_of
 from models.loader import check_length, context_length
 from models.tokens import completion_text, prompt_ids, stop_ids
@@ -34,7 +34,7 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
     ONE_OF: ClassVar[tuple] = ("reward", "reward_model")
 
     RENAMED: ClassVar[dict] = {"group_size": "samples_per_prompt", "rollout_batch_size": "sampling_batch_size"}
-    prompts: str = option("data/prompts.json", "prompts; their checks give the gold score", reads=True)
+    prompts: str = option(ARITHMETIC, "prompts; their checks give the gold score", reads=True)
     reward_model: str | None = option(None, "folder of a reward model in place of the checks", reads=True)
     steps: int = option(30, "rollouts; each is followed by inner_epochs * minibatches updates", at_least=1)
     prompts_per_step: int = option(8, "prompts per rollout, over all processes", at_least=1)

@@ -13,7 +13,7 @@ def gold_scores(rollout):
     """The gold score of each completion: the share of checks it passes. None if the prompts have no checks."""
     if rollout.checks is None:
         return None
-    return [score(text, checks) for text, checks in zip(rollout.texts, rollout.checks)]
+    return [score(*each) for each in zip(rollout.texts, rollout.checks, rollout.asked)]
 
 
 class Scorer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from configs.config import UserError, option, read_yaml, refuse_unused, shown
-from data.prompts import PromptConfig, read_prompts
+from data.prompts import ARITHMETIC, PromptConfig, read_prompts
 from models.completions import acquire_out, check_out, keep_for, sample_completions, sampling
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
@@ -24,9 +24,9 @@ class CompareConfig(PromptConfig, ModelOptions):
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size", "group_size": "samples_per_prompt"}
     model_name: str = option("", "the run's folder")
     prompt: str | None = option(None, "one prompt of your own, in place of the file's")
-    prompts: str = option("data/prompts.json", "prompts (.json, .jsonl, .csv, .txt, ...); of a .json the held-out ones")
+    prompts: str = option(ARITHMETIC, "prompts (.json, .jsonl, .csv, .txt, ...); of a .json the held-out ones")
     limit: int = option(8, "how many of the file's prompts", at_least=1)
-    max_new_tokens: int = option(48, "longest completion, in tokens", at_least=1)
+    max_new_tokens: int = option(16, "longest completion, in tokens", at_least=1)
     temperature: float = option(1.0, "of sampling and of the log-probs", above=0)
     sampling_batch_size: int = option(64, "completions sampled at once", at_least=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "of the weights; fp32 gives exact log-probs")

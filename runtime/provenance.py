@@ -42,7 +42,7 @@ def files_read(config):
         found[key] = sha256_files([path] if path.is_file() else inside, path)
     code = code_read(config)
     if "prompts" in vars(config) and not any(vars(config)[key] for key in names_with(config, reads="code")):
-        found["checks"] = sha256_files([ROOT / "data" / "checks.py"], ROOT)
+        found["checks"] = sha256_files([ROOT / "data" / name for name in ("checks.py", "words.txt")], ROOT)
     return found | code
 
 

@@ -30,13 +30,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("configs", "runtime", "models", "data", "train", "rlhf", "inference", "report", "proof", "tests")
+FILES = (
+    "data/arithmetic.json",
+    "data/prompts.json",
+    "data/words.txt",
+    "tests/data/forms.json",
+    "tests/train/text.jsonl",
+)
 MADE = ("models/smoke", "data/smoke", "report/runs/smoke")  # where the demo at smoke size writes
 LM = ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", "2", "--save_every", "1", "--epochs", "2"]
 LM += ["--max_steps", "9"]  # of which five are in the second epoch
 PAIRS = ["--data", "PAIRS", "--batch_size", "3", "--micro_batch_size", "2", "--log_every", "3", "--save_every", "1"]
 ROLLOUTS = ["--steps", "4", "--save_every", "1", "--log_every", "3"]
 SAMPLING = ["--model_name", "tiny-llama", "--max_new_tokens", "6", "--limit", "12", "--precision", "fp32"]
-SAMPLING += ["--sampling_batch_size", "8"]
+SAMPLING += ["--sampling_batch_size", "8", "--prompts", "tests/data/forms.json"]
 STAGES = {  # name: (script, its command line); the demo has its own
     "demo": None,
     "lm": ("train.train_lm", LM),
@@ -95,7 +102,7 @@ def copy_code(folder):
     for floor in FLOORS:
         for path in (ROOT / floor).rglob("*"):
             name = path.relative_to(ROOT)
-            code = path.suffix in (".py", ".yaml") or name.as_posix() in ("data/prompts.json", "tests/train/text.jsonl")
+            code = path.suffix in (".py", ".yaml") or name.as_posix() in FILES
             if code and path.is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)

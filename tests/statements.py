@@ -86,6 +86,13 @@ STATEMENTS = {
     "stay in order; one that raises is tried again once, and then loses its completion and no step. A changed file is "
     "noticed.",
     "prompt-columns": "The prompt is the named column of a row in any form; all other columns stay.",
+    # the tasks and their gold scores
+    "last-number": "An arithmetic completion is right when its last number is the answer: with thousands, signs, "
+    "decimals and whatever stands around it.",
+    "real-answer": "An instruction's gold score is 0 for nonsense that fits the form: nothing, an echo, a refusal, key "
+    "words, invented words, what is off topic; plain good answers score 1.",
+    "splits-apart": "No question is in two parts of a prompt file, in whatever order its numbers stand.",
+    "chosen-ended": "Where a run asks for it, no completion that was cut is chosen for a pair.",
     # LoRA, checkpoints
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",
     "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",

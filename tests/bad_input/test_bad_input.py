@@ -41,7 +41,7 @@ from bad_input.makers import (
 )
 
 from configs.config import ROOT
-from data.prompts import load_prompts
+from data.prompts import ARITHMETIC, load_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -217,7 +217,7 @@ CONTRADICTIONS = [
         "together",
         sampling_batch_size=2,
     ),
-    case("pairs", "limit = 100000: data/prompts.json has only 480 training prompts", limit=100000),
+    case("pairs", "limit = 100000: tests/data/forms.json has only 108 training prompts", limit=100000),
     case("inference", "prompt, prompts and chat exclude each other: give one of them", prompt="a", chat="true"),
     case("inference", "merge = true: tiny-llama holds no adapter, there is nothing to merge", prompt="a", merge="true"),
     case(
@@ -538,12 +538,12 @@ DATA = [
     ),
     case(
         "pairs",
-        "{here}/prompts.json: prompt 'p1': split must be one of train, heldout, got 'test'",
+        "{here}/prompts.json: prompt 'p1': split must be one of train, validation, heldout, got 'test'",
         prompts=prompts(asked(), asked(1, split="test")),
     ),
     case(
         "pairs",
-        "{here}/prompts.json: prompt 'p1': the same prompt stands in both splits",
+        "{here}/prompts.json: prompt 'p1': the same prompt stands in two splits",
         prompts=prompts(asked(), asked(1, prompt="SAY  0.", split="heldout")),
     ),
     case(
@@ -551,12 +551,19 @@ DATA = [
         "{here}/prompts.json: prompt 'p2': the same prompt is held out twice, and would count twice; take one out",
         prompts=prompts(asked(), asked(1, split="heldout"), asked(2, prompt="Say 1.", split="heldout")),
     ),
-    case("evaluate", "{here}/prompts.json has no held-out prompts", prompts=prompts(asked())),
+    case("evaluate", "{here}/prompts.json has no prompt with split 'heldout'", prompts=prompts(asked())),
     case(
         "pairs",
         "{here}/prompts.json: the prompt '...' is the held-out prompt ... of data/prompts.json, on which models "
         "are measured; take it out",
         prompts=prompts(asked(prompt=HELDOUT)),
+        limit=1,
+    ),
+    case(
+        "pairs",
+        "{here}/prompts.json: the prompt '...' is the held-out prompt 'heldout-001' of data/arithmetic.json, on which "
+        "models are measured; take it out",
+        prompts=prompts(asked(prompt=load_prompts(ARITHMETIC, "heldout")[0]["prompt"])),
         limit=1,
     ),
     case(

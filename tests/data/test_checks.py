@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from configs.config import ROOT, UserError
-from data.checks import CHECKS, is_degenerate, passed, score, split_sentences, words
+from data.checks import CHECKS, GATES, asked_checks, is_degenerate, numbers, passed, score, split_sentences, words
 from data.prompts import load_prompts, validate_checks
 from data.rewards import load_reward
 
@@ -47,10 +47,20 @@ CASES = [
     ("parentheses", {}, ["Bees (small) fly", "(3)"],
      ["Bees (small fly", "Bees () fly", "Bees )small( fly", "Bees [small]", "(!)"]),
     ("no_letter", {"letter": "e"}, ["A small wasp", "42"], ["Bee", "E", "caf\u00e9"]),
+    ("last_number", {"value": 27}, [
+        "27", "27.", "The answer is 27.", "13 + 14 = 27", "13+14=27", "27.0", "**27**", "$27", "It is 27!", "27%",
+        "(27)", "\\boxed{27}", "27 apples", "27cm", "54/2", "2.7e1", "20-7 is not 13 but 27", "- 27", "1. 27", "26, 27",
+        "+27", "26-27", "\u201c27\u201d", "027", "27\n",
+    ], [
+        "-27", "-27.", "28", "27.5", "27 28", "270", "1,270", "27,000", "2 7", "minus 27", "negative 27", "= -27",
+        "= - 27", "\u221227", "is \u201327.", "27,5", "27/2", "27/1 1/2", "twenty-seven", "x27", "27 - 1",
+        "27 - 14 = 13", "27 x 2", "27e3", "2.7", "0.27", "27/0", "27.27", "27:30", "None.",
+    ]),
     ("number", {}, ["7 bees", "1. We saw 7 bees", "1.5 l"], ["seven bees", "1. Bees\n2. Wasps", "(1) Bees"]),
 ]  # fmt: skip
 
 
+@pytest.mark.statement("last-number")
 @pytest.mark.parametrize("name, arguments, good, bad", CASES, ids=[case[0] for case in CASES])
 def test_each_check_on_answers_that_pass_and_nearly_pass(name, arguments, good, bad):
     for text in good:
@@ -62,7 +72,20 @@ def test_each_check_on_answers_that_pass_and_nearly_pass(name, arguments, good, 
 def test_every_check_is_tested_and_documented():
     assert {case[0] for case in CASES} == set(CHECKS)
     assert len(CHECKS) >= 14
-    assert all(check.__doc__ for check in CHECKS.values())
+    assert all(check.__doc__ for check in (CHECKS | GATES).values())
+
+
+@pytest.mark.statement("last-number")
+@pytest.mark.parametrize(
+    "text, value",
+    [("1,234", 1234), ("1,234.5", 1234.5), ("1,234,567.", 1234567), ("12,34", 34), ("12,345,6", 6), ("-7", -7),
+     ("it is -7.", -7), ("= - 7", -7), ("3-5=-2", -2), ("minus 7", -7), ("20-7", 7), ("20 - 7", 7), ("20 minus 7", 7),
+     ("(4) - 7", 7), ("a negative 7", -7), ("is \u22125", -5), ("0", 0), ("-0", 0), (".5", 0.5), ("-0.5", -0.5),
+     ("1/2", 0.5), ("-1/2", -0.5), ("3.14", 3.14), ("x1 is 8", 8)],
+)  # fmt: skip
+def test_the_last_number_of_a_text(text, value):
+    assert CHECKS["last_number"](text, value) is True, numbers(text)
+    assert CHECKS["last_number"](text, value + 1) is False
 
 
 def test_words_and_sentences():
@@ -149,6 +172,10 @@ def test_an_answer_without_a_word_passes_nothing(text):
         ([{"name": "includes", "word": 7}], "one word"),
         ([{"name": "ends_with", "phrase": "..."}], "at least one word"),
         ([{"name": "no_letter", "letter": "ab"}], "one letter"),
+        ([{"name": "last_number", "value": True}], "value=True; last_number takes value .a number"),
+        ([{"name": "real_answer", "n": 4}], "lacks the argument 'stems'; real_answer takes stems"),
+        ([{"name": "real_answer", "n": 4, "stems": ["Bee"]}], "in lower case"),
+        ([{"name": "real_answer", "n": 4, "stems": ["bee"], "prompt": "x"}], "unknown argument 'prompt'"),
         ([{"name": "lowercase"}, {"name": "repeats", "word": "bee", "n": 1.5}], "n=1.5"),
     ],
 )
@@ -176,7 +203,7 @@ def without(key):
         ([without("split")], "'a': lacks split"),
         ([{**ROW, "id": 3}], "id must be a text"),
         ([{**ROW, "prompt": " "}], "'a': prompt must be a text"),
-        ([{**ROW, "split": "test"}], "'a': split must be one of train, heldout, got 'test'"),
+        ([{**ROW, "split": "test"}], "'a': split must be one of train, validation, heldout, got 'test'"),
         ([{**ROW, "checks": [{"name": "lower"}]}], "'a': unknown check 'lower' .did you mean 'lowercase'"),
         ([ROW, {**ROW, "prompt": "Other."}], "'a': this id stands twice"),
         ([ROW, {**ROW, "id": "b", "prompt": "describe  BEES.", "split": "heldout"}], "'b': the same prompt"),
@@ -199,7 +226,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
     with pytest.raises(UserError, match="UTF-8"):
         load_prompts("latin.json")
-    with pytest.raises(UserError, match="split must be one of train, heldout"):
+    with pytest.raises(UserError, match="split must be one of train, validation, heldout"):
         load_prompts(split="test")
 
 
@@ -224,21 +251,20 @@ TOPIC = re.compile(
 
 
 def names(rows):
-    return Counter(check["name"] for row in rows for check in row["checks"])
+    return Counter(check["name"] for row in rows for check in asked_checks(row["checks"]))
 
 
 def test_prompt_file_has_the_stated_sizes():
     train, heldout = load_prompts(split="train"), load_prompts(split="heldout")
-    assert (len(train), len(heldout)) == (480, 120)
-    rows = train + heldout
-    assert [row["id"] for row in rows] == [f"train-{i:03d}" for i in range(1, 481)] + [
-        f"heldout-{i:03d}" for i in range(1, 121)
-    ]
+    validation = load_prompts(split="validation")
+    assert (len(train), len(validation), len(heldout)) == (420, 60, 120)
+    rows = train + validation + heldout
+    assert load_prompts() == rows and all(row["id"].startswith(row["split"]) for row in rows)
     assert len({row["prompt"].casefold() for row in rows}) == len(rows)
     assert all(set(row) == {"id", "prompt", "checks", "split"} for row in rows)
     assert all(5 <= len(row["prompt"].split()) <= 30 for row in rows)
-    doubles = sum(len(row["checks"]) == 2 for row in rows)
-    assert doubles + sum(len(row["checks"]) == 1 for row in rows) == len(rows)
+    doubles = sum(len(asked_checks(row["checks"])) == 2 for row in rows)
+    assert doubles + sum(len(asked_checks(row["checks"])) == 1 for row in rows) == len(rows)
     assert 0.1 < doubles / len(rows) < 0.2
 
 
@@ -254,7 +280,7 @@ def test_some_check_types_occur_only_heldout():
     assert 20 <= sum(any(check["name"] in new for check in row["checks"]) for row in heldout) <= 28
     assert set(train) <= set(names(heldout))
     assert len(train) + len(new) >= 14
-    assert min(train.values()) >= 25
+    assert min(train.values()) >= 20
 
 
 def test_no_prompt_contradicts_itself():
@@ -279,7 +305,7 @@ def test_no_prompt_contradicts_itself():
 def test_arguments_stand_in_the_prompt():
     number_words = {1: "one", 2: "two", 3: "three", 7: "seven", 8: "eight", 10: "ten", 12: "twelve", 15: "15"}
     for row in load_prompts():
-        for check in row["checks"]:
+        for check in asked_checks(row["checks"]):
             for key, value in check.items():
                 if key != "name":
                     said = number_words[value] if key == "n" else value

@@ -66,7 +66,7 @@ def tiny_options(prompts):
 @pytest.fixture(scope="module")
 def made_pairs(tmp_path_factory, tiny_options):
     out = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    status, stdout, stderr = run(generate_preferences, *tiny_options, "--out", out)
+    status, stdout, stderr = run(generate_preferences, *tiny_options, "--pairs_per_prompt", 1, "--out", out)
     assert status == 0, stderr
     return out, stdout
 
@@ -91,6 +91,17 @@ def test_among_equal_scores_the_completion_that_ended_goes_first():
     cut_bad, bad = answer("c", 0.0, "length"), answer("d", 0.0)
     assert make_pairs([cut_good, good, cut_bad, bad], 2) == [(good, bad), (cut_good, cut_bad)]
     assert order_group([cut_bad, cut_good, bad, good]) == [good, cut_good, bad, cut_bad]
+
+
+@pytest.mark.statement("chosen-ended")
+def test_a_completion_that_was_cut_is_not_chosen_if_the_run_asks_for_that():
+    cut_good, good, bad = answer("a", 1.0, "length"), answer("b", 0.5), answer("c", 0.0)
+    assert make_pairs([cut_good, good, bad]) == [(cut_good, bad)]
+    assert make_pairs([cut_good, good, bad], chosen_ended=True) == [(good, bad)]
+    assert make_pairs([cut_good, bad], chosen_ended=True) == []
+    cut_bad = answer("d", 0.0, "length")
+    assert make_pairs([good, cut_bad, bad], chosen_ended=True) == [(good, cut_bad)]  # the first that was sampled
+    assert make_pairs([good, cut_bad, bad]) == [(good, bad)]
 
 
 def test_no_empty_completion_and_no_text_twice_in_the_pairs():

@@ -86,6 +86,8 @@ LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
 REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("data", "rlhf"))
+CHECKS = "tests/data/test_checks.py::test_"
+ANSWER = "tests/data/test_real_answer.py::test_"
 CHECKPOINT = "tests/runtime/test_checkpoint.py::test_"
 NOTHING_MASKED = "tests/proof/test_verify.py::test_nothing_masked_reaches_losses_advantages_statistics_or_metrics"
 
@@ -1269,5 +1271,55 @@ MUTANTS = [
         "torn-checkpoint", "the hash of a checkpoint's files is not looked at", "runtime/checkpoint.py",
         'if sha256_file(folder / name) != expected[name]["sha256"]:', "if False:",
         (f"{CHECKPOINT}a_damaged_checkpoint_is_named_and_the_one_before_it_is_used",),
+    ),
+    Mutant(
+        "last-number", "the first number decides", "data/checks.py", "numbers(text)[-1:]", "numbers(text)[:1]",
+        (f"{CHECKS}each_check_on_answers_that_pass_and_nearly_pass[last_number]",),
+    ),
+    Mutant(
+        "last-number", "a subtraction is a sign", "data/checks.py",
+        "SIGN.search(before) and not SUBTRACTION.search(before)", "SIGN.search(before)",
+        (f"{CHECKS}the_last_number_of_a_text[20-7-7]",),
+    ),
+    Mutant(
+        "last-number", "minus signs are not read", "data/checks.py", "sign = -1 if", "sign = 1 if",
+        (f"{CHECKS}each_check_on_answers_that_pass_and_nearly_pass[last_number]",),
+    ),
+    Mutant(
+        "real-answer", "the gate does not count", "data/checks.py",
+        "if is_degenerate(text) or not all(passed(text, gates, prompt)):", "if is_degenerate(text):",
+        (f"{ANSWER}nonsense_scores_zero[off topic]",), "score",
+    ),
+    Mutant(
+        "real-answer", "an echo passes", "data/checks.py", "        and own_words(text, prompt)\n", "",
+        (f"{ANSWER}nonsense_scores_zero[a refusal]",), "real_answer",
+    ),
+    Mutant(
+        "real-answer", "invented words pass", "data/checks.py", "        and known >= 0.75 * len(found)\n", "",
+        (f"{ANSWER}nonsense_scores_zero[invented words in a sentence]",), "real_answer",
+    ),
+    Mutant(
+        "real-answer", "what is off topic passes", "data/checks.py", "        and on_topic(text, stems)\n", "",
+        (f"{ANSWER}nonsense_scores_zero[off topic]",), "real_answer",
+    ),
+    Mutant(
+        "real-answer", "key words pass", "data/checks.py", "        and in_sentences(text, listing)\n", "",
+        (f"{ANSWER}nonsense_scores_zero[key words in a row]",), "real_answer",
+    ),
+    Mutant(
+        "real-answer", "every list is refused", "data/checks.py", "enough or listing and", "enough and listing and",
+        (f"{ANSWER}good_answers_score_one[Name some gifts for a wedding.]",), "in_sentences",
+    ),
+    Mutant(
+        "splits-apart", "a question is asked again with its numbers in another order", "data/make_arithmetic.py",
+        "itertools.combinations_with_replacement(range(low, high + 1), 2)",
+        "itertools.product(range(low, high + 1), repeat=2)",
+        ("tests/data/test_arithmetic.py::test_no_question_is_there_twice_in_whatever_order_it_is_asked",), "pairs",
+    ),
+    Mutant(
+        "chosen-ended", "a cut completion is chosen", "data/generate_preferences.py",
+        'if a.finish_reason == "stop" or not chosen_ended', "if True",
+        ("tests/data/test_generate_preferences.py::"
+         "test_a_completion_that_was_cut_is_not_chosen_if_the_run_asks_for_that",), "make_pairs",
     ),
 ]  # fmt: skip

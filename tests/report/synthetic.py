@@ -32,16 +32,17 @@ def measurement(key, gold, proxy, kl, nats, prompts=54, samples=2, seed=0):
                  "tokens": rng.randrange(10, 48), "finish_reason": "stop" if rng.random() < 0.7 else "length",
                  "checks": [[name, good]]}
             )  # fmt: skip
+    greedy = [] if key == "best_of" else answers[::samples]
     settings = {"samples_per_prompt": samples, "max_new_tokens": 48, "temperature": 1.0, "seed": seed}
-    settings |= {"precision": "bf16", "text": "shakespeare"}
+    settings |= {"split": "heldout", "precision": "bf16", "text": "shakespeare"}
     hashes = dict.fromkeys(("model", "base", "reward_model", "prompts", "checks"), "0123456789abcdef")
-    measured = summarise(answers, UNSEEN)
+    measured = summarise(answers, UNSEEN, greedy=greedy)
     if key == "best_of":
         measured["kl"] = {"mean": kl, "se": None, "half": None, "n": 0}
     return {
         "model_name": f"models/{key}", "identity": {"config": settings, "hashes": hashes}, "measured": measured,
         "text": {"nats_per_token": nats, "bits_per_byte": 1.0}, "unseen_types": UNSEEN, "answers": answers,
-        "seconds": {"total": 20.0},
+        "greedy": greedy, "seconds": {"total": 20.0},
     }  # fmt: skip
 
 

@@ -13,12 +13,13 @@ from report import compare
 from report.compare import Config, equal_variety, find_runs, run_folder, seconds_before
 from report.intervals import summarise
 from report.methods import METHODS, method_of
-from report.page import COLUMNS, plain, table, write_report
+from report.page import COLUMNS, NARROW, plain, sample_prompts, samples_text, table, write_report
 from report.sentences import (
     checks_sentence,
     cost_sentence,
     curves_sentence,
     gain,
+    greedy_sentence,
     headline,
     kl_sentence,
     listed,
@@ -58,13 +59,16 @@ def test_a_report_on_reward_functions_and_prompts_without_checks(tmp_path):
         for run in row.runs:
             run["identity"]["config"]["reward"] = "mine:right,mine:short"
             run["identity"]["hashes"]["reward"] = "abcdefabcdef"
-            for i, answer in enumerate(run["answers"]):
-                answer |= {"checks": [], "gold": None if i % 2 == 0 else answer["gold"] - 3.0}
+            for kind in ("answers", "greedy"):
+                run[kind] = [
+                    answer | {"checks": [], "gold": None if i % 2 == 0 else answer["gold"] - 3.0}
+                    for i, answer in enumerate(run[kind])
+                ]
             run["unseen_types"] = []
-            run["measured"] = row.measured = summarise(run["answers"], [])
+            run["measured"] = row.measured = summarise(run["answers"], [], greedy=run["greedy"])
     text = write_report(Config(out=str(tmp_path), reward="mine:right,mine:short"), rows).read_text()
     assert "reward functions `mine:right,mine:short` (abcdefabcdef)" in text
-    assert "Gold: reward by mine:right,mine:short" in text and "Each check type" not in text
+    assert "Gold: reward by mine:right,mine:short" in text and "Each type of prompt" not in text
     assert (tmp_path / "figures" / "scores.png").is_file() and not (tmp_path / "figures" / "checks.png").exists()
     assert "| - |" in text  # the gold score of a sample without a reward
 
@@ -73,7 +77,10 @@ def test_every_row_of_the_table_has_every_column():
     lines = table(synthetic_rows())
     assert {len(line) for line in lines} == {len(COLUMNS)}
     assert [line[0] for line in lines[1:4]] == ["base", "SFT on chosen", "best of 4"]
-    assert lines[1][2] == "" and "+-" in lines[2][2]
+    gain = COLUMNS.index("gain on base")
+    assert lines[1][gain] == "" and "+-" in lines[2][gain]
+    assert lines[3][COLUMNS.index("greedy")] == "-" and "+-" in lines[2][COLUMNS.index("greedy")]
+    assert set(NARROW) < set(COLUMNS)
 
 
 def test_variety_is_compared_over_as_many_completions():
@@ -170,6 +177,37 @@ def test_paired_gain_is_sharper_than_two_intervals():
     found = gain(synthetic_rows()[-1], base)
     assert sure(found) == 1
     assert found["mean"] == pytest.approx(synthetic_rows()[-1].gold["mean"] - base.gold["mean"])
+
+
+def test_the_same_prompts_are_shown_for_every_method_but_best_of_n():
+    rows = synthetic_rows()
+    for row in rows:
+        row.runs[0]["greedy"] = [answer for answer in row.runs[0]["greedy"] if answer["id"] != "p3"]
+    shown = sample_prompts(rows, 5)
+    names = [answers[0][1]["checks"][0][0] for _, answers in shown]
+    assert len(set(names)) == 5 and "question" not in names  # p3 is missing: `question` has fewer prompts than others
+    for prompt, answers in shown:
+        assert [row.key for row, _ in answers] == [row.key for row in rows if row.key != "best_of"]
+        assert {answer["prompt"] for _, answer in answers} == {prompt}
+    text = samples_text(rows)
+    assert text.count("GRPO online") == 5 and "best of 4" not in text
+    for _, answers in shown:
+        for row, answer in answers:
+            assert answer["text"] in text and row.greedy
+
+
+def test_greedy_sentence_follows_the_numbers():
+    rows = synthetic_rows()
+    for row, mean in zip(rows, (0.2, 0.3, None, 0.5, 0.4, 0.1, 0.45)):
+        row.measured["greedy"] = mean and {"mean": mean, "half": 0.01, "se": 0.005, "n": 54}
+    text = greedy_sentence(rows)
+    assert text.startswith("Greedy, DPO is the best: 0.500 +- 0.010, 2.5 times the base's 0.200 +- 0.010.")
+    rows[0].measured["greedy"] = {"mean": 0.0, "half": 0.0, "se": 0.0, "n": 54}
+    assert "DPO is the best: 0.500 +- 0.010, against the base's 0.000" in greedy_sentence(rows)
+    rows[0].measured["greedy"] = {"mean": 0.6, "half": 0.0, "se": 0.0, "n": 54}
+    assert greedy_sentence(rows) == "Greedy, no method scores above the base, 0.600 +- 0.000."
+    rows[0].measured["greedy"] = None
+    assert greedy_sentence(rows) == ""
 
 
 def test_missing_runs_are_named_with_their_commands(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from configs.config import ROOT, UserError
 from models.loader import load_model, load_tokenizer
-from report.evaluate import Config, completion_kls, evaluate, heldout_prompts, measurement_path
+from report.evaluate import Config, completion_kls, evaluate, measured_prompts, measurement_path, types_of
 from report.intervals import best_of_measured, pair_accuracy
 from rlhf.utils import completion_logprobs
 
@@ -154,9 +154,13 @@ def test_best_of_needs_a_reward_model():
 
 
 def test_unseen_types_are_those_that_no_training_prompt_has():
-    prompts, unseen = heldout_prompts(Config(limit=7))
+    prompts, unseen = measured_prompts(Config(limit=7, prompts="data/prompts.json"))
     assert len(prompts) == 7 and all(row["split"] == "heldout" for row in prompts)
     assert unseen == ["numbered", "repeats", "sentences"]
+    prompts, unseen = measured_prompts(Config())
+    assert unseen == ["larger sums", "smallest of four"] and types_of(prompts[0]) == [prompts[0]["family"]]
+    prompts, unseen = measured_prompts(Config(split="validation"))
+    assert {row["split"] for row in prompts} == {"validation"} and unseen == []
 
 
 def test_where_a_measurement_goes():

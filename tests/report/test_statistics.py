@@ -93,7 +93,8 @@ def test_summary_by_hand():
         answer("q", gold=0.0, proxy=0.0, kl=0.0, tokens=6, checks=[("lowercase", False)]),
         answer("q", gold=0.0, proxy=0.0, kl=6.0, tokens=4, checks=[("lowercase", False)]),
     ]
-    found = summarise(answers, ["repeats"])
+    found = summarise(answers, ["repeats"], greedy=[answer("p", gold=1.0), answer("q", gold=0.5)])
+    assert found["greedy"]["mean"] == 0.75 and found["greedy"]["n"] == 2
     assert found["gold"]["mean"] == pytest.approx(0.375)  # prompts: 0.75 and 0
     assert found["unseen"]["mean"] == 0.5 and found["unseen"]["n"] == 1
     assert found["checks"]["lowercase"]["mean"] == 0.5
@@ -103,3 +104,4 @@ def test_summary_by_hand():
     assert found["finish_stop"] == 0.75 and found["tokens"] == 10
     without = summarise([answer("p", proxy=None, kl=None)], [])
     assert (without["proxy"], without["kl"], without["kl_per_token"], without["unseen"]) == (None,) * 4
+    assert without["greedy"] is None
