@@ -39,19 +39,19 @@ class Method:
 # the colours of Okabe & Ito (2008), which colour-blind people can distinguish, and a different marker for each method
 METHODS = (
     Method("base", "base", "#000000", "s"),
-    Method("sft", "SFT on chosen", "#999999", "D", "train/train_lm_lora.py", "text", own_config=False, seconds=62),
+    Method("sft", "SFT on chosen", "#999999", "D", "train/train_lm_lora.py", "text", own_config=False, seconds=54),
     Method("best_of", "best of {n}", "#CC79A7", "P"),
-    Method("dpo", "DPO", "#0072B2", "o", "rlhf/dpo_train.py", "pairs", seconds=143),
+    Method("dpo", "DPO", "#0072B2", "o", "rlhf/dpo_train.py", "pairs", seconds=84),
     Method(
-        "ppo", "PPO", "#E69F00", "^", "rlhf/ppo_train.py", "rollouts", seconds=158,
+        "ppo", "PPO", "#E69F00", "^", "rlhf/ppo_train.py", "rollouts", seconds=160,
         tiny={"samples_per_prompt": 2, "inner_epochs": 1, "minibatches": 1},
     ),
     Method(
-        "grpo_offline", "GRPO offline", "#56B4E9", "v", "rlhf/grpo_train.py", "groups", own_config=False, seconds=66,
+        "grpo_offline", "GRPO offline", "#56B4E9", "v", "rlhf/grpo_train.py", "groups", own_config=False, seconds=49,
         tiny={"inner_epochs": 2},
     ),
     Method(
-        "grpo", "GRPO online", "#009E73", "*", "rlhf/grpo_train.py", "rollouts", seconds=124,
+        "grpo", "GRPO online", "#009E73", "*", "rlhf/grpo_train.py", "rollouts", seconds=220,
         tiny={"samples_per_prompt": 4, "inner_epochs": 2},
     ),
 )  # fmt: skip
