@@ -91,8 +91,9 @@ def main(config: Config) -> None:
                 }
             )
     if not rows:
+        none = ", or none with a higher score ended by itself (chosen_ended)" if config.chosen_ended else ""
         raise UserError(
-            f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same"
+            f"no pair came out: for each of the {len(sampled.answers)} prompts all completions score the same{none}"
             + (f", and {in_numbers(sampled.left_out)} have no score" if any(sampled.left_out.values()) else "")
         )
 

@@ -122,6 +122,7 @@ def run_killed(script, words, out, whole, kills=4, seed=0):
 def _child(script, words, out, die_at, die_by, largest_file, spoil_from, environment):
     from runtime.cli import cli
 
+    os.environ.pop("WANDB_SERVICE", None)  # W&B of the process that started this one may have ended
     os.environ.update(environment)
     torch.set_num_threads(1)
     replace = os.replace

@@ -342,7 +342,8 @@ DATA = [
     ),
     case(
         "dpo",
-        "heldout_fraction = 0.25: leaves 0 training and 12 held-out rows",
+        "heldout_fraction = 0.25: leaves 0 training and 12 held-out rows, because there is one row, or all are equal. "
+        "--heldout_fraction 0 trains on all where the script takes it",
         data=file("pairs.jsonl", [pair()] * 12),
     ),
     case(

@@ -23,12 +23,16 @@ from rlhf.utils import completion_logprobs
 from runtime.cli import cli
 
 pytestmark = pytest.mark.slow
+PAIRS = {"--chosen_ended": "false", "--pairs_per_prompt": 1, "--temperature": 1.0}  # for models that hardly end
 
 
 def run(script, *options):
     """What the command would do, in this process: (exit status, stdout, stderr). One start of Python saved each."""
     out, err = io.StringIO(), io.StringIO()
     status = 0
+    if script is generate_preferences:
+        for key, value in PAIRS.items():
+            options = options if key in options else (key, value, *options)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 SAMPLING = ["--model_name", "tiny-llama", "--max_new_tokens", 6, "--limit", 12, "--precision", "fp32"]
 SAMPLING += ["--prompts", "tests/data/forms.json"]
-PAIRS = [*SAMPLING, "--sampling_batch_size", 8, "--samples_per_prompt", 4]
+PAIRS = [*SAMPLING, "--sampling_batch_size", 8, "--samples_per_prompt", 4, "--chosen_ended", "false"]
 GROUPS = [*SAMPLING, "--sampling_batch_size", 16, "--samples_per_prompt", 8]
 
 

@@ -13,7 +13,7 @@ CASES = {  # its script, its command line, how it names the rows of a step
     "dpo": ("rlhf.dpo_train", ["--config", "configs/smoke/dpo.yaml", "--data", "PAIRS", "--batch_size", 3,
             "--save_every", 1], "pairs.jsonl line 14; "),
     "ppo": ("rlhf.ppo_train", ["--config", "configs/smoke/ppo.yaml", "--reward_model", "REWARD", "--steps", 6,
-            "--inner_epochs", 1, "--minibatches", 1, "--save_every", 1], "Write a weather report for a cloudy day."),
+            "--inner_epochs", 1, "--minibatches", 1, "--save_every", 1], "List some good things about living in a"),
 }  # fmt: skip
 
 
