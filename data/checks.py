@@ -28,6 +28,7 @@ CLOSERS = "\"')]}*_ \n\t"  # may stand between the last mark of a completion and
 SENTENCE_END = re.compile(r"(?:[.!?…]+[\"')\]*_]*)(?=\s|$|(?<=[a-z][.!?])[A-Z])")
 # Digits with commas between thousands, or plain, with decimals; or a fraction of two such numbers without a space.
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?!,\d{3})|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+"
+LONGEST = 400  # characters of a number
 NUMERAL = re.compile(rf"(?<![\w.])(?:{DIGITS})(?:/(?:{DIGITS}))?", re.ASCII)
 SIGN = re.compile(r"(?:[-−–]|=\s*[-−–]\s*|\b(?:minus|negative)\s+)$", re.IGNORECASE)  # ends so: the number is below 0
 SUBTRACTION = re.compile(r"(?:\w|[\d)]\s*)(?:[-−–]|\bminus)\s*$", re.IGNORECASE)  # so: it is subtracted
@@ -100,14 +101,20 @@ def count_word(text: str, word: str) -> int:
     return len(re.findall(pattern, clean(text).casefold()))
 
 
-def numbers(text: str) -> list[Fraction]:
+def numbers(text: str) -> list[Fraction | None]:
     """The numbers that are written in digits, in order: `1,234.5`, `-7`, `- 7` after `=`, `minus 7`, `1/2`, `.5`.
 
     A hyphen or `minus` after a number is a subtraction or a range (`20-7`, `20 minus 7`), and a hyphen before a space
     is a list mark: no signs. Digits after a letter or `_` are part of a name (`x2`). 27.0 is 27; `27.` ends a sentence.
+    None for a number of more than LONGEST characters, or with an exponent of four digits: nobody asks for it, and it
+    would take seconds, or all memory.
     """
-    text, found = clean(text), []
+    text = clean(text)
+    found: list[Fraction | None] = []
     for match in NUMERAL.finditer(text):
+        if len(match.group()) > LONGEST or re.search(r"[eE][+-]?\d{4}", match.group()):
+            found.append(None)
+            continue
         before = text[: match.start()].rstrip("$€£*_")
         sign = -1 if SIGN.search(before) and not SUBTRACTION.search(before) else 1
         above, _, below = match.group().replace(",", "").partition("/")

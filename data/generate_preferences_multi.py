@@ -46,7 +46,7 @@ class Config(SamplingConfig):
     CONFIG: ClassVar[str] = "configs/preferences_multi.yaml"
     samples_per_prompt: int = option(8, "completions sampled for each prompt: the size of a group", at_least=2)
     limit: int | None = option(240, "take only the first so many training prompts", at_least=1)
-    out: str = option("data/groups.jsonl", "the file to write, one JSON object per line")
+    out: str = option("data/groups.jsonl", "the file to write, one JSON object per line", identity=False)
 
 
 def order_group(answers: list[Completion]) -> list[Completion]:

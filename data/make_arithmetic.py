@@ -102,18 +102,36 @@ FAMILIES = (
 
 
 def make(config: Config) -> list[dict]:
-    """The rows of the prompt file, in the form of data/prompts.py, with the name of the `family` of each question."""
+    """The rows of the prompt file, in the form of data/prompts.py, with the name of the `family` of each question.
+
+    Held-out questions of data/arithmetic.json, on which models are measured, are in no training or validation part.
+    """
+    measured = {key for key, _ in choose(Config())[0]["heldout"]}
+    splits, rng = choose(config, measured)
+    found = []
+    for split, questions in splits.items():
+        rows = [each for _, each in questions]
+        rng.shuffle(rows)
+        found += [{"id": f"{split}-{i:03d}", **each, "split": split} for i, each in enumerate(rows, start=1)]
+    return found
+
+
+def choose(config: Config, measured: Iterable[tuple] = ()) -> tuple[dict[str, list[tuple]], random.Random]:
+    """({split: [(key of a question, its row)]}, the generator that drew them). Equal questions have equal keys.
+
+    measured: keys of questions that must be in no training or validation part.
+    """
     rng = random.Random(config.seed)
-    splits: dict[str, list[dict]] = {"train": [], "validation": [], "heldout": []}
+    splits: dict[str, list[tuple]] = {"train": [], "validation": [], "heldout": []}
     for family in FAMILIES:
         questions = list(family.numbers())
         rng.shuffle(questions)
         for split, count in deal(family, len(questions), config).items():
-            splits[split] += [row(family, questions.pop(), rng) for _ in range(count)]
-    for split, rows in splits.items():
-        rng.shuffle(rows)
-        splits[split] = [{"id": f"{split}-{i:03d}", **each, "split": split} for i, each in enumerate(rows, start=1)]
-    return [each for rows in splits.values() for each in rows]
+            if split != "heldout":
+                questions = [numbers for numbers in questions if (family.name, numbers) not in measured]
+            for numbers in (questions.pop() for _ in range(min(count, len(questions)))):
+                splits[split].append(((family.name, numbers), row(family, numbers, rng)))
+    return splits, rng
 
 
 def deal(family: Family, there: int, config: Config) -> dict[str, int]:

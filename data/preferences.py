@@ -31,7 +31,7 @@ from models.options import ModelOptions
 from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.console import duration, quiet_libraries, say
-from runtime.files import in_root, read_json, sha256_file, write_atomically
+from runtime.files import as_lines, in_root, read_json, sha256_file, write_atomically
 from runtime.provenance import files_read, provenance
 from runtime.run_folder import check_place
 
@@ -325,7 +325,7 @@ def save(
     """Write the rows, then the manifest, each atomically. Print where they are and the next command."""
     out = in_root(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(out, as_lines(rows))
     manifest = {
         "script": Path(sys.argv[0]).name,
         "config": config_to_dict(config),

@@ -339,15 +339,18 @@ class RewardFunctions:
         for function in self.functions:
             function.check_columns([columns_of(row) for row in rows])
 
-    def __call__(self, prompts: list, completions: list[str], columns: list[dict], ids: list | None = None) -> Scores:
+    def __call__(
+        self, prompts: list, completions: list[str], columns: list[dict], ids: list | None = None, before: int = 0
+    ) -> Scores:
         """The `Scores` of completions.
 
         prompts: texts, or lists of messages; TRL's form then gets its completions as lists of one assistant message.
         columns: for each completion the other columns of its prompt's row. ids: the token ids of each completion.
         A completion is left out if a function raised for it twice, or if all functions return None. In a run of several
         processes all must call this at the same time.
+        before: how many completions did not fail in earlier calls for the same work.
         Raises UserError in all processes, naming the function, if one returns something else than a finite number or
-        None, and if every completion of all processes failed.
+        None, and if every completion of all processes failed and `before` is 0.
         """
         found, refusal, first = [], None, None
         try:
@@ -363,7 +366,7 @@ class RewardFunctions:
             prompt = " ".join(text_of(prompts[place]).split())
             first = f"reward {name} on prompt {prompt[:60]!r} raised {why}"
         none = sum(value is None for value in values) - sum(failed)
-        self._report(gather((refusal, first, len(rows), sum(failed))))
+        self._report(gather((refusal, first, len(rows), sum(failed))), before)
         by_function = {
             f.name: [None if isinstance(x, Failed) else x for x in column] for f, column in zip(self.functions, found)
         }
@@ -381,7 +384,8 @@ class RewardFunctions:
         began = said = time.time()
         for start in range(0, len(completions), size):
             part = slice(start, start + size)
-            scores = self(prompts[part], completions[part], columns[part], ids[part])
+            before = len(values) - left_out["reward_failed"]
+            scores = self(prompts[part], completions[part], columns[part], ids[part], before)
             values += scores.values
             left_out.update(scores.left_out)
             for name, found in scores.by_function.items():
@@ -397,14 +401,14 @@ class RewardFunctions:
         terms = [weight * x for weight, x in zip(self.weights, row) if x is not None]
         return sum(terms) if terms else None
 
-    def _report(self, everywhere):
+    def _report(self, everywhere, before):
         """Raise what must end the run in all processes, or print what was left out. everywhere: of all processes."""
         refusals = [refusal for refusal, *_ in everywhere if refusal]
         if refusals:
             raise UserError(refusals[0])
         firsts = [first for _, first, *_ in everywhere if first]
         rows, failed = (sum(counts) for counts in list(zip(*everywhere))[2:])
-        if failed and failed == rows:
+        if failed and failed == rows and not before:
             raise UserError(f"{firsts[0]}. Every call failed, {rows} completions, and each was tried twice")
         if failed:
             say(f"{firsts[0]}, twice: {failed} of {rows} completions are left out")

@@ -407,17 +407,22 @@ class _PreallocatedCache(Cache):
         for layer in self.layers:
             layer.decoding = True
 
+    def _used(self) -> list:
+        """The layers with keys and values of their own: some models let a layer read those of another (Gemma 3n)."""
+        layers: Any = self.layers
+        return [layer for layer in layers if layer.is_initialized]
+
     def grow(self, more: int) -> None:
         """Give all layers memory for so many tokens more. The layers take turns, so that little is there twice."""
         layer: Any  # a _PreallocatedLayer
-        for layer in self.layers:
+        for layer in self._used():
             layer.keys = F.pad(layer.keys, (0, 0, 0, more))
             layer.values = F.pad(layer.values, (0, 0, 0, more))
 
     def move(self, holes: Any, movers: Any, count: int) -> None:
         """Remove finished rows from all layers; see `_moves`."""
         layer: Any  # a _PreallocatedLayer
-        for layer in self.layers:
+        for layer in self._used():
             layer.keys, layer.values = (_moved(x, holes, movers, count) for x in (layer.keys, layer.values))
 
 

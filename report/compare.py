@@ -214,7 +214,7 @@ def make_rows(config, methods, results):
 
 def equal_variety(rows):
     """Compute each method's distinct-2 from the first n completions per prompt, with one n: it falls with more text."""
-    n = min(len(row.answers()) // row.gold["n"] for row in rows)
+    n = min(len(row.answers()) // len({answer["id"] for answer in row.answers()}) for row in rows)
     for row in rows:
         texts = {}
         for answer in row.answers():

@@ -301,7 +301,9 @@ def measured_prompts(config):
         raise UserError(f"{config.prompts} has no prompt with split {config.split!r}")
     unseen = sorted({name for row in chosen for name in types_of(row)} - trained)
     names = [str(row.get("id")) for row in chosen]
-    if len(set(names)) < len(names):  # rows without ids: completions are grouped by the place of their prompt
+    if (
+        len(set(names)) < len(names) or "None" in names
+    ):  # rows without ids: completions are grouped by the place of their prompt
         chosen = [row | {"id": f"row {i}"} for i, row in enumerate(chosen, 1)]
     return chosen[: config.limit], unseen
 

@@ -119,7 +119,9 @@ def samples_text(rows):
         lines = []
         for row, answer in answers:
             said = " / ".join(line.strip() for line in answer["text"].splitlines() if line.strip())
-            lines.append(f"  {row.label:<{width}}  {answer['gold']:.2f}  {said or '(nothing)'}{was_cut(answer)}")
+            lines.append(
+                f"  {row.label:<{width}}  {number_or_dash(answer['gold'])}  {said or '(nothing)'}{was_cut(answer)}"
+            )
         parts.append("\n".join([" ".join(text_of(prompt).split()), *lines]))
     return "\n\n".join(parts)
 
@@ -149,7 +151,10 @@ def starts_sentence(rows):
 
 def answers_a_prompt(rows):
     """The number of measured completions per prompt, as a text: '2 (base: 4, best of 4: 1)'."""
-    counts = {row.label: len(row.runs[0]["answers"]) // row.gold["n"] for row in rows}
+    counts = {
+        row.label: len(row.runs[0]["answers"]) // len({answer["id"] for answer in row.runs[0]["answers"]})
+        for row in rows
+    }
     usual = statistics.mode(list(counts.values())[::-1])
     others = ", ".join(f"{label}: {count}" for label, count in counts.items() if count != usual)
     return f"{usual} ({others})" if others else f"{usual}"

@@ -161,9 +161,11 @@ def checks_sentence(rows):
     before, after = base.measured["checks"], best.measured["checks"]
     unseen = base.runs[0]["unseen_types"]
     change = {name: after[name]["mean"] - before[name]["mean"] for name in before if name not in unseen}
-    most, least = max(change, key=change.get), min(change, key=change.get)
-    verb = "gains" if change[most] > 0 else "changes"
-    text = f"{best.label} {verb} most on {most} ({change[most]:+.2f}) and least on {least} ({change[least]:+.2f})."
+    text = "No type of these prompts is in the training prompts."
+    if change:
+        most, least = max(change, key=change.get), min(change, key=change.get)
+        verb = "gains" if change[most] > 0 else "changes"
+        text = f"{best.label} {verb} most on {most} ({change[most]:+.2f}) and least on {least} ({change[least]:+.2f})."
     if not base.measured["unseen"]:
         return text + " No type occurs only held-out."
     transfers = [r.label for r in others if sure(unseen_gain(r, base)) > 0]

@@ -342,10 +342,10 @@ class SampledRollouts:
             rollout.gold = gold_scores(rollout)
             if self.score:
                 rollout.rewards = self.score(rollout)
-                self.left_out.sum(**rollout.left_out)
-                rollout = rollout.without_left_out()
+                left_out, rollout = rollout.left_out, rollout.without_left_out()
                 if not sum(self.stage.processes.gather(len(rollout.texts))):
                     self.stage.run.finite(step, "all completions: no reward function applies", reward=math.nan)
+                self.left_out.sum(**left_out)  # not of a step that ends the run: it is made again
         return rollout
 
 

@@ -21,10 +21,15 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "nccl", "timed out")
 
 
+def no_memory(error):
+    """Whether an exception says that memory is full."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 def explain(error, config):
     """A message for an error of the machine, with the command that continues. None for any other error (a bug)."""
     said = str(error).lower()
-    if isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY):
+    if no_memory(error):
         return out_of_memory(error, config)
     if isinstance(error, OSError) and (error.errno in DISK or _below(error.filename, config)):
         return disk(error.filename, reason(error), config)

@@ -72,6 +72,8 @@ class RunFolder:
         self.made = [p for p in [path, *path.parents] if not p.exists()]
         self.emptied = False
         hold(path, lambda: path.mkdir(parents=True, exist_ok=True))
+        if any(path.iterdir()):  # another process made it while this one waited for the lock
+            self.made = []
         on_refusal.append(self.roll_back)
 
     def empty(self):

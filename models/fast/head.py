@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.config import UserError
 from models.fast.attention import added_mask
 from models.fast.layers import product_dtype
+from runtime.failures import no_memory
 
 # Bytes of float32 logits in one softmax; on a CPU they should fit into the last-level cache
 PIECE = {"cpu": 26 << 20, "cuda": 128 << 20}
@@ -55,7 +56,7 @@ def body(model: torch.nn.Module) -> Any:
 def unsupported(error: Exception) -> bool:
     """Whether an exception of transformers says that a model takes no such call. UserErrors and full memory do not."""
     kinds = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
-    ours = isinstance(error, UserError) or "out of memory" in str(error).lower()
+    ours = isinstance(error, UserError) or no_memory(error)
     return isinstance(error, kinds) and not ours
 
 

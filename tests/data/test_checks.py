@@ -348,3 +348,10 @@ def test_a_reward_function_in_the_working_directory_is_found(rewards):
 def test_a_reward_function_that_cannot_be_loaded(rewards, spec, message):
     with pytest.raises(UserError, match=message):
         load_reward(spec)
+
+
+@pytest.mark.parametrize("text", ["1e9999999999", "1E+999999", "9" * 5000, "1/" + "3" * 500])
+@pytest.mark.statement("last-number")
+def test_a_number_that_nobody_asks_for_takes_no_time(text):
+    assert numbers(f"2 + 2 = {text}")[-1] is None and CHECKS["last_number"](f"It is {text}", 4) is False
+    assert numbers("1e12 and 1.5e-3")[-1] is not None

@@ -377,3 +377,20 @@ def test_failed_is_not_a_value():
         raise ValueError("no")
 
     assert values(reward) == [Failed("ValueError: no")] * 2
+
+
+@pytest.mark.statement("reward-left-out")
+def test_of_many_completions_a_failed_part_is_left_out_and_the_first_part_must_not_fail(monkeypatch, tmp_path):
+    monkeypatch.setattr(rewards, "PAUSE", 0)
+    monkeypatch.setattr(rewards, "AT_ONCE", 2)
+    (tmp_path / "mine.py").write_text(
+        "def away(prompts, completions):\n    if 'x' in completions:\n        raise OSError('away')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    judge = RewardFunctions("mine:away")
+    columns, ids = [{}] * 6, [[1]] * 6
+    scores = judge.in_parts(["p"] * 6, ["a", "b", "x", "x", "c", "d"], columns, ids, 2)
+    assert scores.values == [1.0, 1.0, None, None, 1.0, 1.0] and scores.left_out["reward_failed"] == 2
+    with pytest.raises(UserError, match="Every call failed, 2 completions"):
+        judge.in_parts(["p"] * 6, ["x", "x", "a", "b", "c", "d"], columns, ids, 2)

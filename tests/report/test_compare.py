@@ -71,6 +71,8 @@ def test_a_report_on_reward_functions_and_prompts_without_checks(tmp_path):
     assert "Gold: reward by mine:right,mine:short" in text and "Each type of prompt" not in text
     assert (tmp_path / "figures" / "scores.png").is_file() and not (tmp_path / "figures" / "checks.png").exists()
     assert "| - |" in text  # the gold score of a sample without a reward
+    assert "  -  " in samples_text(rows)
+    assert "4 completions a prompt" not in text  # all completions count, not those with a reward
 
 
 def test_every_row_of_the_table_has_every_column():
@@ -165,6 +167,9 @@ def test_curves_sentence_says_rose_and_fell():
 def test_checks_and_cost_sentences_follow_the_numbers():
     rows = synthetic_rows()
     assert checks_sentence(rows).startswith("GRPO online gains most on")
+    for row in (other := synthetic_rows()):
+        row.runs[0]["unseen_types"] = list(row.measured["checks"])
+    assert checks_sentence(other).startswith("No type of these prompts is in the training prompts.")
     assert "(includes, numbered)" in checks_sentence(rows)
     assert "GRPO online, the highest, 3.880 (+0.080; perplexity +8.3%)" in cost_sentence(rows)  # exp(0.08) = 1.0833
     assert "PPO, the highest, 3.900" in cost_sentence(synthetic_rows(ppo=(0.3, 1, 4, 3.9)))

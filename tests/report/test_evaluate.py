@@ -167,3 +167,9 @@ def test_where_a_measurement_goes():
     assert measurement_path(Config(model_name="smollm2-135m")) == ROOT / "report/runs/smollm2-135m.json"
     assert measurement_path(Config(model_name="models/x/dpo")) == ROOT / "report/runs/x-dpo.json"
     assert measurement_path(Config(model_name="gpt2", best_of=4)).name == "gpt2-best4.json"
+
+
+def test_a_prompt_without_an_id_is_named_by_its_place(tmp_path):
+    (tmp_path / "one.txt").write_text("Say something.\n")
+    config = Config(prompts=str(tmp_path / "one.txt"), reward="my:own")
+    assert [row["id"] for row in measured_prompts(config)[0]] == ["row 1"]

@@ -118,6 +118,21 @@ def test_who_has_waited_looks_at_what_is_there_then(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.statement("twice-at-once")
+def test_who_is_refused_after_waiting_leaves_the_run_that_another_process_made(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def made_by_another(path, make, *rest):
+        make()
+        (path / "config.yaml").write_text("seed: 1")
+
+    monkeypatch.setattr(run_folder, "hold", made_by_another)
+    monkeypatch.setattr(run_folder, "on_refusal", [])
+    refused = run_folder.RunFolder(folder)
+    refused.roll_back()
+    assert (folder / "config.yaml").is_file()
+
+
+@pytest.mark.statement("twice-at-once")
 def test_a_folder_that_is_removed_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
     """The first process is refused and takes its folder away; the second must not write into what is gone."""
     folder, lock, calls = tmp_path / "a", run_folder._lock, []
