@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from configs.config import UserError, shown
 from models.admission import known_as
 from models.device import pick_device
-from models.fast.head import hidden_states, unwrapped
+from models.fast.head import hidden_states, unsupported, unwrapped
 from models.fast.lora import use_memory_efficient_adapters
 from models.loader import model_config, portable_name, read_weights, resolve_model, set_adapter_weights
 from rlhf.utils import packed_scores
@@ -67,7 +67,9 @@ def has_score_head(config):
     try:
         with torch.device("meta"):  # without memory
             return "score" in dict(AutoModelForSequenceClassification.from_config(config).named_children())
-    except (ValueError, NotImplementedError, AttributeError):  # no such class, or not of a decoder alone
+    except Exception as error:  # no such class, or not of a decoder alone
+        if not unsupported(error):
+            raise
         return False
 
 

@@ -55,9 +55,8 @@ def body(model: torch.nn.Module) -> Any:
 
 def unsupported(error: Exception) -> bool:
     """Whether an exception of transformers says that a model takes no such call. UserErrors and full memory do not."""
-    kinds = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
-    ours = isinstance(error, UserError) or no_memory(error)
-    return isinstance(error, kinds) and not ours
+    kinds = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+    return isinstance(error, kinds) and not isinstance(error, UserError) and not no_memory(error)
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear
 from torch.autograd.function import once_differentiable
 
 from configs.config import UserError
-from models.fast.head import hidden_states
+from models.fast.head import hidden_states, unsupported
 from models.fast.layers import product_dtype
 
 
@@ -46,7 +46,9 @@ def add_adapter(model: torch.nn.Module, r: int, alpha: float, **options) -> Any:
         if useless:
             found.unload()
             found = adapted(exclude + useless)
-    except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:
+        if not unsupported(error):
+            raise
         raise UserError(f"peft cannot put an adapter into {type(model).__name__}: {error}. Try --lora_r 0") from None
     return found
 
@@ -66,9 +68,7 @@ def without_effect(model: Any) -> list[str]:
         hidden_states(model, row)
     for hook in hooks:
         hook.remove()
-    silent: dict[str, Any] = {
-        name: x.base_layer.weight for name, x in layers.items() if name not in called
-    }  # idle experts, too
+    silent: dict[str, Any] = {name: x.base_layer.weight for name, x in layers.items() if name not in called}
     if not silent:
         return []
     for weight in silent.values():  # of idle experts, too: those get no gradient
