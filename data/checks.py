@@ -18,6 +18,7 @@ from collections import Counter
 from fractions import Fraction
 
 from configs.config import ROOT
+from data.rows import text_of
 
 QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "\u00a0": " "})
 ALNUM = r"[^\W_]"
@@ -377,8 +378,7 @@ def call_check(text: str, check: dict, prompt: str | list[dict] = "") -> bool:
     """Whether one completion of a prompt passes one check. A completion without a word passes no check."""
     arguments = {key: value for key, value in check.items() if key != "name"}
     if check["name"] in GATES:
-        asked = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        return bool(words(text)) and GATES[check["name"]](text, asked, **arguments)
+        return bool(words(text)) and GATES[check["name"]](text, text_of(prompt), **arguments)
     return bool(words(text)) and CHECKS[check["name"]](text, **arguments)
 
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from configs.config import UserError
 from data.corpus import finish_reason_of
 from data.encoding import encode
-from data.prompts import text_of
-from data.rows import in_one_form, read_rows
+from data.rows import in_one_form, read_rows, text_of
 from models.tokens import completion_ids, prompt_ids
 from runtime.console import say
 

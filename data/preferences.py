@@ -22,8 +22,9 @@ import torch
 
 from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
-from data.prompts import ARITHMETIC, TASKS, PromptConfig, load_prompts, prompts_and_hash, text_of
+from data.prompts import ARITHMETIC, TASKS, PromptConfig, load_prompts, plain, prompts_and_hash
 from data.rewards import RewardConfig, RewardFunctions, columns_of, in_numbers, reward_functions
+from data.rows import text_of
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash
@@ -147,20 +148,15 @@ def load_task(config: SamplingConfig) -> Task:
     if config.limit is not None and config.limit > len(prompts):
         raise UserError(f"limit = {config.limit}: {config.prompts} has only {len(prompts)} training prompts")
     prompts = prompts[: config.limit]
-    heldout = {_plain(row["prompt"]): (row["id"], file) for file in TASKS for row in load_prompts(file, "heldout")}
+    heldout = {plain(row["prompt"]): (row["id"], file) for file in TASKS for row in load_prompts(file, "heldout")}
     for row in prompts:
-        if _plain(row["prompt"]) in heldout:
-            name, file = heldout[_plain(row["prompt"])]
+        if plain(row["prompt"]) in heldout:
+            name, file = heldout[plain(row["prompt"])]
             raise UserError(
                 f"{config.prompts}: the prompt {text_of(row['prompt'])!r} is the held-out prompt {name!r} of {file}, "
                 "on which models are measured; take it out"
             )
     return Task(prompts, reward, digest)
-
-
-def _plain(prompt):
-    """A prompt in lower case with single spaces. Two prompts with the same result count as equal."""
-    return " ".join(text_of(prompt).casefold().split())
 
 
 def sample_and_score(config: SamplingConfig, task: Task) -> Sampled:
@@ -253,7 +249,7 @@ def summarise(config: SamplingConfig, sampled: Sampled, matches: list[tuple[Comp
         "rejected_ended": mean(r.finish_reason == "stop" for _, r in matches),
         "longer_wins": longer_right,
         "duplicate_answers": sum(len(group) - len({a.text for a in group}) for group in sampled.answers),
-        "duplicate_prompts": len(sampled.answers) - len({_plain(row["prompt"]) for row, _ in sampled}),
+        "duplicate_prompts": len(sampled.answers) - len({plain(row["prompt"]) for row, _ in sampled}),
         **sampled.left_out,
         "heldout_overlap": 0,  # load_task raises UserError for any overlap
         "pass_rate": pass_rates(sampled),

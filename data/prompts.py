@@ -18,7 +18,7 @@ from pathlib import Path
 from configs.config import UserError, option
 from data.checks import CHECKS, GATES, words
 from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
-from data.rows import in_one_form, kind_of_file, read_rows, refuse_beyond
+from data.rows import in_one_form, kind_of_file, read_rows, refuse_beyond, text_of
 from runtime.console import quiet_libraries
 from runtime.files import in_root, sha256_file
 
@@ -154,9 +154,9 @@ def _decoded(content, where):
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def text_of(value: str | list[dict]) -> str:
-    """The plain text of a prompt or a completion (a text, or a list of messages), for reward functions and printing."""
-    return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
+def plain(prompt: str | list[dict]) -> str:
+    """A prompt in lower case with single spaces. Two prompts with the same result count as equal."""
+    return " ".join(text_of(prompt).casefold().split())
 
 
 ARITHMETIC = "data/arithmetic.json"  # made by data/make_arithmetic.py
@@ -249,7 +249,7 @@ def load_prompts(
             raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}, got {row['split']!r}")
         if need_checks or row.get("checks"):
             validate_checks(row["checks"], where)
-        text = " ".join(text_of(row["prompt"]).casefold().split())
+        text = plain(row["prompt"])
         if text in seen and seen[text] != row["split"]:
             raise UserError(f"{where}: the same prompt stands in two splits")
         if text in seen and row["split"] == "heldout":

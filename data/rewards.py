@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from configs.config import UserError, option, refuse_unused
-from data.prompts import text_of
+from data.rows import text_of
 from runtime.console import duration, say
 from runtime.processes import gather
 

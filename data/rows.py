@@ -186,3 +186,8 @@ def _split_pair(row):
         end = max(chosen.rfind(mark, 0, same) + 1 for mark in " \n")
         if chosen[:end].strip() and chosen[end:].strip() and rejected[end:].strip():
             row["prompt"], row["chosen"], row["rejected"] = chosen[:end], chosen[end:], rejected[end:]
+
+
+def text_of(value: str | list[dict]) -> str:
+    """The plain text of a prompt or a completion (a text, or a list of messages), for reward functions and printing."""
+    return value if isinstance(value, str) else "\n".join(m["content"] for m in value)

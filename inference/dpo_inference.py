@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.config import option
-from data.prompts import text_of
+from data.rows import text_of
 from models.completions import lengths, mean, show_completion, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide, run_value
 from runtime.cli import cli

@@ -15,8 +15,8 @@ from typing import Literal
 
 from configs.config import UserError, option
 from data.preferences import score_answers
-from data.prompts import text_of
 from data.rewards import RewardConfig, in_numbers, reward_functions
+from data.rows import text_of
 from models.completions import lengths, mean, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide
 from runtime.cli import cli

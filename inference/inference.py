@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from configs.config import UserError, option, refuse_unused
-from data.prompts import PromptConfig, parse_prompts, read_prompts, text_of
+from data.prompts import PromptConfig, parse_prompts, read_prompts
+from data.rows import text_of
 from models.completions import (
     TextStream,
     acquire_out,

@@ -19,8 +19,8 @@ import torch
 
 from configs.config import UserError, option, read_yaml
 from data.checks import score
-from data.prompts import text_of
 from data.rewards import RewardConfig, columns_of, in_numbers, reward_functions
+from data.rows import text_of
 from models.completions import lengths, mean, show_completion, show_table, write_rows
 from models.loader import same_tokens
 from rlhf.reward_model import RewardModel

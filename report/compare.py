@@ -22,7 +22,7 @@ import yaml
 
 from configs.config import UserError, option, read_yaml, shown
 from data.corpus import load_corpus
-from data.prompts import text_of
+from data.rows import text_of
 from report.evaluate import Config as EvaluateConfig
 from report.evaluate import Measure, evaluate
 from report.intervals import best_of_measured, distinct, summarise

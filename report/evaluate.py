@@ -31,8 +31,9 @@ from data.blocks import make_blocks
 from data.checks import asked_checks, passed, score
 from data.corpus import load_corpus
 from data.order import epoch_order
-from data.prompts import ARITHMETIC, PromptConfig, prompts_and_hash, text_of
+from data.prompts import ARITHMETIC, PromptConfig, prompts_and_hash
 from data.rewards import RewardConfig, columns_of, in_numbers, reward_functions
+from data.rows import text_of
 from models.admission import known_as
 from models.completions import progress_line
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision

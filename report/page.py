@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections import Counter
 
-from data.prompts import text_of
+from data.rows import text_of
 from models.fetch import EMBEDDED_MODELS
 from report.intervals import number_or_dash, plus_minus
 from report.plots import checks_figure, curves_figure, gold_is, scores_figure

@@ -13,8 +13,9 @@ import torch
 from configs.config import UserError, option
 from data.order import step_indices
 from data.pairs import load_groups
-from data.prompts import ARITHMETIC, PromptConfig, prompts_and_hash, text_of
+from data.prompts import ARITHMETIC, PromptConfig, prompts_and_hash
 from data.rewards import RewardConfig, columns_of
+from data.rows import text_of
 from models.loader import check_length, context_length
 from models.tokens import completion_text, prompt_ids, stop_ids
 from rlhf.packing import Packed, pack
