@@ -18,7 +18,7 @@ import torch
 
 from configs.config import UserError, option, refuse_unused
 from rlhf.policy import Policy
-from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, same_again
+from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
 from rlhf.steps import Meter, measure_kl, measure_sampler
@@ -184,8 +184,7 @@ def main(config):
         checkpoints.save_if_due(step)
 
     policy.save(stage.run.folder)
-    following = "python inference/grpo_inference.py" + same_again(config)
-    stage.finish(stage.reached("reward", "gold", "kl"), rollouts.inputs, following)
+    stage.finish(stage.reached("reward", "gold", "kl"), rollouts.inputs, inference_command(config, "grpo"))
 
 
 def online(config, stage, policy):

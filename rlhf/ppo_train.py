@@ -23,7 +23,7 @@ from configs.config import UserError, option, refuse_unused
 from models.loader import same_tokens, state_size
 from rlhf.policy import Policy
 from rlhf.reward_model import find_reward_model, last_token, place_reward_model
-from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches, same_again
+from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
 from rlhf.steps import Meter, measure_kl, measure_sampler
@@ -232,8 +232,7 @@ def main(config):
     inputs = rollouts.inputs
     if config.reward_model:
         inputs = inputs | {config.reward_model: stage.run.files.get("reward_model")}
-    following = "python inference/ppo_inference.py" + same_again(config)
-    stage.finish(stage.reached("reward", "gold", "kl"), inputs, following)
+    stage.finish(stage.reached("reward", "gold", "kl"), inputs, inference_command(config, "ppo"))
 
 
 def rewards_of(batch, rollout):

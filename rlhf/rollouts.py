@@ -58,17 +58,19 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
             )
 
 
-def same_again(config):
-    """The options, as text, with which an inference script asks the model of a run what the run asked: ` --prompts X`.
+def inference_command(config, method):
+    """The command that asks the model of a run of `method`, "ppo" or "grpo", what the run asked.
 
-    Options with their default values are left out.
+    A run with a reward model is for ppo_inference.py, which shows its scores. Default values are left out.
     """
-    defaults = {f.name: f.default for f in fields(config)}
+    method = "ppo" if config.reward_model else method
+    defaults = {f.name: f.default for f in fields(config)} | {"out": f"models/{method}"}
     names = {"out": "model_name"} | {key: key for key in ("prompts", "prompt_column", "reward", "reward_weights")}
     words = [
         (f"--{name}", getattr(config, key)) for key, name in names.items() if getattr(config, key) != defaults[key]
     ]
-    return "".join(f" {name} {shlex.quote(value)}" for name, value in words)
+    options = "".join(f" {name} {shlex.quote(value)}" for name, value in words)
+    return f"python inference/{method}_inference.py{options}"
 
 
 @dataclass

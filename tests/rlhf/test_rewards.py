@@ -1,6 +1,7 @@
 """Reward functions in the trainers: completions that are left out, failures, several functions, PPO without a model."""
 
 import json
+import shlex
 import statistics
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 
 from configs.config import ROOT, UserError, load_config
 from data import rewards
+from inference import ppo_inference
 from proof import trainers
 from rlhf import grpo_train, ppo_train
 from rlhf.grpo_train import advantages_of_step
-from rlhf.rollouts import Rollout
+from rlhf.rollouts import Rollout, inference_command
 from runtime.processes import Processes
 from runtime.provenance import files_read
 
@@ -226,6 +228,21 @@ def test_a_reward_model_and_reward_functions_take_prompts_without_checks(train, 
                       ("ppo", {}), ("ppo", {"reward": "judges:chat", "reward_model": "none"})):  # fmt: skip
         _, [line] = train(name, out=f"{name} {len(how)} {how.get('reward')}", **options, **how)
         assert line["reward"] and "gold" not in line and "reward_failed" not in line
+
+
+@pytest.mark.slow
+def test_the_command_that_a_run_names_next_asks_it_what_the_run_asked(train, reward, tmp_path, capsys):
+    """With a reward model the prompts need no checks, so the script must be the one that reads the reward model."""
+    (tmp_path / "asked.jsonl").write_text('{"question": "Say one."}\n{"question": "Say two."}\n')
+    options = {"prompts": str(tmp_path / "asked.jsonl"), "prompt_column": "question"}
+    folder, _ = train("grpo", reward="none", reward_model=reward, steps=1, prompts_per_step=2, **options)
+    config = grpo_train.Config(out=str(folder), reward_model=str(reward), **options)
+    script, *words = shlex.split(inference_command(config, "grpo"))[1:]
+    assert script == "inference/ppo_inference.py" and str(folder) in words
+    ppo_inference.main(load_config(ppo_inference.Config, [*words, "--max_new_tokens", "4"]))
+    assert "means over 2 completions each" in capsys.readouterr().out
+    by_default = grpo_train.Config(model_name="tiny-llama")
+    assert inference_command(by_default, "grpo") == "python inference/grpo_inference.py"
 
 
 @pytest.mark.statement("reward-functions")
