@@ -18,7 +18,8 @@ from data.prompts import load_prompts, read_prompts
 from data.rewards import RewardFunctions
 from models.loader import load_tokenizer
 from report.evaluate import read_measurement
-from rlhf import dpo_train, grpo_train
+from rlhf import dpo_train, grpo_train, ppo_train, train_reward_model
+from train import train_lm
 from train.common import LMConfig, load_data, load_start
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -282,3 +283,27 @@ def test_the_errors_on_the_page_are_those_that_one_gets(write, tokenizer, tmp_pa
     assert not wrong, "not what one gets: " + "\n".join([*wrong, "what one gets:", *got])
     left = [message for message in got if not any(message.startswith(line) for line in shown)]
     assert not left
+
+
+DEFAULTS = {  # page: its script, and how many defaults its table names at least
+    "dpo": (dpo_train, 6), "grpo": (grpo_train, 15), "ppo": (ppo_train, 12), "reward-model": (train_reward_model, 5),
+    "language-model": (train_lm, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", DEFAULTS)
+def test_the_defaults_on_a_page_are_those_of_its_yaml(page):
+    """A cell names one value for each option of its row. What stands after a blank, a reason, is not compared."""
+    script, least = DEFAULTS[page]
+    config = vars(load_config(script.Config, []))
+    table = (ROOT / "docs/methods" / f"{page}.md").read_text().split("| option | default")[1].split("\n\n")[0]
+    compared = []
+    for line in table.splitlines()[2:]:
+        names, values = (cell.strip() for cell in line.split("|")[1:3])
+        if "script" in names + values:  # the option of another script of the page
+            continue
+        for name, value in zip(re.findall(r"`(\w+)`", names), [value.split(" ")[0] for value in values.split(", ")]):
+            if isinstance(config[name], (int, float, str)):
+                assert type(config[name])(yaml.safe_load(value)) == config[name], (name, value)
+                compared.append(name)
+    assert len(set(compared)) >= least, compared
