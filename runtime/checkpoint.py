@@ -125,11 +125,12 @@ class Checkpoints:
         The steps before are saved, if one of them was not skipped, and the message says so. All processes must raise
         the UserError.
         """
-        learnt = step - 1 - self.run.skipped > self.done
+        before = self.run.skipped, self.run.skips
         try:
             yield
         except UserError as error:
-            if not learnt:
+            self.run.skipped, self.run.skips = before  # this step will be made again
+            if step - 1 - self.run.skipped <= self.done:
                 raise
             self.save(step - 1)
             raise UserError(f"{error}. Step {step - 1} is saved; to go on: {command()}") from None

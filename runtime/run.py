@@ -48,7 +48,7 @@ class Run:
         self.last = {}  # the numbers of the last logged line
         self.steps_began = None  # time at which the steps began
         self.skipped = 0  # consecutive steps whose loss or gradient was not finite
-        self._skips = 0  # skipped steps since the last logged line
+        self.skips = 0  # skipped steps since the last logged line
         self._lines, self._samples = 0, 0  # lines of metrics.jsonl and of samples.jsonl
         self._recent = None  # time of the last logged line, for rates
         self._first = None  # (time, step) at which the steps began, for the time left
@@ -126,7 +126,7 @@ class Run:
             "samples": self._samples,
             "tokens": self._tokens,
             "skipped": self.skipped,
-            "skips": self._skips,
+            "skips": self.skips,
         }
         return {"seconds": now - self.started, "since_logged": since, **counters}
 
@@ -138,7 +138,7 @@ class Run:
         self.started -= state["seconds"]
         self._carried = (state["since_logged"], state["tokens"])
         self._lines, self._samples = state["lines"], state["samples"]
-        self.skipped, self._skips = state["skipped"], state["skips"]
+        self.skipped, self.skips = state["skipped"], state["skips"]
         on_main(self._keep_lines)
 
     def _keep_lines(self):
@@ -171,7 +171,7 @@ class Run:
         if not bad:
             self.skipped = 0
             return True
-        self.skipped, self._skips = self.skipped + 1, self._skips + 1
+        self.skipped, self.skips = self.skipped + 1, self.skips + 1
         what = f"step {step}: {', '.join(f'{key} is {value}' for key, value in bad.items())} on {batch}"
         say(f"{what}; the step is skipped ({self.skipped} in a row)")
         if self.skipped >= self.config.max_skipped:
@@ -194,8 +194,8 @@ class Run:
         if self._tokens:
             metrics["tok/s"] = self._tokens / max(now - self._recent, 1e-9)
         self._recent, self._tokens, self._lines = now, 0, self._lines + 1
-        if self._skips:
-            metrics["skipped"], self._skips = self._skips, 0
+        if self.skips:
+            metrics["skipped"], self.skips = self.skips, 0
         record = {"step": step, **{k: v for k, v in metrics.items() if v is not None}}
         record["seconds"] = round(now - self.started, 3)
         self.last = record

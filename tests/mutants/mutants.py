@@ -1046,6 +1046,11 @@ MUTANTS = [
         (f"{REWARD_STEPS}if_every_call_of_a_step_fails_the_steps_before_are_saved[grpo]",), "Checkpoints.saved_before",
     ),
     Mutant(
+        "reward-left-out", "a step that ends the run is counted in the checkpoint before it", "runtime/checkpoint.py",
+        "            self.run.skipped, self.run.skips = before", "            before = before",
+        ("tests/runtime/test_checkpoint.py::test_a_step_that_ends_the_run_is_not_counted_in_the_checkpoint_before_it",),
+    ),
+    Mutant(
         "reward-functions", "only the file of the first function is hashed", "runtime/provenance.py",
         '(vars(config)[key] or "").split(",")', '(vars(config)[key] or "").split(",")[:1]',
         (f"{REWARD_STEPS}a_change_of_any_of_the_files_is_noticed",),

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import random
 import shutil
@@ -320,3 +321,22 @@ def test_two_processes_do_not_write_to_one_folder(config, monkeypatch, capsys):
     third = os.open(config.out, os.O_RDONLY)
     with pytest.raises(BlockingIOError):
         fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.statement("reward-left-out")
+def test_a_step_that_ends_the_run_is_not_counted_in_the_checkpoint_before_it(config):
+    """Steps 1 and 2 are learnt and step 3 is skipped as the last allowed one: the checkpoint says nothing of it."""
+    config.max_skipped = 1
+    model = torch.nn.Linear(1, 1)
+    run = Run(config, config.out, total_steps=5)
+    checkpoints = Checkpoints(run, model=model)
+    checkpoints.load()
+    with pytest.raises(UserError, match="Step 2 is saved"):
+        for step in checkpoints.remaining():
+            with checkpoints.saved_before(step):
+                run.finite(step, "all rows", reward=math.nan if step == 3 else 0.0)
+            run.log(step, loss=1.0)
+    run_folder.release(run.folder)
+    again = Run(config, config.out, total_steps=5)
+    checkpoints = Checkpoints(again, model=model)
+    assert checkpoints.load()[0] == 2 and (again.skipped, again.skips) == (0, 0)
