@@ -243,18 +243,29 @@ def _batch(way, model, prompts, samples, max_new_tokens, decoder=None):
 
 
 def _check(model, way, lengths):
-    """(found, expected) logits of some tokens after prompts of different lengths: by decoding, by one forward pass."""
+    """(found, expected) logits of some tokens after prompts of different lengths: by decoding, by one forward pass.
+
+    A row leaves after the first token, and the cache must grow for the last one, as it happens while sampling.
+    """
     sequences, new = check_tokens(model, lengths), 3
     prompts = [ids[:-new] for ids in sequences]
     found = [[] for _ in sequences]
     for chosen in batches_of(prompts, len(prompts), one_length=way != SHARED):
-        batch = _batch(way, model, [prompts[i] for i in chosen], 1, new, decoder_for(model) if way == SHARED else None)
+        decoder = decoder_for(model) if way == SHARED else None
+        batch = _batch(way, model, [prompts[i] for i in chosen], 1, new - 1, decoder)
+        if way == SHARED:
+            batch.longest += 1  # its memory was made for the tokens before the last one
         for k in range(new):
             token = torch.tensor([sequences[i][k - new] for i in chosen], device=batch.logits.device)
             batch.step(token)
             for i, logits in zip(chosen, batch.logits):
                 found[i].append(logits.clone())
-    return [torch.stack(x) for x in found], plain_logits(model, sequences, new)
+            if k == 0 and batch.closes_up and len(chosen) > 1:
+                moves = _moves(len(chosen), [0])
+                chosen = _moved(torch.tensor(chosen), *moves).tolist()
+                batch.move(*moves)
+    expected = plain_logits(model, sequences, new)
+    return [torch.stack(x) for x in found], [x[: len(own)] for x, own in zip(expected, found)]
 
 
 class _PlainBatch:

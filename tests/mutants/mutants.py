@@ -659,6 +659,17 @@ MUTANTS = [
         "return gradient, gradient", "return gradient, None",
         (f"{ROUTER}values_and_gradients_are_those_of_transformers_row_by_row[qwen3_moe]",),
     ),
+    Mutant(
+        "left-padding", "a layer without keys of its own is moved and grown", "models/generation.py",
+        "return [layer for layer in layers if layer.is_initialized]", "return list(layers)",
+        ("tests/models/test_shared_keys.py::test_rows_leave_and_the_cache_grows_where_layers_share_keys",),
+    ),
+    Mutant(
+        "left-padding", "the check of a model lets no row leave", "models/generation.py",
+        "            if k == 0 and batch.closes_up and len(chosen) > 1:", "            if False:",
+        ("tests/models/test_shared_keys.py::"
+         "test_the_check_of_a_model_sees_what_happens_when_rows_leave_and_the_cache_grows",),
+    ),
     # architectures
     Mutant(
         "architectures", "an adapter around a layer that is never called stays", "models/fast/lora.py",
