@@ -34,6 +34,7 @@ class Config(RolloutConfig):
     groups: str = option("data/groups.jsonl", "offline: stored groups", reads=True)
     max_length: int = option(512, "offline: longest prompt and completion together, in tokens", at_least=8)
     samples_per_prompt: int = option(8, "online: completions per prompt (the size of a group)", at_least=2)
+    missing_eos_penalty: float = option(0.0, "subtracted from the reward of a completion cut by its length", at_least=0)
     kl_coef: float = option(0.02, "weight of the KL to the reference in the loss", at_least=0)
     kl_kind: Literal["ratio_k3", "k2", "k3"] = option("ratio_k3", "which estimator of the KL")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this", above=0, at_most=1)
@@ -146,6 +147,7 @@ def main(config):
         # 1. a group of completions for each prompt, and their rewards
         with checkpoints.saved_before(step):
             rollout = rollouts.at(step)
+        rollout.penalise_cut(config.missing_eos_penalty)
 
         # 2. the advantage of each completion over the mean of its group
         advantages = rollout.map_groups(lambda groups: advantages_of_step(groups, config), stage.processes)

@@ -150,6 +150,12 @@ class Rollout:
         rows = {name: [values[i] for i in kept] for name, values in rows.items() if values is not None}
         return replace(self, **rows, group_sizes=sizes)
 
+    def penalise_cut(self, penalty):
+        """Subtract `penalty` from the rewards of the completions that were cut at max_new_tokens."""
+        if penalty:
+            pairs = zip(self.rewards, self.finish_reasons)
+            self.rewards = [reward - penalty * (finish == "length") for reward, finish in pairs]
+
     @property
     def where(self):
         """A text that names the prompts, for messages."""

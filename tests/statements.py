@@ -78,6 +78,8 @@ STATEMENTS = {
     "samples without top-k and top-p.",
     "aggregations": "The three aggregations have their worked values, whatever the micro-batches and the padding.",
     "no-signal": "The share of groups without any difference in reward is logged.",
+    "missing-eos": "The penalty of GRPO for a missing end of turn is subtracted from the rewards of the completions "
+    "that were cut, and from no other.",
     "offline-online": "With stored log-probs, the offline gradient is that of the online step on the same data.",
     # reward functions
     "reward-left-out": "A completion without a reward is in no loss, mean, divisor or baseline: the step is that of a "

@@ -1105,6 +1105,12 @@ MUTANTS = [
         (f"{TRAINERS}the_share_of_groups_without_any_difference_is_logged",),
     ),
     Mutant(
+        "missing-eos", "the penalty goes to the completions that ended by themselves", "rlhf/rollouts.py",
+        'penalty * (finish == "length")',
+        'penalty * (finish == "stop")',
+        (f"{TRAINERS}grpo_takes_the_penalty_from_the_rewards_of_completions_that_were_cut",),
+    ),
+    Mutant(
         "offline-online", "stored log-probs are divided by the temperature once more", "rlhf/grpo_train.py",
         "        return batch.sampler_logprobs\n",
         "        return batch.sampler_logprobs / config.temperature\n",

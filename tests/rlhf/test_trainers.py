@@ -476,6 +476,21 @@ def test_the_share_of_groups_without_any_difference_is_logged(train, module, mon
     assert line["frac_reward_zero_std"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.statement("missing-eos")
+def test_grpo_takes_the_penalty_from_the_rewards_of_completions_that_were_cut(train, module, monkeypatch):
+    seen, drawn = [], []
+    monkeypatch.setattr(module("grpo").Scorer, "__call__", lambda self, rollout: [0.25] * len(rollout.texts))
+    watch(monkeypatch, module("grpo"), "advantages_of_step", seen)
+    watch(monkeypatch, rollouts.SampledRollouts, "at", drawn)
+    sizes = {"steps": 1, "prompts_per_step": 16, "max_new_tokens": 30, "samples_per_prompt": 4}
+    _, [line] = train("grpo", missing_eos_penalty=0.5, **sizes)
+    finish_reasons = drawn[0][1].finish_reasons
+    assert set(finish_reasons) == {"stop", "length"}
+    rewards = [0.25 if reason == "stop" else -0.25 for reason in finish_reasons]
+    assert torch.cat(seen[0][0][0]).tolist() == rewards
+    assert line["reward"] == pytest.approx(sum(rewards) / len(rewards))
+
+
 @pytest.mark.statement("offline-online")
 def test_the_offline_gradient_is_that_of_the_online_step_on_the_same_data(train, module, monkeypatch, sgd, tmp_path):
     sampled, original = [], module("grpo").Scorer.__call__
