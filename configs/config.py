@@ -101,13 +101,7 @@ def load_config(Config: Any, argv: list[str] | None = None) -> Any:
     edits, path = _parse_command_line(Config, argv)
     if path is None and getattr(Config, "CONFIG", None):
         path = ROOT / Config.CONFIG
-    values = {}
-    if path is not None:
-        for key, value in read_yaml(path).items():
-            name = _field(Config, key, f"in {shown(path)}").name
-            if name in values:
-                raise UserError(f"{shown(path)}: {name} is given twice, also as {key}")
-            values[name] = _cast(Config, key, value, f"in {shown(path)}")
+    values = {} if path is None else _values(Config, path)
     edited = {key: _cast(Config, key, value, "on the command line") for key, value in edits.items()}
     values = _only_one(Config, _only_one(Config, {}, values), edited)
     config = Config(**values)
@@ -116,6 +110,25 @@ def load_config(Config: Any, argv: list[str] | None = None) -> Any:
     if callable(getattr(config, "check", None)):
         config.check()
     return config
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """{key: value} of the options that differ from what the script takes when no option is given."""
+    Config = type(config)
+    path = getattr(Config, "CONFIG", None)
+    usual = vars(Config(**_only_one(Config, {}, _values(Config, ROOT / path) if path else {})))
+    return {key: value for key, value in config_to_dict(config).items() if value != usual[key]}
+
+
+def _values(Config, path):
+    """{option: value} in a YAML file, each as its field's type."""
+    values = {}
+    for key, value in read_yaml(path).items():
+        name = _field(Config, key, f"in {shown(path)}").name
+        if name in values:
+            raise UserError(f"{shown(path)}: {name} is given twice, also as {key}")
+        values[name] = _cast(Config, key, value, f"in {shown(path)}")
+    return values
 
 
 def _only_one(Config, before, values):

@@ -25,7 +25,7 @@ from rlhf.stage import Stage
 from rlhf.steps import Meter, RunningMeter
 from rlhf.utils import packed_logprobs
 from runtime.cli import cli
-from runtime.console import say
+from runtime.console import fold, say
 from train.updates import Updates
 
 
@@ -90,7 +90,7 @@ def main(config):
     if config.precompute_reference:
         reference.precompute(pairs.used())
     if not checkpoints.done:
-        say(f"before: {summary(evaluate(policy, reference, pairs.heldout, config, stage))}")
+        say(fold(f"before: {summary(evaluate(policy, reference, pairs.heldout, config, stage))}"))
 
     for step in checkpoints.remaining():
         for batch in pairs.batches(step):
@@ -112,7 +112,7 @@ def main(config):
         checkpoints.save_if_due(step)
 
     result = evaluate(policy, reference, pairs.heldout, config, stage)
-    say(f"after: {summary(result)}")
+    say(fold(f"after: {summary(result)}"))
     policy.save(stage.run.folder)
     result = {f"heldout_{key}": value for key, value in result.items()}
     stage.finish(result, pairs.inputs, "python inference/dpo_inference.py")

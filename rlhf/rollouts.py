@@ -23,7 +23,7 @@ from rlhf.sampler import Sampler
 from rlhf.scoring import gold_scores
 from rlhf.stage import TrainingConfig
 from rlhf.steps import RunningCounts, in_words
-from runtime.console import say
+from runtime.console import clip, say
 
 SAMPLES = 8  # completions of a logged step that are kept
 
@@ -251,8 +251,8 @@ class Rollout:
         """Print the first prompt and completion of this process."""
         if not self.texts:
             return
-        text = " ".join(self.texts[0].split())
-        say(f"        {self.questions[0]}\n        -> {text[:200]}  (reward {self.rewards[0]:.2f})")
+        reward = f"  (reward {self.rewards[0]:.2f})"
+        say(f"        {clip(self.questions[0], 72)}\n        -> {clip(self.texts[0], 69 - len(reward))}{reward}")
 
 
 class PromptStream:

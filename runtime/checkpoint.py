@@ -43,18 +43,18 @@ from runtime.failures import reason
 from runtime.files import sha256_file, synced, write_atomically
 from runtime.processes import communication_device, gather, largest_over_processes, on_main, several
 from runtime.run import CHECKPOINTS
+from runtime.signals import WISHES
 from runtime.tracking import Tracking
 
 FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each pause is twice as long as the last
-# what asks a run to save and stop: a scheduler, a terminal that closes; on Windows there is SIGTERM alone
-WISHES = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if name in dir(signal)]
 FILES = ("tensors.safetensors", "state.json")
 
 
 @dataclass
 class Saving(Tracking):
-    """The options of every training script that do not change the results of a run: checkpoints, and W&B."""
+    """The options of every training script that do not change the results of a run: checkpoints, log, W&B."""
 
+    verbose: bool = option(False, "print every number of a log line, not only the important ones", identity=False)
     wandb_model: bool = option(False, "also send the trained model to W&B, as an artifact", identity=False)
     save_every: int = option(
         0, "steps (rollouts in PPO and GRPO) between checkpoints; 0: by time alone", at_least=0, identity=False
@@ -89,7 +89,7 @@ class Checkpoints:
 
         If a checkpoint is damaged, a message names it, and the one before it is used. Raises UserError if another
         script wrote the checkpoint, or if a file that the run reads has changed since. From now on, SIGTERM and Ctrl-C
-        save a checkpoint and then stop.
+        save a checkpoint and then stop, if a line was logged.
         """
         found = []
         on_main(lambda: found.append(self._newest()))
@@ -238,9 +238,10 @@ class Checkpoints:
     def _asked(self, number, frame):
         now = time.time()
         again = self._came == number and now - self._came_at > 1  # a launcher may repeat a signal of the terminal
-        if number == signal.SIGINT and (again or not self.run.steps_began):
+        begun = self.run.steps_began and self.run.logged
+        if number == signal.SIGINT and (again or not begun):
             raise KeyboardInterrupt
-        if not self.run.steps_began:  # nothing to save yet
+        if not begun:  # nothing to save yet
             sys.exit(128 + number)
         if not self._came:
             self._came, self._came_at = number, now

@@ -8,15 +8,17 @@ import time
 from pathlib import Path
 
 from configs.config import UserError, load_config
+from runtime.console import rank
 from runtime.memory import keep_freed_memory
-from runtime.run_folder import check_system, on_refusal
+from runtime.run_folder import check_system, on_refusal, undo_all
 from runtime.spinning import watch_cores
 
 
 def cli(main, Config, several=False):
     """Run `main(load_config(Config))` as a command: a UserError becomes one message and exit status 2.
 
-    So does an error of the machine (no memory, no disk, a lost process): see runtime/failures.py.
+    So does an error of the machine (no memory, no disk, a lost process): see runtime/failures.py. A run that ends in a
+    UserError or by Ctrl-C before its first log line leaves its folder as it was: see runtime/run_folder.py.
     """
     config = None
     on_refusal.clear()
@@ -33,17 +35,20 @@ def cli(main, Config, several=False):
             new_rendezvous()
         main(config)
     except UserError as error:
-        while on_refusal:
-            on_refusal.pop()()
+        undo_all()
         if os.environ.get("RANK", "0") != "0":  # rank 0 mostly prints the same; then the launcher ends this process
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         leave_processes()
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        undo_all()
+        if rank() == 0:
+            print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except SystemExit:
+    except SystemExit as end:
+        if end.code:  # a signal before the first log line, or a UserError in another process
+            undo_all()
         leave_processes()
         raise
     except Exception as error:

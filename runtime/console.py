@@ -5,8 +5,31 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import textwrap
 import time
 import warnings
+
+WIDTH = 80  # columns of a terminal, and of what is printed
+LABELS = {  # of a log line, the most important first: what a number is called, and its format
+    "skipped": ("skipped", "d"),
+    "reward": ("reward", ".3f"),
+    "gold": ("gold", ".3f"),
+    "kl": ("kl", ".2f"),
+    "mean_length": ("length", ".1f"),
+    "clipped_ratio": ("cut", ".0%"),
+    "loss": ("loss", ".4f"),
+    "nats_per_token": ("held-out loss", ".4f"),
+    "bits_per_byte": ("bits per byte", ".4f"),
+    "accuracy": ("accuracy", ".2f"),
+    "margin": ("margin", ".3f"),
+    "score": ("score", ".3f"),
+    "entropy": ("entropy", ".2f"),
+    "value_loss": ("value loss", ".3f"),
+    "lr": ("lr", ".1e"),
+    "grad_norm": ("grad", ".2f"),
+    "tok/s": ("tok/s", ",.0f"),
+}
+ETA = len(" | eta 59m59s")
 
 
 def rank():
@@ -31,6 +54,40 @@ def say(*words, end="\n"):
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+
+
+def fold(text, indent="  "):
+    """A text in lines of at most 80 columns. The lines after the first begin with `indent`; no word is cut."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def clip(text, width):
+    """A text as one line of at most `width` columns; what is cut ends in '...'."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def log_line(record, total=None, left=None, verbose=False):
+    """The log line of one step, at most 80 columns: the numbers of `LABELS` that fit, in that order, and the time left.
+
+    record: a line of metrics.jsonl. total: the number of steps, if known. left: seconds, if known. verbose: also
+    print all other numbers, by their names in metrics.jsonl, in lines below it.
+    """
+    line = f"step {record['step']:>5}" + (f"/{total}" if total else "")
+    seen = {"step", "seconds"}
+    for key, (label, form) in LABELS.items():
+        words = f" | {label} {record[key]:{form}}" if key in record else ""
+        if words and len(line) + len(words) + ETA <= WIDTH:
+            line, seen = line + words, seen | {key}
+    line += "" if left is None else f" | eta {duration(left)}"
+    rest = [f"{key} {_number(key, value)}" for key, value in record.items() if key not in seen]
+    rows = [line]
+    for number, words in enumerate(rest if verbose else []):
+        if number and len(rows[-1]) + len(words) + 3 <= WIDTH:
+            rows[-1] += f" | {words}"
+        else:
+            rows.append(f"        {words}")
+    return "\n".join(rows)
 
 
 def clock(moment):

@@ -13,12 +13,11 @@ import json
 import math
 import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
 
-from configs.config import UserError, config_to_dict, format_config, names_with, read_yaml, shown
-from runtime.console import _number, duration, rank, say
+from configs.config import UserError, changed, config_to_dict, format_config, names_with, read_yaml, shown
+from runtime.console import _number, duration, fold, log_line, rank, say
 from runtime.files import as_lines, in_root, read_lines, read_manifest, write_atomically
 from runtime.processes import on_main
 from runtime.provenance import files_read, named_inputs, provenance
@@ -87,14 +86,16 @@ class Run:
         name, group = self.folder.absolute().name, self.folder.absolute().parent.name
         self.tracker = Tracker(self.config, self.folder, name, group, Path(self.script).stem)
         try:
-            if not self.unfinished:
+            if self.unfinished:
+                self._place.go_on()
+            else:
                 self._place.empty()
             write_atomically(held, format_config(self.config))
         except OSError as error:
             raise UserError(f"cannot write to {shown(self.folder)}: {error.strerror}") from None
-        say(f"configuration ({shown(held)}):")
-        words = ", ".join(f"{key} {value}" for key, value in config_to_dict(self.config).items())
-        say(textwrap.fill(words, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+        other = ", ".join(f"{key} {value}" for key, value in changed(self.config).items())
+        words = f"{other}; the rest are defaults" if other else "all defaults"
+        say(fold(f"configuration: {words} ({shown(held)})"))
 
     def refuse_changes(self, before, when):
         """Raise UserError if a file that the run reads has changed. before: earlier `files`. when: for the message."""
@@ -112,6 +113,11 @@ class Run:
         ]
         only = {"there": before.keys() - now.keys(), "now": now.keys() - before.keys() - free}
         return different + [f"only {where}: {', '.join(sorted(keys))}" for where, keys in only.items() if keys]
+
+    @property
+    def logged(self):
+        """Whether the run has logged a line, also before an interruption."""
+        return self._lines > 0
 
     def restart(self):
         """Start from the first step, with an empty metrics.jsonl."""
@@ -210,12 +216,10 @@ class Run:
                     f.write(as_lines(rows))
         self._samples += len(samples)
         self.tracker.line(self._lines - 1, recorded, samples)
-        words = [f"{k} {_number(k, v)}" for k, v in record.items() if k not in ("step", "seconds")]
+        left = None
         if self.total_steps and self._first and step > self._first[1]:
             left = (now - self._first[0]) / (step - self._first[1]) * (self.total_steps - step)
-            words.append(f"eta {duration(left)}")
-        count = f"{step:>5}/{self.total_steps}" if self.total_steps else f"{step:>5}"
-        say("step " + " | ".join([count, *words]))
+        say(log_line(record, self.total_steps, left, self.config.verbose))
 
     def finish(self, result, inputs=None, next_command=None, more=None):
         """Write manifest.json, which marks the run as finished. Print the result and the folder.
@@ -237,7 +241,8 @@ class Run:
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         release(self.folder)
         reached = ", ".join(f"{k} {_number(k, v)}" for k, v in result.items())
-        say(f"\ndone in {duration(manifest['seconds'])}, peak memory {manifest['peak_memory_gb']:.2f} GB: {reached}")
+        peak = f"peak memory {manifest['peak_memory_gb']:.2f} GB"
+        say("\n" + fold(f"done in {duration(manifest['seconds'])}, {peak}: {reached}"))
         say(f"written to {shown(self.folder)}/")
         model = [path for path in sorted(self.folder.iterdir()) if self.config.wandb_model and path.is_file()]
         self.tracker.finish(result, kind="model", files=model)

@@ -1,7 +1,7 @@
-"""The folder of a run that begins. If the run ends in a UserError before its first log line, nothing has changed.
+"""The folder of a run that begins. If the run ends before its first log line, nothing has changed.
 
 Most errors in data and models are found after the run has taken its folder. Until the run has logged its first line,
-the files of an earlier run are only moved aside, and a UserError moves everything back.
+the files of an earlier run are only moved aside, and a UserError or Ctrl-C moves everything back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.config import UserError, shown
 from runtime.console import say
+from runtime.signals import undisturbed
 
 try:
     import fcntl
@@ -63,14 +64,14 @@ class RunFolder:
     """The folder of a run that begins, made if it was not there, and locked.
 
     Look at its content only then: before, another process may still write to it. Until `begin`, `cli` in runtime/cli.py
-    calls `roll_back` if the run ends in a UserError.
+    calls `roll_back` if the run ends in a UserError, by Ctrl-C or by another signal.
     Raises OSError if the folder cannot be made, and UserError if another process keeps it.
     """
 
     def __init__(self, path):
         self.path, self.replaced = path, path / REPLACED
         self.made = [p for p in [path, *path.parents] if not p.exists()]
-        self.emptied = False
+        self.emptied = self.begun = False
         hold(path, lambda: path.mkdir(parents=True, exist_ok=True))
         if any(path.iterdir()):  # another process made it while this one waited for the lock
             self.made = []
@@ -78,35 +79,45 @@ class RunFolder:
 
     def empty(self):
         """Move aside what the folder holds, until `begin`."""
-        self.emptied = True
-        if self.replaced.exists():  # the last run was killed before it began: the earlier run is still in there
-            self._remove_rest()
-            return
-        earlier = list(self.path.iterdir())
-        self.replaced.mkdir()
-        for path in earlier:
-            os.replace(path, self.replaced / path.name)
+        with undisturbed():  # a signal in between would leave a half of it to `roll_back`
+            self.emptied = True
+            if self.replaced.exists():  # the last run was killed before it began: the earlier run is still in there
+                self._remove_rest()
+                return
+            earlier = list(self.path.iterdir())
+            self.replaced.mkdir()
+            for path in earlier:
+                os.replace(path, self.replaced / path.name)
+
+    def go_on(self):
+        """Go on with the run that the folder holds. If it was killed before it began, the earlier run is there, too."""
+        self.emptied = self.replaced.exists()
 
     def begin(self):
         """Delete what was moved aside. From now on nothing is undone."""
-        if self.roll_back in on_refusal:
-            on_refusal.remove(self.roll_back)
-        if self.replaced.exists():
-            shutil.rmtree(self.replaced)
+        if self.begun:
+            return
+        with undisturbed():
+            self.begun = True
+            if self.roll_back in on_refusal:
+                on_refusal.remove(self.roll_back)
+            if self.replaced.exists():
+                shutil.rmtree(self.replaced)
 
     def roll_back(self):
         """Put back what was moved aside, remove what was made, and release the lock."""
-        if self.made:
-            shutil.rmtree(self.path)
-            for parent in self.made[1:]:
-                with contextlib.suppress(OSError):  # by now, another run lies in it
-                    parent.rmdir()
-        elif self.emptied:
-            self._remove_rest()
-            for path in self.replaced.iterdir():
-                os.replace(path, self.path / path.name)
-            self.replaced.rmdir()
-        release(self.path)
+        with undisturbed():
+            if self.made:
+                shutil.rmtree(self.path)
+                for parent in self.made[1:]:
+                    with contextlib.suppress(OSError):  # by now, another run lies in it
+                        parent.rmdir()
+            elif self.emptied:
+                self._remove_rest()
+                for path in self.replaced.iterdir():
+                    os.replace(path, self.path / path.name)
+                self.replaced.rmdir()
+            release(self.path)
 
     def _remove_rest(self):
         for path in self.path.iterdir():
@@ -114,7 +125,14 @@ class RunFolder:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-on_refusal = []  # functions that `cli` calls if a run ends in a UserError; they undo what was begun
+on_refusal = []  # functions that `undo_all` calls if a command ends before it has begun; they undo what was done
+
+
+def undo_all():
+    """Undo what the command has done so far, its last deed first. A second Ctrl-C stops one of them, not the others."""
+    while on_refusal:
+        with contextlib.suppress(KeyboardInterrupt):
+            on_refusal.pop()()
 
 
 LOCK_SECONDS = 60  # to wait until an earlier process of the same run has ended

@@ -227,6 +227,9 @@ def test_a_second_ctrl_c_ends_at_once_but_not_the_echo_of_a_launcher(config, mon
     with pytest.raises(KeyboardInterrupt):  # before the steps there is nothing to save
         checkpoints._asked(signal.SIGINT, None)
     checkpoints.run.begin_steps()
+    with pytest.raises(KeyboardInterrupt):  # nor before the first log line
+        checkpoints._asked(signal.SIGINT, None)
+    checkpoints.run.log(1, loss=1.0)
     now = [1000.0]
     monkeypatch.setattr(checkpoint.time, "time", lambda: now[0])
     checkpoints._asked(signal.SIGINT, None)
