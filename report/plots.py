@@ -9,19 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from report.methods import method_of
+from runtime.curves import new_figure, running_mean, smoothing
 
 SIZE = {"*": 13, "P": 9}
-
-
-def new_figure(width, height, columns):
-    """(figure, axes): `columns` axes side by side. The figure needs no display and no global state."""
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="0.92")
-        ax.set_axisbelow(True)
-    return figure, axes
 
 
 def point(ax, row, x, y):
@@ -65,11 +55,6 @@ def gold_is(rows):
     return f"reward by {reward}" if reward else "share of checks passed"
 
 
-def running_mean(values, width):
-    """The running mean: for each value, the mean of the last `width` values up to it."""
-    return [float(np.mean(values[max(0, i + 1 - width) : i + 1])) for i in range(len(values))]
-
-
 def curve(ax, row, key, per_step, **style):
     """Draw one logged value of a run as a thin line, and its running mean as a thick line. Returns whether it exists.
 
@@ -81,7 +66,7 @@ def curve(ax, row, key, per_step, **style):
     x, y = zip(*points)
     color = style.pop("color", method_of(row.key).color)
     ax.plot(x, y, color=color, lw=0.8, alpha=0.35)
-    ax.plot(x, running_mean(y, max(1, len(y) // 8)), color=color, lw=2, **style)
+    ax.plot(x, running_mean(y, smoothing(y)), color=color, lw=2, **style)
     return True
 
 
@@ -116,7 +101,7 @@ def curves_figure(rows, path):
         else:
             ax.text(0.5, 0.5, "no such run", transform=ax.transAxes, ha="center", color="0.5")
     axes[0].set_ylim(bottom=0)
-    figure.suptitle("Training prompts; thick: running mean over an eighth of the run", fontsize=10, color="0.35")
+    figure.suptitle("Training prompts; thick: running mean over about an eighth of the run", fontsize=10, color="0.35")
     figure.savefig(path)
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import shlex
 from dataclasses import dataclass, field, fields, replace
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -230,7 +231,10 @@ class Rollout:
         return processes.sum(torch.tensor(mine, dtype=torch.float32, device=device)).tolist()
 
     def measure(self, meter):
-        """Add means over completions to the meter: reward, gold score, length in tokens, share cut at the limit."""
+        """Add means over completions to the meter: reward, gold score, length in tokens, share cut at the limit.
+
+        The prompts are the independent samples: their means give the standard errors of reward and gold score.
+        """
         for i, completion in enumerate(self.completions):
             cut = self.finish_reasons[i] == "length"
             meter.mean(reward=self.rewards[i], mean_length=len(completion), clipped_ratio=cut)
@@ -240,6 +244,9 @@ class Rollout:
             for value in values:
                 if value is not None:
                     meter.mean(**{f"rewards/{name}/mean": value})
+        for name, scores in (("reward", self.rewards), ("gold", self.gold)):
+            for group in filter(None, self.grouped(scores or [])):
+                meter.sample(**{name: fmean(group)})
 
     def samples(self):
         """The first completions of this process with their rewards, for `Run.log`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from statistics import stdev
+
 import torch
 
 from rlhf.utils import kl_estimate, masked_mean
@@ -12,7 +15,7 @@ class Meter:
     """The measurements of a step: means and sums over its micro-batches and all processes."""
 
     def __init__(self):
-        self.totals = {}  # name: (total, count; None for a sum)
+        self.totals = {}  # name: (total, count; None for a sum); for a standard error: (the samples, their number)
 
     def mean(self, weight=1.0, **values):
         """Add each value to its weighted mean. weight: the number of tokens or rows that the value is a mean of."""
@@ -25,19 +28,33 @@ class Meter:
         for key, value in values.items():
             self.totals[key] = (self.totals.get(key, (0.0, None))[0] + float(value), None)
 
+    def sample(self, **values):
+        """Add an independent sample of each value, such as a prompt's mean reward: KEY_se is the standard error."""
+        for key, value in values.items():
+            samples, count = self.totals.get(f"{key}_se", ([], 0))
+            self.totals[f"{key}_se"] = ([*samples, float(value)], count + 1)
+
     def over_processes(self, processes):
-        """{name: (total, count)} of all measurements so far, over all processes. The count is None for a sum."""
+        """{name: (total, count)} of all measurements so far, over all processes, as in `totals`."""
         merged = {}
         for totals in processes.gather(self.totals):
             for key, (total, count) in totals.items():
-                before = merged.get(key, (0.0, None if count is None else 0.0))
-                merged[key] = (before[0] + total, None if count is None else before[1] + count)
+                before = merged.get(key)
+                if before:
+                    total, count = before[0] + total, None if count is None else before[1] + count
+                merged[key] = (total, count)
         return merged
 
     def collect(self, processes):
         """All measurements, over all processes, as a dict of floats."""
         merged = self.over_processes(processes)
-        return {key: t if c is None else t / max(c, 1e-12) for key, (t, c) in merged.items()}
+        found = {}
+        for key, (total, count) in merged.items():
+            if not isinstance(total, list):
+                found[key] = total if count is None else total / max(count, 1e-12)
+            elif count > 1:
+                found[key] = stdev(total) / math.sqrt(count)
+        return found
 
 
 class RunningMeter(Meter):

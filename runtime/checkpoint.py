@@ -162,6 +162,7 @@ class Checkpoints:
         self._pause = min(max(2 * self._pause, 20 * cost), 60 * self.config.save_minutes)  # 5 % of the time at most
         if self._signal:
             self._listen(False)
+            on_main(self.run.curves.draw)
             name = signal.Signals(self._signal).name
             say(f"\n{name}: stopped after step {step} of {self.run.total_steps}, which is saved. To go on: {command()}")
             sys.exit(128 + self._signal)

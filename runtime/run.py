@@ -1,4 +1,4 @@
-"""A run and its folder: config.yaml, metrics.jsonl, manifest.json, and the line on the terminal at each step.
+"""A run and its folder: configuration, metrics, curves, manifest; and the line on the terminal at each step.
 
     run = Run(config, "models/dpo", total_steps=100)
     run.log(step, loss=0.69, lr=1e-4, tokens=5120)          # one line, the same keys in metrics.jsonl
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from configs.config import UserError, changed, config_to_dict, format_config, names_with, read_yaml, shown
 from runtime.console import _number, duration, fold, log_line, rank, say
+from runtime.curves import Curves
 from runtime.files import as_lines, in_root, read_lines, read_manifest, write_atomically
 from runtime.processes import on_main
 from runtime.provenance import files_read, named_inputs, provenance
@@ -53,6 +54,7 @@ class Run:
         self._first = None  # (time, step) at which the steps began, for the time left
         self._tokens = 0
         self._carried = (0.0, 0)  # seconds and tokens between the last logged line and the checkpoint
+        self.curves = Curves(self.folder)
         self.is_main = rank() == 0
         on_main(self._claim_folder)
 
@@ -216,6 +218,7 @@ class Run:
                     f.write(as_lines(rows))
         self._samples += len(samples)
         self.tracker.line(self._lines - 1, recorded, samples)
+        self.curves.draw_if_due()
         left = None
         if self.total_steps and self._first and step > self._first[1]:
             left = (now - self._first[0]) / (step - self._first[1]) * (self.total_steps - step)
@@ -229,6 +232,7 @@ class Run:
         """
         if not self.is_main:
             return
+        self.curves.draw()  # before the manifest: a run with a manifest is not run again
         manifest = {
             **(more or {}),
             "script": self.script,

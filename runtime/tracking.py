@@ -26,7 +26,16 @@ from runtime.run_folder import on_refusal
 FOLDER = "wandb"  # subfolder of a run: the files of W&B
 SECTIONS = {  # of the page of a run; other keys are in "train"
     "heldout": ("nats_per_token", "bits_per_byte"),
-    "rollout": ("reward", "gold", "mean_length", "clipped_ratio", "frac_reward_zero_std", "advantage"),
+    "rollout": (
+        "reward",
+        "reward_se",
+        "gold",
+        "gold_se",
+        "mean_length",
+        "clipped_ratio",
+        "frac_reward_zero_std",
+        "advantage",
+    ),
     "policy": ("kl", "kl_per_token", "kl_coef", "approx_kl", "clipfrac", "entropy", "sampler_kl"),
     "optimizer": ("lr", "grad_norm", "skipped"),
     "speed": ("tok/s", "seconds"),
