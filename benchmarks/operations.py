@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 
 from benchmarks import measure, page, run
-from benchmarks.progress import Progress
 from configs.config import option
 from runtime.cli import cli
 from runtime.console import say
+from runtime.progress import Progress
 from runtime.provenance import git_commit, machine, versions
 
 ON_THE_PAGE = ("lm", "grpo", "generate")

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import lm, measure, page
-from benchmarks.progress import Progress
 from configs.config import UserError, option, shown
 from models.device import pick_device
 from runtime.cli import cli
-from runtime.console import duration, say
+from runtime.console import duration, fold, say
 from runtime.files import in_root, write_atomically
+from runtime.progress import Progress
 from runtime.provenance import git_commit, machine, versions
 from runtime.run_folder import check_place
 
@@ -135,7 +135,7 @@ def run_job(name, config, progress):
     """Measure one job over all rounds, print each run as it ends, and return the job's figures."""
     job, size, began = JOBS[name], sizes(name, config), time.time()
     module = importlib.import_module(f"benchmarks.{job.module}")
-    say(f"\n{name}: {', '.join(f'{k} {v}' for k, v in size.items())}; {measure.precision()}")
+    say("\n" + fold(f"{name}: {', '.join(f'{k} {v}' for k, v in size.items())}; {measure.precision()}"))
     rounds = {side: [] for side in job.sides}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         folder = Path(folder)
@@ -146,7 +146,7 @@ def run_job(name, config, progress):
                 started = time.time()
                 found.append(measure.measure_side(job.module, side, size, folder / f"{side}-{i}"))
                 done = progress.done((name, side), time.time() - started)
-                say(f"  round {i + 1}/{config.rounds}, {side}: {in_words(found[-1])} | {done}")
+                say(fold(f"  round {i + 1}/{config.rounds}, {side}: {in_words(found[-1])} | {done}", "    "))
             if name == "generate":
                 module.settle(rounds["ours"][-1], rounds["baseline"][-1])
         peaks.append(measure.measure_peak(config.smoke, folder / "peak-after"))

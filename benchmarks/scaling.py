@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import grpo, lm, measure, page
-from benchmarks.progress import Progress
 from configs.config import UserError, option
 from runtime.cli import cli
-from runtime.console import say
+from runtime.console import fold, say
+from runtime.progress import Progress
 from runtime.provenance import git_commit, machine, versions
 
 
@@ -103,6 +103,7 @@ def main(config):
     progress = Progress(*planned(sweeps, config))
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         folder = Path(folder)
+        say(f"{progress.total} runs, each in processes of its own; first the fastest matmul")
         peak = measure.measure_peak(config.smoke, folder / "peak")["flops_per_second"]
         if sweeps:
             points = [run_sweep(sweep, config, peak, folder / sweep.key, progress) for sweep in sweeps]
@@ -156,7 +157,7 @@ def run_sweep(sweep, config, peak, folder, progress):
         points.append({"value": value, "seconds": seconds, **point})
         share = point["flops"] / seconds / peak
         per_token = f"{1e3 * seconds / point['tokens']:.2f} ms a token"
-        say(f"  {value:>5}: {seconds:.3f} s a step, {per_token}, {share:.1%} of peak | {done}")
+        say(fold(f"  {value:>5}: {seconds:.3f} s a step, {per_token}, {share:.1%} of peak | {done}", 9 * " "))
     return {"title": sweep.title, "key": sweep.key, "peak": peak, "points": points}
 
 
@@ -183,7 +184,7 @@ def run_ddp(config, folder, progress):
             seconds[key] += steps
             done = progress.done(("ddp", key), time.time() - started)
             words = " ".join(f"{s:.2f}" for s in steps)
-            say(f"  round {i + 1}/{config.rounds}, {TWO_PROCESSES[key]}: {words} s a step | {done}")
+            say(fold(f"  round {i + 1}/{config.rounds}, {TWO_PROCESSES[key]}: {words} s a step | {done}", "    "))
     found = {key: measure.spread(values) | {"seconds": statistics.median(values)} for key, values in seconds.items()}
     apart, joined, alone = (found[key]["seconds"] for key in TWO_PROCESSES)
     say(f"  two independent processes {apart:.3f} s a step, DDP {joined:.3f} ({joined / apart - 1:+.1%})")

@@ -16,7 +16,7 @@ import torch
 from configs.config import UserError
 from data.encoding import encode
 from models.tokens import readable, text_pieces
-from runtime.console import say
+from runtime.console import fold, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,7 +108,8 @@ def make_blocks(
     lost += f"; {opened} messages of the assistant left out, because nothing stands before them" if opened else ""
     unit = "documents" if kind == "text" else "completions"
     fill = int(blocks.tokens.sum()) / blocks.input_ids.numel()
-    say(f"{name}: {len(samples):,} {unit}, {len(blocks):,} blocks of {max_length} tokens, {fill:.1%} full{lost}")
+    words = f"{name}: {len(samples):,} {unit}, {len(blocks):,} blocks of {max_length} tokens, {fill:.1%} full{lost}"
+    say(fold(words))
     return blocks
 
 

@@ -14,7 +14,7 @@ from data.corpus import finish_reason_of
 from data.encoding import encode
 from data.rows import in_one_form, read_rows, text_of
 from models.tokens import completion_ids, prompt_ids
-from runtime.console import say
+from runtime.console import fold, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,12 +201,13 @@ def describe_pairs(train: list[dict], heldout: list[dict], counts: dict[str, int
     """Print the numbers of pairs, their lengths in tokens, and how often the chosen completion is longer."""
     lengths = sorted(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in train)
     longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in train) / len(train)
-    say(
+    words = (
         f"{len(train)} pairs to train on, {len(heldout)} held out by prompt; {counts['dropped']} dropped as too long, "
         f"{counts['equal']} because both sides are equal, {counts['cut']} prompts cut; "
         f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]} tokens; "
         f"the chosen completion is the longer one in {longer:.0%}"
     )
+    say(fold(words))
 
 
 def pair_length(pair: dict) -> int:

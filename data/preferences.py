@@ -31,7 +31,7 @@ from models.loader import load_model, load_tokenizer, weights_hash
 from models.options import ModelOptions
 from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import never_sampled, prompt_ids, stop_ids
-from runtime.console import duration, quiet_libraries, say
+from runtime.console import duration, fold, quiet_libraries, say
 from runtime.files import as_lines, in_root, read_json, sha256_file, write_atomically
 from runtime.provenance import files_read, provenance
 from runtime.run_folder import check_place
@@ -170,11 +170,12 @@ def sample_and_score(config: SamplingConfig, task: Task) -> Sampled:
     policy = weights_hash(model)  # before the cast: a trainer that loads float32 weights computes the same hash
     model = cast_weights(model, frozen_dtype(precision))
     many = len(prompts) * config.samples_per_prompt
-    say(
+    words = (
         f"{config.model_name} ({precision}, {device}): {config.samples_per_prompt} completions to each of "
         f"{len(prompts)} prompts, {many:,} in all, of at most {config.max_new_tokens} tokens, temperature "
         f"{config.temperature:g}"
     )
+    say(fold(words))
     started = time.time()
     generation, before = generate_resumable(
         partial_path(in_root(config.out)),
@@ -261,23 +262,24 @@ def summarise(config: SamplingConfig, sampled: Sampled, matches: list[tuple[Comp
     if summary["pass_rate"]:
         say("share of completions that pass each check:")
         rates = [f"{name} {rate:.2f}" for name, rate in summary["pass_rate"].items()]
-        for i in range(0, len(rates), 4):
-            say("  " + "".join(rate.ljust(24) for rate in rates[i : i + 4]).rstrip())
+        for i in range(0, len(rates), 3):
+            say("  " + "".join(rate.ljust(26) for rate in rates[i : i + 3]).rstrip())
     difference = summary["chosen_mean_tokens"] - summary["rejected_mean_tokens"]
     rule, right = ("longer", longer_right) if longer_right >= 0.5 else ("shorter", 1 - longer_right)
-    say(
+    lengths = (
         f"length: chosen {summary['chosen_mean_tokens']:.1f} tokens, rejected {summary['rejected_mean_tokens']:.1f} "
         f"({difference:+.1f}). The rule '{rule} wins' alone is right on {right:.0%} of pairs (a coin: 50%)"
     )
-    say(
+    ends = (
         f"ended by themselves within {config.max_new_tokens} tokens: {summary['ended_by_themselves']:.0%} of "
         f"completions, {summary['chosen_ended']:.0%} of chosen, {summary['rejected_ended']:.0%} of rejected; "
         f"looping: {summary['degenerate']:.1%}"
     )
-    say(
+    duplicates = (
         f"duplicates: {summary['duplicate_answers']} completions repeat another to the same prompt, "
         f"{summary['duplicate_prompts']} prompts repeat another; no prompt is a held-out one"
     )
+    say("\n".join(map(fold, (lengths, ends, duplicates))))
     return summary
 
 
@@ -310,9 +312,10 @@ def histogram(values: list[float], bins: int = 8, width: int = 40) -> str:
 
 def show_match(prompt: dict, chosen: Completion, rejected: Completion) -> None:
     """Print one prompt with its chosen and its rejected completion."""
-    say(f"\na sample\n  prompt:   {text_of(prompt['prompt'])!r}")
+    say("\na sample\n" + fold(f"  prompt:   {text_of(prompt['prompt'])!r}", 12 * " "))
     for name, answer in (("chosen:", chosen), ("rejected:", rejected)):
-        say(f"  {name:<9} {answer.text!r} (score {answer.score:g}, {len(answer.ids)} tokens, {answer.finish_reason})")
+        what = f"(score {answer.score:g}, {len(answer.ids)} tokens, {answer.finish_reason})"
+        say(fold(f"  {name:<9} {answer.text!r} {what}", 12 * " "))
 
 
 def save(

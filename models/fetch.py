@@ -296,7 +296,7 @@ class Progress:
 
     def __init__(self, name, total):
         self.name, self.total = name, total
-        self.terminal = sys.stdout.isatty()
+        self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.started = self.shown = time.monotonic()
         self.open = False
 

@@ -39,7 +39,7 @@ from rlhf.sampler import Sampler
 from rlhf.utils import packed_logprobs, score_completions
 from runtime.checkpoint import flatten, put_back, state_of, unflatten
 from runtime.cli import cli
-from runtime.console import duration, quiet_libraries, say
+from runtime.console import duration, fold, quiet_libraries, say
 from runtime.files import in_root, write_atomically
 from train.common import lm_loss
 
@@ -310,7 +310,10 @@ def main(config):
                 found[kind] = {work: cell.replace(place, kind) for work, cell in examine(folder).items()}
         left = (time.time() - began) / number * (len(kinds) - number)
         odd = [f"{k}: {c}" for k, c in found[kind].items() if config.only or not c.startswith("exact")]
-        say(f"{number:>4}/{len(kinds)} {kind} | eta {duration(left)}" + "".join(f"\n       {line}" for line in odd))
+        say(
+            f"{number:>4}/{len(kinds)} {kind} | eta {duration(left)}"
+            + "".join("\n" + fold(f"       {line}", 9 * " ") for line in odd)
+        )
     bad = [f"{kind}, {k}: {c}" for kind, cells in found.items() for k, c in cells.items() if c.startswith(BAD)]
     if not config.only:
         write_atomically(in_root(config.out), page(found, left_out, time.time() - began))

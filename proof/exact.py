@@ -32,6 +32,9 @@ from proof.exact_report import markdown
 from runtime.cli import cli
 from runtime.console import quiet_libraries, say
 from runtime.files import in_root, write_atomically
+from runtime.progress import Progress
+
+MEASURED = {"estimators": 1, "gradients": 1, "fixed points": 1, "transformer": 1}  # seconds of each part, on one core
 
 
 @dataclass
@@ -51,22 +54,25 @@ def main(config):
     quiet_libraries()
     began = time.monotonic()
     bed, group_size = make_bed(beta=config.beta, seed=config.seed), config.samples_per_prompt
+    progress = Progress(dict.fromkeys(MEASURED, 1), MEASURED, "parts")
     policies, sampler = some_policies(bed, config.seed)
     say(f"{bed.rewards.shape[0]} prompts, {bed.rewards.shape[1]} completions of up to {bed.max_tokens} tokens")
     found = {"config": config, "kl": kl(policies["tabular"][1].detach(), bed.ref).mean().item()}
     found["estimators"] = {name: measure_estimators(bed, *policy, sampler) for name, policy in policies.items()}
     found["paths"] = bias_along_a_path(bed, True), bias_along_a_path(bed, False)
-    say("KL estimators: done")
+    say(f"KL estimators: {progress.done('estimators')}")
     found["aggregations"], found["completions"] = measure_aggregations(bed, policies, group_size)
     found["critics"] = measure_critics(bed, *policies["tabular"])
     found["old_samples"] = measure_old_samples(bed, *policies["tabular"], sampler, group_size)
-    say("policy gradients: done")
+    say(f"policy gradients: {progress.done('gradients')}")
     found["fixed_points"] = measure_fixed_points(bed, group_size, config.steps)
     found["start"] = {**describe(bed, bed.ref), "to_best": kl(bed.ref, optimum(bed)).mean().item()}
     found["best"] = describe(bed, optimum(bed))
     found["one_token"] = measure_one_token(config.beta, group_size, config.steps, config.seed)
     steps = config.transformer_steps
+    say(f"fixed points: {progress.done('fixed points')}")
     found["transformer"] = measure_transformer(bed, group_size, steps, config.seed) if steps else []
+    say(f"fixed points of a transformer: {progress.done('transformer')}")
     rates = torch.linspace(0.02, 0.98, 49).tolist()
     found["rates"] = rates
     found["weights"] = {

@@ -32,8 +32,9 @@ from models.device import pick_device, pick_precision
 from proof import claims, trainers
 from proof.lab import EPS, Lab
 from runtime.cli import cli
-from runtime.console import duration, quiet_libraries, say
-from runtime.files import in_root, write_atomically
+from runtime.console import duration, fold, quiet_libraries, say
+from runtime.files import in_root, read_json, write_atomically
+from runtime.progress import Progress
 from runtime.provenance import git_commit, machine, versions
 from runtime.run_folder import check_place
 
@@ -173,6 +174,14 @@ def measure_all(chosen, lab, dtypes):
         yield from (row.result() for row in later)
 
 
+def planned(chosen, dtypes):
+    """What `Progress` needs: the rows to measure, and the seconds of each in the certificate that lies here."""
+    rows = {(claim.words, dtype): 1 for claim in chosen for dtype in dtypes if dtype in claim.tolerance}
+    before = read_json(in_root(DEFAULT_JSON))["claims"] if in_root(DEFAULT_JSON).is_file() else []
+    seconds = {(row["claim"], row["dtype"]): row["seconds"] for row in before}
+    return rows, {row: seconds[row] for row in rows if row in seconds}
+
+
 def main(config):
     quiet_libraries()
     began, device = time.time(), pick_device()
@@ -183,9 +192,9 @@ def main(config):
     torch.set_num_threads(1)  # the models are tiny
     dtypes = dtypes_here(device)
     say(f"measuring {len(chosen)} claims on {device.type}, in {', '.join(dtypes)}; whole runs on the CPU")
-    say(f"models: {', '.join(trainers.MODELS)}; where the kind matters, also {kinds_measured()}\n")
-    say(line("claim", "dtype", "deviation", "tolerance", ""))
-    rows = []
+    models = f"models: {', '.join(trainers.MODELS)}; where the kind matters, also {kinds_measured()}"
+    say(fold(models) + "\n\n" + line("claim", "dtype", "deviation", "allowed", ""))
+    rows, progress = [], Progress(*planned(chosen, dtypes), "measured")
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             trainers.prepare(Path(folder))
@@ -193,19 +202,20 @@ def main(config):
             rows.append(row)
             say(line(row.claim, row.dtype, shape(row.deviation), shape(row.tolerance), verdict(row)))
             if not row.passed:
-                say(f"    {row.error or 'the largest: ' + row.worst}")
+                say(fold(f"    {row.error or 'the largest: ' + row.worst}", 6 * " "))
+            progress.tell((row.claim, row.dtype), row.seconds)
     torch.set_num_threads(threads)
     seconds = time.time() - began
     if config.only is None or config.json:
         paths = certificate_paths(config)
         write(*paths, rows, device, seconds)
         say(f"\nwritten to {shown(paths[0])} and {shown(paths[1])}")
-    say(f"\n{conclusion(rows)} ({duration(seconds)})")
+    say("\n" + fold(f"{conclusion(rows)} ({duration(seconds)})"))
     sys.exit(0 if all(row.passed for row in rows) else 1)
 
 
 def line(claim, dtype, deviation, tolerance, result):
-    return f"{claim:<50} {dtype:<8} {deviation:>9} {tolerance:>9}  {result}"
+    return f"{claim:<48} {dtype:<7} {deviation:>9} {tolerance:>7} {result}".rstrip()
 
 
 def shape(value):

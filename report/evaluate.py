@@ -55,7 +55,7 @@ from report.intervals import keep_best, number_or_dash, plus_minus, summarise
 from rlhf.reward_model import RewardModel
 from rlhf.utils import completion_logprobs, kl_estimate, score_completions
 from runtime.cli import cli
-from runtime.console import quiet_libraries, say
+from runtime.console import fold, quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically
 from runtime.provenance import code_read, provenance, sha256_files
 from runtime.run_folder import check_place
@@ -233,7 +233,7 @@ def evaluate(config):
     greedy = None
     if config.best_of == 1:
         settings = {"stop_ids": stops, "batch_size": config.sampling_batch_size, "never": never}
-        greedy = generate(model, ids, config.max_new_tokens, temperature=0, **settings)
+        greedy = generate(model, ids, config.max_new_tokens, temperature=0, progress=progress_line(), **settings)
     seconds["sampling"] = before + time.time() - clock
 
     # 2. the reward model's scores
@@ -385,7 +385,8 @@ def show(config, result):
     if any(result["left_out"].values()):
         say(f"\nwithout a gold score: {in_numbers(result['left_out'])}")
     part = {"heldout": "held-out"}.get(config.split, config.split)
-    say(f"\n{config.model_name}: {m['answers']} completions to {m['gold']['n']} {part} prompts; intervals hold 95 %")
+    how_many = f"{m['answers']} completions to {m['gold']['n']} {part} prompts"
+    say("\n" + fold(f"{config.model_name}: {how_many}; intervals hold 95 %"))
     say(f"  gold score           {plus_minus(m['gold'])}")
     say(f"  greedy               {plus_minus(m['greedy'])}")
     say(f"  unseen types         {plus_minus(m['unseen'])}  ({', '.join(result['unseen_types']) or 'none'})")
@@ -405,11 +406,12 @@ def show(config, result):
     if m["checks"]:
         say("  share passed, by type (* in no training prompt):")
     rates = [f"{name}{'*' * (name in result['unseen_types'])} {x['mean']:.2f}" for name, x in m["checks"].items()]
-    for i in range(0, len(rates), 4):
-        say("    " + "".join(rate.ljust(22) for rate in rates[i : i + 4]).rstrip())
+    for i in range(0, len(rates), 3):
+        say("    " + "".join(rate.ljust(25) for rate in rates[i : i + 3]).rstrip())
     for answer in result["answers"][:: max(1, len(result["answers"]) // 3)][:3]:
         text = " ".join(answer["text"].split())[:300]
-        say(f"\n  {answer['prompt']}\n  -> {text}  (gold {number_or_dash(answer['gold'])})")
+        gold = f"(gold {number_or_dash(answer['gold'])})"
+        say("\n" + fold(f"  {answer['prompt']}") + "\n" + fold(f"  -> {text}  {gold}", 5 * " "))
 
 
 def main(config):

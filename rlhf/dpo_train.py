@@ -26,6 +26,7 @@ from rlhf.steps import Meter, RunningMeter
 from rlhf.utils import packed_logprobs
 from runtime.cli import cli
 from runtime.console import fold, say
+from runtime.progress import Progress
 from train.updates import Updates
 
 
@@ -174,13 +175,12 @@ def cache_reference(reference_logps, pairs, batch_size, known=None):
 
     known: the result from before an interruption; it is stored again without computing it.
     """
-    done = 0
-    for number, batch in enumerate(in_batches(pairs, batch_size) if known is None else [], 1):
+    batches = [] if known is not None else list(in_batches(pairs, batch_size))
+    progress = Progress({"batch": len(batches)}, name="batches of reference log-probs")
+    for batch in batches:
         for pair, chosen, rejected in zip(batch, *(x.tolist() for x in reference_logps(batch))):
             pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected
-        done += len(batch)
-        if number % 10 == 0 or done == len(pairs):
-            say(f"reference log-probs: {done}/{len(pairs)} pairs")
+        progress.tell("batch")
     if known is not None:
         for pair, (chosen, rejected) in zip(pairs, known.tolist()):
             pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected

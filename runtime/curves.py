@@ -179,7 +179,9 @@ def draw_panel(ax: Any, panel: Panel, lines: list[dict]) -> None:
         means = running_mean(values, width)
         if width > 1:
             ax.plot(steps, values, color=style[0], ls="none", marker=".", ms=4.5, mew=0, alpha=0.5, clip_on=False)
-        ax.plot(steps, means, color=style[0], ls=style[1], lw=2, label=label, marker=None if len(steps) > 1 else "o")
+        ax.plot(
+            steps, means, color=style[0], ls=style[1], lw=2, label=label, marker="o" if len(steps) < 10 else "", ms=4
+        )
         if all(f"{key}_se" in line for line in found):
             variances = running_mean([line[f"{key}_se"] ** 2 for line in found], width)
             counts = [end - start for start, end in (span(i, width, len(found)) for i in range(len(found)))]
@@ -196,6 +198,7 @@ def draw_panel(ax: Any, panel: Panel, lines: list[dict]) -> None:
             ax.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     ax.ticklabel_format(axis="y", scilimits=(-3, 5))
     ax.tick_params(labelsize=8)
+    ax.yaxis.get_offset_text().set_fontsize(8)
     ax.set_title(panel.title, fontsize=10)
     ax.set_ylabel(panel.unit, fontsize=9)
     if len(panel.keys) > 1:

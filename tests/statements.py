@@ -99,6 +99,9 @@ STATEMENTS = {
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",
     "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",
     "resume": "Interrupted and resumed is uninterrupted, bit by bit, in every trainer.",
+    "given-back": "After a Ctrl-C before the first log line the run's folder is absent, or the old run is there.",
+    "log-line": "A log line has the important numbers in 80 columns; with --verbose true, all of them.",
+    "curves": "curves.png shows what metrics.jsonl holds, at a small share of the time, and ends no run.",
     "twice-at-once": "Of two equal commands at once, one does the work; the other says so and overwrites nothing.",
     "inference-resumes": "Inference that is killed goes on after its last finished batch and writes the very file of a "
     "run that never was; what another model or configuration had finished does not count.",

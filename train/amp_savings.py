@@ -19,6 +19,7 @@ from models.loader import load_model
 from models.save import save_model
 from runtime.console import say
 from runtime.files import in_root
+from runtime.progress import Progress
 from runtime.provenance import peak_memory_gb
 from train.common import lm_loss
 from train.updates import make_optimizer
@@ -42,13 +43,14 @@ def compare_memory_and_time(config, model, tokenizer, precision):
         start.mkdir()
         save_model(model, tokenizer, start)
         name = str(start)
-    rows = {}
+    rows, progress = {}, Progress(dict.fromkeys(settings, 1), name="done")
     say(f"  {'':<18} {'peak memory':>12} {'s a step':>9} {'tok/s':>7}")
     for label, (kind, checkpointing) in settings.items():
         job = {"name": name, "precision": kind, "checkpointing": checkpointing, "steps": config.measure_steps}
         rows[label] = gb, seconds = _in_subprocess({**job, "shape": [config.micro_batch_size, config.max_length]})
         tokens = config.micro_batch_size * config.max_length / seconds
-        say(f"  {label:<18} {gb:>9.2f} GB {seconds:>9.2f} {tokens:>7,.0f}")
+        done = progress.done(label)
+        say(f"  {label:<18} {gb:>9.2f} GB {seconds:>9.2f} {tokens:>7,.0f} | {done}")
     shutil.rmtree(start, ignore_errors=True)
     plain = rows["plain"]
     for label in list(rows)[1:]:

@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 
 from benchmarks import grpo, lm, measure, operations, page, run, scaling
 from benchmarks.flops import Cost, Part, row, rows, sampled
-from benchmarks.progress import Progress
 from configs.config import ROOT, UserError, load_config
 from models import device
 from models.loader import load_model, load_tokenizer
 from runtime.memory import AT_START
+from runtime.progress import Progress
 
 pytestmark = pytest.mark.slow
 

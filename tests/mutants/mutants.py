@@ -89,6 +89,9 @@ REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("da
 CHECKS = "tests/data/test_checks.py::test_"
 ANSWER = "tests/data/test_real_answer.py::test_"
 CHECKPOINT = "tests/runtime/test_checkpoint.py::test_"
+CONSOLE = "tests/runtime/test_console.py::test_"
+CTRL_C = "tests/runtime/test_ctrl_c.py::test_"
+CURVES = "tests/runtime/test_curves.py::test_"
 NOTHING_MASKED = "tests/proof/test_verify.py::test_nothing_masked_reaches_losses_advantages_statistics_or_metrics"
 
 ACCUMULATION = f"{STEPS}steps_do_not_depend_on_accumulation"
@@ -1256,6 +1259,65 @@ MUTANTS = [
         '"model": weights_hash(model), ', "",
         (f"{INFERENCE}what_another_configuration_had_finished_is_sampled_anew[change1]",),
         symbol="keep_for",
+    ),
+    Mutant(
+        "given-back", "Ctrl-C leaves what was begun", "runtime/cli.py",
+        """    except KeyboardInterrupt:
+        undo_all()
+""",
+        """    except KeyboardInterrupt:
+""",
+        (f"{CTRL_C}before_the_first_log_line_the_old_run_is_restored[train.train_lm]",),
+    ),
+    Mutant(
+        "given-back", "the first step is saved although nothing was logged", "runtime/checkpoint.py",
+        "begun = self.run.steps_began and self.run.logged", "begun = self.run.steps_began",
+        (f"{CTRL_C}before_the_first_log_line_the_old_run_is_restored[rlhf.grpo_train]",),
+    ),
+    Mutant(
+        "given-back", "a signal may come while an old run is moved aside", "runtime/run_folder.py",
+        "        with undisturbed():  # a signal in between would leave a half of it to `roll_back`\n",
+        "        if True:\n",
+        (f"{CTRL_C}a_signal_while_the_old_run_is_moved_aside_loses_nothing[2]",),
+    ),
+    Mutant(
+        "given-back", "the run before a killed one is not given back", "runtime/run_folder.py",
+        "self.emptied = self.replaced.exists()", "self.emptied = False",
+        (f"{CTRL_C}a_run_that_was_killed_before_it_began_is_given_back_as_the_run_before_it",),
+    ),
+    Mutant(
+        "log-line", "a line takes all numbers that it knows", "runtime/console.py",
+        "if words and len(line) + len(words) + ETA <= WIDTH:", "if words:",
+        (f"{CONSOLE}a_log_line_has_the_important_numbers_in_80_columns",),
+    ),
+    Mutant(
+        "log-line", "what did not fit is lost with --verbose true", "runtime/console.py",
+        """            line, seen = line + words, seen | {key}
+""",
+        """            line = line + words
+        seen = seen | {key}
+""",
+        (f"{CONSOLE}with_verbose_each_number_is_there_once_and_no_line_is_longer",),
+    ),
+    Mutant(
+        "curves", "the band is that of one step", "runtime/curves.py",
+        "math.sqrt(variance / count)", "math.sqrt(variance)",
+        (f"{CURVES}points_means_and_bands_are_those_of_the_lines",),
+    ),
+    Mutant(
+        "curves", "the standard error is the deviation", "rlhf/steps.py",
+        "stdev(total) / math.sqrt(count)", "stdev(total)",
+        (f"{CURVES}the_standard_error_is_that_of_the_prompts_over_all_processes",),
+    ),
+    Mutant(
+        "curves", "a picture is drawn at every line", "runtime/curves.py",
+        ">= self.cost / SHARE", ">= 0",
+        (f"{CURVES}a_picture_takes_a_two_hundredth_of_the_time_at_most",),
+    ),
+    Mutant(
+        "curves", "a picture that cannot be drawn ends the run", "runtime/curves.py",
+        "except Exception as error:", "except ValueError as error:",
+        (f"{CURVES}a_picture_that_cannot_be_drawn_ends_no_run_and_is_one_line",),
     ),
     Mutant(
         "systems", "Windows is not refused by the command", "runtime/cli.py",

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -199,7 +200,8 @@ def say_unbroken(done, total, mutant, good, words, seconds, left):
 def say_broken(done, total, mutant, good, words, seconds, left):
     verdict = "caught" if good else "SURVIVED"
     clock = f"{left // 60:.0f}m{left % 60:02.0f}s left"
-    print(f"{done:>4}/{total} {verdict} in {seconds:4.1f} s, {clock} | {mutant} | {words}", flush=True)
+    line = f"{done:>4}/{total} {verdict} in {seconds:4.1f} s, {clock} | {mutant} | {words}"
+    print(textwrap.fill(line, 80, subsequent_indent=9 * " ", break_long_words=False), flush=True)
 
 
 if __name__ == "__main__":
