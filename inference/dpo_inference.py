@@ -18,7 +18,7 @@ from data.rows import text_of
 from models.completions import lengths, mean, show_completion, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide, run_value
 from runtime.cli import cli
-from runtime.console import say
+from runtime.console import fold, say
 
 
 @dataclass
@@ -51,7 +51,7 @@ def main(config):
 
     rows = []
     for number, (prompt, [a], [b], reward, base_reward) in enumerate(zip(both.prompts, own, base, *rewards), 1):
-        say(f"\n{number}. {text_of(prompt)}")
+        say("\n" + fold(f"{number}. {text_of(prompt)}"))
         show_completion(both.name, a, f"implicit reward {reward:+.2f}")
         show_completion(both.base, b, f"implicit reward {base_reward:+.2f}")
         rows.append(

@@ -20,7 +20,7 @@ from data.rows import text_of
 from models.completions import lengths, mean, show_table, write_rows
 from rlhf.side_by_side import CompareConfig, SideBySide
 from runtime.cli import cli
-from runtime.console import say
+from runtime.console import clip, fold, say
 
 
 @dataclass
@@ -56,10 +56,10 @@ def main(config):
 
     rows = []
     for number, (prompt, group, base_group) in enumerate(zip(both.prompts, own, base), 1):
-        say(f"\n{number}. {text_of(prompt)}")
+        say("\n" + fold(f"{number}. {text_of(prompt)}"))
         for a in group:
             text = " ".join(a.text.split())
-            say(f"  {a.score:.2f} | {text[:100]}{'...' if len(text) > 100 else ''}")
+            say(f"  {a.score:.2f} | {clip(text, 71)}")
         for name, g in ((both.name, group), (both.base, base_group)):
             if g:  # else no completion has a reward
                 say(f"  {name}: mean@{k} {mean_at_k(g):.2f}, best@{k} {best_at_k(g):.2f}")

@@ -42,7 +42,7 @@ from models.loader import context_length, load_model, load_tokenizer, resolve_mo
 from models.options import ModelOptions
 from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.cli import cli
-from runtime.console import quiet_libraries, say
+from runtime.console import fold, quiet_libraries, say
 
 EXAMPLES = (
     "What is gravity?",
@@ -97,7 +97,8 @@ def main(config):
     tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     kind = "adapter, merged" if config.merge else "adapter" if adapter else "full model"
     how = f"temperature {config.temperature:g}" if config.temperature else "greedy"
-    say(f"{config.model_name} ({kind}, {precision}, {device}), {how}, at most {config.max_new_tokens} tokens")
+    words = f"{config.model_name} ({kind}, {precision}, {device}), {how}, at most {config.max_new_tokens} tokens"
+    say(fold(words))
     if config.chat:
         chat(config, model, tokenizer)
     else:
@@ -113,9 +114,9 @@ def batch(config, model, tokenizer, rows):
     synchronize(model.device)
     seconds = time.time() - started + (kept.seconds if kept else 0)
     for number, (row, [answer]) in enumerate(zip(rows, groups), 1):
-        say(f"\n{number}. {text_of(row['prompt'])}")
+        say("\n" + fold(f"{number}. {text_of(row['prompt'])}"))
         for line in answer.text.splitlines() or [""]:
-            say(f"   {line}")
+            say(fold(f"   {line}", "   "))
         say(
             f"   ({len(answer.ids)} tokens, "
             f"{'ended by itself' if answer.finish_reason == 'stop' else 'cut at its length'})"

@@ -27,7 +27,7 @@ from rlhf.reward_model import RewardModel
 from rlhf.side_by_side import CompareConfig, SideBySide, run_folder, run_value
 from rlhf.utils import kl_estimate, score_completions
 from runtime.cli import cli
-from runtime.console import say
+from runtime.console import fold, say
 
 
 @dataclass
@@ -59,7 +59,7 @@ def main(config):
 
     rows = []
     for i, (row, [a], [b]) in enumerate(zip(both.rows, own, base)):
-        say(f"\n{i + 1}. {text_of(row['prompt'])}")
+        say("\n" + fold(f"{i + 1}. {text_of(row['prompt'])}"))
         show_completion(both.name, a, f"score {shown_score(scores[i])} | kl {kl[i]:.2f}" + gold(row, a))
         show_completion(both.base, b, f"score {shown_score(base_scores[i])}" + gold(row, b))
         rows.append(

@@ -26,7 +26,7 @@ from configs.config import UserError, shown
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.head import body, hidden_states, name_of, unsupported, unwrapped
 from models.loader import context_length
-from runtime.console import say
+from runtime.console import fold, say
 from runtime.provenance import note_admission
 
 # allowed mean difference / mean size of the compared numbers: far above rounding, far below all known errors
@@ -131,7 +131,7 @@ def admit(
                 f"{way} is {apart:.1e} from the plain forward pass" for way, apart in found.differed.items()
             )
             cost = (costs or {}).get(found.way, "")
-            say(f"{type(inner).__name__} ({name_of(model)}), {kind}: {found.way}. {cost} ({why})")
+            say(fold(f"{type(inner).__name__} ({name_of(model)}), {kind}: {found.way}. {cost} ({why})"))
     return known[kind, beyond].way
 
 

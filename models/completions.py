@@ -18,7 +18,7 @@ from models.generation import generate
 from models.loader import weights_hash
 from models.resumable import Kept, acquire_output, discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
-from runtime.console import duration, say
+from runtime.console import duration, fold, say
 from runtime.files import as_lines, in_root, write_atomically
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def show_completion(name: str, answer: Completion, note: str) -> None:
     """Print one completion: the model's name, a note with numbers, the length in tokens, and the indented text."""
     say(f"  {name} | {note} | {len(answer.ids)} tokens{', cut' if answer.finish_reason == 'length' else ''}")
     for line in answer.text.splitlines() or [""]:
-        say(f"      {line}")
+        say(fold(f"      {line}", "      "))
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence]) -> None:

@@ -30,7 +30,7 @@ from report.methods import METHODS, REWARD_MODEL, method_of
 from report.page import COLUMNS, NARROW, samples_text, table, text_table, write_report
 from report.sentences import greedy_sentence, headline
 from runtime.cli import cli
-from runtime.console import duration, say
+from runtime.console import duration, fold, say
 from runtime.files import in_root, read_lines, read_manifest, sha256_file
 from runtime.run_folder import hold_output
 from runtime.tracking import Tracker, Tracking
@@ -170,7 +170,7 @@ def measure_all(config, methods):
     for k, (method, job) in enumerate(jobs):
         elapsed = time.time() - started
         left = f" | about {duration(elapsed / work * sum(sizes[k:]))} left" if work else ""
-        say(f"measuring {k + 1} of {len(jobs)}: {method.label} ({job.model_name}) | {duration(elapsed)}{left}")
+        say(fold(f"measuring {k + 1} of {len(jobs)}: {method.label} ({job.model_name}) | {duration(elapsed)}{left}"))
         clock = time.time()
         result = evaluate(job)
         if time.time() - clock > 0.5 * result["seconds"]["total"]:
@@ -294,10 +294,10 @@ def main(config):
     notes = stale_inputs(rows, config)
     path = write_report(config, rows, notes)
     narrow = [[line[COLUMNS.index(name)] for name in NARROW] for line in table(rows)]
-    say(f"\n{text_table(narrow)}\n\n{headline(rows)} {greedy_sentence(rows)}")
+    say(f"\n{text_table(narrow)}\n\n" + fold(f"{headline(rows)} {greedy_sentence(rows)}", ""))
     say(f"\ngreedy completions of every method\n\n{samples_text(rows)}")
     for note in notes:
-        say(f"note: {note}")
+        say(fold(f"note: {note}"))
     say(f"\nwritten to {shown(path)}, figures in {shown(Path(path).parent / 'figures')}/")
     send(tracker, rows, Path(path), table(rows))
 

@@ -24,7 +24,7 @@ from report.sentences import (
     reward_sentence,
     split_base,
 )
-from runtime.console import duration
+from runtime.console import duration, fold
 from runtime.files import in_root, write_atomically
 from runtime.provenance import git_commit, machine, versions
 
@@ -32,8 +32,7 @@ COLUMNS = (
     "method", "gold", "greedy", "gain on base", "unseen types", "proxy", "KL, nats/sequence", "KL/token", "ended",
     "tokens", "distinct-2", "text, nats/token", "training", "before it", "memory, GB",
 )  # fmt: skip
-NARROW = ("method", "gold", "greedy", "unseen types", "proxy", "KL, nats/sequence", "ended", "tokens", "training",
-          "memory, GB")  # fmt: skip
+NARROW = ("method", "gold", "proxy", "KL, nats/sequence", "training")  # the columns that fit a terminal
 
 
 def table(rows):
@@ -119,10 +118,9 @@ def samples_text(rows):
         lines = []
         for row, answer in answers:
             said = " / ".join(line.strip() for line in answer["text"].splitlines() if line.strip())
-            lines.append(
-                f"  {row.label:<{width}}  {number_or_dash(answer['gold'])}  {said or '(nothing)'}{was_cut(answer)}"
-            )
-        parts.append("\n".join([" ".join(text_of(prompt).split()), *lines]))
+            start = f"  {row.label:<{width}}  {number_or_dash(answer['gold'])}  "
+            lines.append(fold(f"{start}{said or '(nothing)'}{was_cut(answer)}", len(start) * " "))
+        parts.append("\n".join([fold(" ".join(text_of(prompt).split())), *lines]))
     return "\n\n".join(parts)
 
 

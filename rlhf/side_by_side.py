@@ -15,7 +15,7 @@ from models.options import ModelOptions
 from models.tokens import prompt_ids
 from rlhf.policy import as_reference
 from rlhf.utils import completion_logprobs
-from runtime.console import quiet_libraries, say
+from runtime.console import fold, quiet_libraries, say
 from runtime.files import in_root
 
 
@@ -76,8 +76,8 @@ class SideBySide:
         """(completions of the model, completions of the base), each a list with `samples` Completions per prompt."""
         config = self.config
         each = f"{samples} completions" if samples > 1 else "a completion"
-        say(f"{self.name} and its base {self.base}: {each} to each of {len(self.prompts)} prompts,", end=" ")
-        say(f"temperature {config.temperature:g}")
+        words = f"{self.name} and its base {self.base}: {each} to each of {len(self.prompts)} prompts"
+        say(fold(f"{words}, temperature {config.temperature:g}"))
         settings = (self.tokenizer, self.prompts, config.max_new_tokens, samples)
         own = sample_completions(self.model, *settings, keep_for(config.out, self.model), **sampling(config))
         with as_reference(self.model, self.reference) as ref:
