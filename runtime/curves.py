@@ -55,7 +55,7 @@ KL = Panel("Distance from the reference", "KL, nats per sequence", {"kl": "KL to
 ENTROPY = Panel("How undecided the policy is", "entropy, nats per token", {"entropy": "entropy"}, limits=(0, None))
 LENGTH = Panel("Length of the completions", "tokens", {"mean_length": "mean length"}, limits=(0, None))
 SHARES = Panel(
-    "Cut, clipped, without signal", "share",
+    "Shares that are better low", "share",
     {"clipped_ratio": "completions cut at the limit", "clipfrac": "tokens with a clipped ratio",
      "frac_reward_zero_std": "groups of equal rewards"}, limits=(0, 1),
 )  # fmt: skip
@@ -197,6 +197,7 @@ def draw_panel(ax: Any, panel: Panel, lines: list[dict]) -> None:
             ax.axhline(value, color="0.4", lw=0.9, ls=":")
             ax.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     ax.ticklabel_format(axis="y", scilimits=(-3, 5))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(labelsize=8)
     ax.yaxis.get_offset_text().set_fontsize(8)
     ax.set_title(panel.title, fontsize=10)

@@ -24,6 +24,7 @@ from runtime.checkpoint import Saving
 from runtime.console import say
 from runtime.files import in_root
 from runtime.processes import Processes
+from runtime.progress import Progress
 from train.packed import block_states
 
 
@@ -198,9 +199,12 @@ def evaluate_lm(model, blocks, batch_size, processes=Processes()):  # noqa: B008
     device = model.get_input_embeddings().weight.device
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     mine = processes.share(list(range(len(blocks))))
-    for rows in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size)):
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    progress = Progress({"batch": len(batches)}, name="batches of held-out text")
+    for rows in batches:
         nats, tokens = lm_loss(model, blocks.batch(rows, device))
         total += torch.tensor([nats.item(), tokens.item(), blocks.bytes[rows].sum().item()], dtype=torch.float64)
+        progress.tell("batch")
     model.train(was_training)
     nats, tokens, sizes = processes.sum(total.to(device)).tolist()
     return {"nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / max(sizes, 1)}

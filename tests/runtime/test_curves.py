@@ -50,7 +50,7 @@ def test_each_stage_has_its_panels_with_titles_and_units(drawn, key, step):
 
 def test_only_what_was_logged_is_drawn(drawn):
     axes, _ = drawn(lines("reward", "frac_reward_zero_std", "clipped_ratio"))
-    assert [ax.get_title().split()[0] for ax in axes] == ["Reward,", "Cut,"]
+    assert [ax.get_title().split()[0] for ax in axes] == ["Reward,", "Shares"]
     assert drawn([])[1] == "run"  # before the first line: an empty picture
     assert drawn(lines("loss", steps=1))[0][0].get_lines()[-1].get_marker() == "o"  # one point is no line
 
