@@ -63,7 +63,7 @@ def test_points_means_and_bands_are_those_of_the_lines():
     values, width = [row["reward"] for row in rows], 7
     assert smoothing(values) == width
     points, line = ax.get_lines()[:2]
-    assert points.get_ydata() == values and list(points.get_xdata()) == list(range(1, 49))
+    assert list(points.get_ydata()) == values and list(points.get_xdata()) == list(range(1, 49))
     near = [values[max(0, i - 3) : i + 4] for i in range(48)]
     np.testing.assert_allclose(line.get_ydata(), [np.mean(x) for x in near])
     # the variance of a mean of independent steps: the sum of their variances over the square of their number
