@@ -159,7 +159,7 @@ def test_under_torchrun_one_voice_without_control_characters(tmp_path):
         str(tmp_path / "out"),
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["train/train_lm_ddp.py", *words]
+    command += ["train/train_lm_ddp.py", *words, "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
