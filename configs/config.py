@@ -93,7 +93,8 @@ def load_config(Config: Any, argv: list[str] | None = None) -> Any:
         method `check(self)`, where it has one, raises UserError for options that contradict each other. Its class
         attribute RENAMED = {old name: new name} tells users of a key by its old name what it is called now, and ALIASES
         = {other name: name} takes a key by another name. ONE_OF names keys of which one is given: a level that sets one
-        of them takes back what the levels before it set in the others. NOTE is a text that `--help` shows.
+        of them takes back what the levels before it set in the others. NOTE is a text that `--help` shows. WORDS names
+        the option, a tuple of texts, that takes the words without a key: `doctor.py models/dpo models/grpo`.
     argv: the arguments after the script's name (default: sys.argv[1:]): `--key value`, `--key=value`, `--config PATH`.
     Raises UserError (a ValueError) naming the key and what is allowed.
     """
@@ -206,6 +207,13 @@ def _parse_command_line(Config, argv):
         if word in ("-h", "--help"):
             print(usage(Config))
             sys.exit(0)
+        alone = getattr(Config, "WORDS", None)
+        if not word.startswith("--") and alone:
+            if isinstance(edits.get(alone), str):
+                raise UserError(f"{word!r} on the command line: --{alone} was given already")
+            edits[alone] = (*edits.get(alone, ()), word)
+            i += 1
+            continue
         if not word.startswith("--"):
             raise UserError(f"{word!r} on the command line: options are written --key value (see --help)")
         key, equals, value = word[2:].partition("=")
@@ -302,6 +310,11 @@ def _cast(Config, key, value, where):
         if kind is int and abs(number) > LARGEST:
             raise UserError(f"{key} = {value!r} {where} is out of range: whole numbers go up to {LARGEST}")
         return kind(number)
+    if typing.get_origin(kind) is tuple:
+        found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else ()
+        if not found or not all(isinstance(text, str) and text.strip("\0 ") for text in found):
+            raise wrong
+        return found
     if kind is dict:
         found = _mapping(value)
         if not found:
@@ -353,6 +366,8 @@ def _describe(Config, f):
         tail = ", or none"
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(str(v) for v in typing.get_args(kind)) + tail
+    if typing.get_origin(kind) is tuple:
+        return "one text or several"
     mapping = 'a mapping that is not empty, as JSON on the command line: {"name": value}'
     name = {bool: "true or false", str: "text", int: "a whole number", float: "a number", dict: mapping}[kind]
     limits = _limits(options(Config)[f.name])

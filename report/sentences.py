@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 
-from report.intervals import interval, pair_accuracy, plus_minus, prompt_means
+from report.intervals import pair_accuracy, plus_minus, prompt_means
+from runtime.means import interval
 
 
 def gain(row, base, value=lambda a: a["gold"]):

@@ -163,7 +163,7 @@ def main(config):
 
         # 5. updates on the clipped objective; the losses of the batches of a minibatch are summed
         meter = Meter()
-        for minibatch in minibatches * config.inner_epochs:
+        for number, minibatch in enumerate(minibatches * config.inner_epochs):
             for batch in minibatch.batches:
                 logprobs, entropy = policy.logprobs(batch, entropy=True)  # (N, L)
                 old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -173,7 +173,7 @@ def main(config):
                     minibatch.tokens, minibatch.sequences,
                 )  # fmt: skip
                 updates.backward(loss)
-                measure(meter, batch, loss.item(), logprobs.detach(), old, entropy, config)
+                measure(meter, batch, loss.item(), logprobs.detach(), old, entropy, config, number == 0)
             if minibatch.sequences:  # 0 if all its completions were left out
                 updates.step(step, rollout.where)
 
@@ -212,8 +212,11 @@ def old_logprobs(batch, config, policy):
         return policy.logprobs(batch)
 
 
-def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config):
-    """Add the means of one batch over its completions to the meter. The KL is measured only if it is in the loss."""
+def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config, first):
+    """Add the means of one batch over its completions to the meter. The KL is measured only if it is in the loss.
+
+    first: whether no update has been made since the rollout: then, online, the ratio is 1.
+    """
     mask, tokens = batch.mask, batch.mask.sum()
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
     a = batch.advantages[:, None]
@@ -231,6 +234,8 @@ def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config):
         measure_kl(meter, logprobs, batch.ref_logprobs, mask)
     if config.mode == "online":
         measure_sampler(meter, batch.sampler_logprobs, old_logprobs, mask)
+        if first:
+            meter.mean(tokens, approx_kl_first=masked_mean(ratio - 1 - log_ratio, mask))
 
 
 def measure_rollout(meter, rollout):

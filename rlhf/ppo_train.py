@@ -198,11 +198,12 @@ def main(config):
             batch.advantages, batch.returns = gae(
                 rewards, batch.values, batch.mask, config.gamma, config.lam, last_values
             )
+        explained = explained_variance(all_batches(minibatches), stage.processes)
         whiten_advantages(all_batches(minibatches), stage.processes, stage.device)
 
         # 4. clipped updates of policy and values; the losses of the batches of a minibatch are summed
         meter = Meter()
-        for minibatch in minibatches * config.inner_epochs:
+        for number, minibatch in enumerate(minibatches * config.inner_epochs):
             for batch in minibatch.batches:
                 logprobs, entropy, values, _ = policy.logprobs(batch, entropy=True, value_head=value_head)  # (N, L)
                 pg_loss = policy_loss(
@@ -211,7 +212,7 @@ def main(config):
                 vf_loss = value_loss(values, batch.values, batch.returns, batch.mask, config.clip_eps, minibatch.tokens)
                 loss = pg_loss + config.vf_coef * vf_loss
                 updates.backward(loss)
-                measure(meter, batch, loss.item(), vf_loss.item(), logprobs.detach(), entropy, config)
+                measure(meter, batch, loss.item(), vf_loss.item(), logprobs.detach(), entropy, config, number == 0)
             if minibatch.sequences:  # 0 if all its completions were left out
                 updates.step(step, rollout.where)
 
@@ -220,7 +221,8 @@ def main(config):
         means = meter.collect(stage.processes)
         if stage.log_due(step):
             left_out = rollouts.left_out.collect_and_reset()
-            stage.log(step, means, updates, rollout.samples(), kl_coef=kl.coef, **left_out)
+            more = {"kl_coef": kl.coef, "explained_variance": explained, **left_out}
+            stage.log(step, means, updates, rollout.samples(), **more)
             rollout.show()
         if "kl" in means:  # not if all completions were left out
             kl.update(means["kl"])
@@ -257,8 +259,23 @@ def whiten_advantages(batches, processes, device):
         batch.advantages = torch.zeros_like(batch.advantages).masked_scatter(batch.mask.bool(), piece)
 
 
-def measure(meter, batch, loss, vf_loss, logprobs, entropy, config):
-    """Add the losses and the per-token means of one batch in one update to the meter."""
+def explained_variance(batches, processes):
+    """1 - Var(return - value) / Var(return) over all counted tokens of the rollout, over all processes.
+
+    1: the values predict the returns; 0 or less: no better than a constant. None if all returns are equal.
+    """
+    mine = [torch.stack((batch.returns, batch.values))[:, batch.mask.bool()].double().cpu() for batch in batches]
+    everywhere = processes.gather(torch.cat([torch.zeros(2, 0, dtype=torch.float64), *mine], dim=1))
+    returns, values = torch.cat(everywhere, dim=1)
+    spread = returns.var(correction=0).item() if len(returns) else 0.0
+    return 1 - (returns - values).var(correction=0).item() / spread if spread else None
+
+
+def measure(meter, batch, loss, vf_loss, logprobs, entropy, config, first):
+    """Add the losses and the per-token means of one batch in one update to the meter.
+
+    first: whether no update has been made since the rollout: then the ratio is 1.
+    """
     mask, updates_a_step = batch.mask, config.inner_epochs * config.minibatches
     log_ratio = torch.where(mask.bool(), logprobs - batch.old_logprobs, 0.0)
     clipped = (log_ratio.exp() - 1).abs() > config.clip_eps
@@ -270,6 +287,8 @@ def measure(meter, batch, loss, vf_loss, logprobs, entropy, config):
         clipfrac=masked_mean(clipped.float(), mask),
         advantage=masked_mean(batch.advantages.abs(), mask),
     )
+    if first:
+        meter.mean(mask.sum(), approx_kl_first=masked_mean(log_ratio.exp() - 1 - log_ratio, mask))
 
 
 def measure_rollout(meter, rollout, batches):

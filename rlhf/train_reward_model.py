@@ -12,6 +12,7 @@ Left out: ensembles, and scores per token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -130,8 +131,8 @@ def build(config, device, precision):
 def accuracy_report(pairs, differences):
     """Print the accuracy on held-out pairs: over all, and by whether the chosen completion is shorter or longer.
 
-    Returns {"heldout_accuracy", "heldout_pairs", "length_rule_accuracy"}. The last is the accuracy of the better of the
-    two rules "the shorter wins" and "the longer wins".
+    Returns {"heldout_accuracy", "heldout_pairs", "length_rule_accuracy", "length_correlation"}. The third is the
+    accuracy of the better of the two rules "the shorter wins" and "the longer wins".
     """
     right = [d > 0 for d in differences]
     gaps = [len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs]
@@ -149,7 +150,21 @@ def accuracy_report(pairs, differences):
     longer = sum(g > 0 for g in gaps) / len(gaps)
     rule = max(shorter, longer)
     say(f"  the best rule by length alone ({'shorter' if shorter >= longer else 'longer'} wins): {rule:.3f}")
-    return {"heldout_accuracy": accuracy, "heldout_pairs": len(right), "length_rule_accuracy": rule}
+    correlation = length_correlation(differences, gaps)
+    say(f"  correlation of the difference in score with the difference in length: {correlation:+.3f}")
+    found = {"heldout_accuracy": accuracy, "heldout_pairs": len(right), "length_rule_accuracy": rule}
+    return {**found, "length_correlation": correlation}
+
+
+def length_correlation(differences, gaps):
+    """Pearson's correlation of the difference in score with the difference in length, over pairs; 0 if one is constant.
+
+    Each pair is taken both ways round, so it does not matter which completion is the chosen one: the means are 0. 1 or
+    -1: the score is a multiple of the length. Within a pair the prompt is the same; Singhal et al. 2023 correlate score
+    and length over completions.
+    """
+    scale = math.sqrt(sum(d * d for d in differences) * sum(g * g for g in gaps))
+    return sum(d * g for d, g in zip(differences, gaps)) / scale if scale else 0.0
 
 
 def calibration_figure(differences, path, bins=6):

@@ -19,6 +19,7 @@ from pathlib import Path
 from configs.config import UserError, changed, config_to_dict, format_config, names_with, read_yaml, shown
 from runtime.console import _number, duration, fold, log_line, rank, say
 from runtime.curves import Curves
+from runtime.doctor import closing_lines, examine
 from runtime.files import as_lines, in_root, read_lines, read_manifest, write_atomically
 from runtime.processes import on_main
 from runtime.provenance import files_read, named_inputs, provenance
@@ -248,6 +249,7 @@ class Run:
         peak = f"peak memory {manifest['peak_memory_gb']:.2f} GB"
         say("\n" + fold(f"done in {duration(manifest['seconds'])}, {peak}: {reached}"))
         say(f"written to {shown(self.folder)}/")
+        say("\n".join(closing_lines(examine(self.folder), self.folder)))
         model = [path for path in sorted(self.folder.iterdir()) if self.config.wandb_model and path.is_file()]
         self.tracker.finish(result, kind="model", files=model)
         if next_command:

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from report.intervals import best_of_kl, clustered, distinct, interval, summarise, t975
+from report.intervals import best_of_kl, clustered, distinct, summarise
 from rlhf.utils import kl_estimate
+from runtime.means import interval, t975
 
 
 def answer(key, text="a bee hums", gold=1.0, proxy=0.0, kl=0.0, tokens=4, finish="stop", checks=(("lowercase", True),)):

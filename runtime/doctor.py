@@ -1,0 +1,639 @@
+"""Known patterns in the metrics of a run: what is seen, what it means, whether to worry, and what to try.
+
+A pattern is one small function. `pattern` puts it into the table `PATTERNS`, with the metrics that it needs and its
+thresholds, each with its source. docs/doctor.md shows this table. Trends are differences between the means of the
+thirds of a run, beyond the 95 % interval of the difference. Single steps decide nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.config import shown
+from runtime.readings import LEAST, Readings, fell, read_readings, rose
+
+LEVELS = ("act", "look", "normal")  # whether to worry, the worst first
+WIDTH = 80  # columns of the terminal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A pattern that was found. short: for one line on the terminal. seen, means, advice: sentences."""
+
+    level: Literal["act", "look", "normal"]
+    short: str
+    seen: str
+    means: str
+    advice: str
+    pattern: str = ""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """An entry of the table.
+
+    needs: {metric, or key of the manifest's result: the number of lines with it that the pattern takes}.
+    limits: its thresholds by name. when: what is compared with them. source: where they come from.
+    """
+
+    key: str
+    title: str
+    find: Callable[..., Finding | None]
+    needs: dict[str, int]
+    limits: dict[str, float]
+    when: str
+    source: str
+
+
+PATTERNS: list[Pattern] = []
+
+
+def pattern(title, needs, when, source, **limits):
+    """A decorator that puts a function into the table. Its name is the key of the pattern.
+
+    needs: names of metrics. `loss` takes LEAST lines with a loss, `loss:3` takes three. when: the words
+    for `Pattern.when`, with the limits in braces. The function takes the `Readings` and the limits, and returns a
+    `Finding` or None.
+    """
+
+    def add(find):
+        counts = {name: int(count or LEAST) for name, _, count in (word.partition(":") for word in needs.split())}
+        PATTERNS.append(Pattern(find.__name__, title, find, counts, limits, when.format(**limits), source))
+        return find
+
+    return add
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor says of one run.
+
+    lines: the number of lines of its metrics. looked_for: the keys of the patterns whose metrics are there, in enough
+    lines. too_short: the keys of those for which there are too few lines. findings: the worst first.
+    """
+
+    lines: int
+    findings: list[Finding] = field(default_factory=list)
+    looked_for: list[str] = field(default_factory=list)
+    too_short: list[str] = field(default_factory=list)
+
+    @property
+    def worries(self):
+        return [finding for finding in self.findings if finding.level != "normal"]
+
+
+def diagnose(run: Readings) -> Diagnosis:
+    """Look for all patterns of the table in one run."""
+    found = Diagnosis(len(run.lines))
+    for entry in PATTERNS:
+        there = {key: LEAST if key in run.result else len(run.series(key)) for key in entry.needs}
+        if not all(there.values()):
+            continue
+        if any(there[key] < count for key, count in entry.needs.items()):
+            found.too_short.append(entry.key)
+            continue
+        found.looked_for.append(entry.key)
+        finding = entry.find(run, **entry.limits)
+        if finding:
+            found.findings.append(Finding(**{**vars(finding), "pattern": entry.key}))
+    found.findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    return found
+
+
+def examine(path) -> Diagnosis:
+    """The `Diagnosis` of a run's folder, or of a metrics.jsonl. Raises UserError as `read_readings` does."""
+    return diagnose(read_readings(path))
+
+
+# All of training
+
+
+@pattern(
+    "loss spikes", "loss lr",
+    "a loss is more than {times:g} times the median of its ten neighbours, and {deviations:g} deviations (1.48 times "
+    "the median absolute one) above it; `normal` in at most {share:.0%} of the lines. Not for PPO and GRPO",
+    "Chowdhery et al. 2022 (PaLM), section 5.1: spikes that come and go; in this project's own runs there was none",
+    times=1.5, deviations=8, share=0.02,
+)  # fmt: skip
+def loss_spikes(run, times, deviations, share):
+    if run.series("reward"):
+        return None  # the loss of PPO and GRPO has no level of its own
+    return _spikes(run, "loss", times, deviations, share)
+
+
+@pattern(
+    "gradient norm spikes", "grad_norm",
+    "a gradient norm is more than {times:g} times the median of its ten neighbours, and {deviations:g} deviations "
+    "above it; `normal` in at most {share:.0%} of the lines",
+    "as for the loss; the largest in this project's own runs: 5 times the median",
+    times=10, deviations=8, share=0.02,
+)  # fmt: skip
+def grad_norm_spikes(run, times, deviations, share):
+    return _spikes(run, "grad_norm", times, deviations, share)
+
+
+def _spikes(run, key, times, deviations, share):
+    pairs, name = run.series(key), key.replace("_", " ")
+    values = [value for _, value in pairs]
+    around = [statistics.median(values[max(i - 5, 0) : i] + values[i + 1 : i + 6]) for i in range(len(values))]
+    spread = 1.4826 * statistics.median(abs(value - level) for value, level in zip(values, around))
+    high = [
+        (step, value, level)
+        for (step, value), level in zip(pairs, around)
+        if value > times * max(level, 0.0) and value - level > deviations * spread
+    ]
+    if not high:
+        return None
+    step, value, level = max(high, key=lambda spike: spike[1] - spike[2])
+    rare = len(high) <= max(1, share * len(values))
+    others = f" (and {len(high) - 1} more)" if len(high) > 1 else ""
+    return Finding(
+        "normal" if rare else "look",
+        f"{name} spikes: {len(high)} of {len(values)} lines",
+        f"At step {step} the {name} is {value:.3g}, and {level:.3g} in the lines around it{others}.",
+        "One batch was unlike the others: odd data, or an extreme ratio or return. It came back to its level."
+        if rare
+        else "Single batches throw the weights about, again and again.",
+        f"Nothing if it is rare: max_grad_norm limits it. Else {run.scaled('lr', 0.5)} or "
+        f"{run.scaled('max_grad_norm', 0.5)}; read the rows of that step.",
+    )
+
+
+@pattern(
+    "skipped steps", "skipped:1",
+    "steps whose loss or gradient was not finite were skipped; `act` from {act:g} of them",
+    "every such step is lost; one may be an odd row",
+    act=3,
+)  # fmt: skip
+def skipped_steps(run, act):
+    count, steps = sum(run.values("skipped")), [step for step, _ in run.series("skipped")]
+    where = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    return Finding(
+        "act" if count >= act else "look",
+        f"{count:.0f} steps were skipped: not finite",
+        f"{count:.0f} steps were skipped by {where}: their loss or gradient was nan or infinite.",
+        "Numbers overflow: the learning rate is too high, fp16 is too narrow, or a row is odd.",
+        f"{run.scaled('lr', 1 / 3)}; --precision bf16 in place of fp16; read the rows that the log names.",
+    )
+
+
+@pattern(
+    "learning rate too high", "loss lr",
+    "LM, DPO, reward model: the loss of the last third is above that of the first, beyond its interval and by "
+    "{share:.0%}. PPO and GRPO: the reward fell so",
+    "Goodfellow et al. 2016, section 11.4.1: the training loss rises when the rate is too high",
+    share=0.05,
+)  # fmt: skip
+def rate_too_high(run, share):
+    kind, sign = ("reward", -1) if run.series("reward") else ("loss", 1)
+    if run.stored:
+        return None  # stored rewards are not those of the policy
+    first, _, last = run.thirds(kind)
+    worse = rose(first, last) if sign > 0 else fell(first, last)
+    if not worse or abs(last.mean - first.mean) < share * abs(first.mean):
+        return None
+    verb = "rises" if sign > 0 else "falls"
+    return Finding(
+        "act",
+        f"{kind} {verb}: {first.mean:.3g} to {last.mean:.3g}",
+        f"The {kind} {verb} from {first.mean:.3g} +- {first.half:.2g} ({first.steps}) to {last.mean:.3g} +- "
+        f"{last.half:.2g} ({last.steps}).",
+        "Training makes the model worse. Mostly the learning rate is too high; or the data change along the way.",
+        f"{run.scaled('lr', 1 / 3)}; {run.scaled('warmup_steps', 3)}.",
+    )
+
+
+@pattern(
+    "a learning rate that did nothing", "lr loss",
+    "in the last third. LM: the loss did not fall, and the held-out loss changed by under {text:.1%}. Reward model: "
+    "the loss did not fall, and the margin is below {margin:g}. DPO: both log-ratios are below {nats:g} nats. PPO, and "
+    "GRPO with a KL: KL below {kl:g} nats per sequence. GRPO without (`look`): reward, entropy and length are the same",
+    "own measurement: healthy runs of 12 steps or more moved by 2 nats (PPO), 50 nats (DPO margin), a margin of 3",
+    text=0.001, nats=0.1, margin=0.1, kl=0.01,
+)  # fmt: skip
+def rate_did_nothing(run, **limits):
+    seen, level = _nothing_moved(run, **limits) or ("", "")
+    if not seen:
+        return None
+    return Finding(
+        level,
+        f"nothing moved: {seen}",
+        f"In {len(run.lines)} lines nothing moved: {seen}.",
+        "The updates are too small to change the model, or nothing reaches it.",
+        f"{run.scaled('lr', 3)}, then {run.scaled('lr', 10)}; more steps; look for 'the step is skipped' in the log.",
+    )
+
+
+def _nothing_moved(run, text, nats, margin, kl):
+    """(what stood still, "act" or "look"). None if something moved, or if it cannot be said."""
+    if len(run.series("kl")) >= LEAST:
+        reached = run.thirds("kl")[2].mean
+        return (f"KL {reached:.2g} nats per sequence", "act") if reached < kl else None
+    if len(run.series("reward")) >= LEAST:
+        keys = [key for key in ("reward", "entropy", "mean_length") if len(run.series(key)) >= LEAST]
+        still = not any(rose(a, b) or fell(a, b) for a, _, b in map(run.thirds, keys))
+        return (f"{', '.join(keys)} are the same, within noise", "look") if still and not run.stored else None
+    if len(run.series("chosen_reward")) >= LEAST:
+        beta = run.config.get("beta", 0.1)
+        size = max(abs(run.thirds(key)[2].mean) / beta for key in ("chosen_reward", "rejected_reward"))
+        return (f"log-ratios of {size:.2g} nats", "act") if size < nats else None
+    first, _, last = run.thirds("loss")
+    if fell(first, last):
+        return None
+    held = run.values("nats_per_token")
+    if len(held) > 1 and abs(held[-1] - held[0]) < text * held[0]:
+        return f"held-out loss {held[0]:.4g} to {held[-1]:.4g}", "act"
+    if len(run.series("margin")) >= LEAST and abs(run.thirds("margin")[2].mean) < margin:
+        return f"margin {run.thirds('margin')[2].mean:.2g}", "act"
+    return None
+
+
+@pattern(
+    "slow for this machine", "tok/s",
+    "the median tok/s is below {share:.0%} of that of earlier runs beside it (same script, model, sizes, machine); "
+    "without such runs, of the run's own first third (not for PPO and GRPO: their work changes with the completions)",
+    "own measurement: over all lines of a healthy run the medians of thirds differ by less than a fifth",
+    share=0.5,
+)  # fmt: skip
+def slow(run, share):
+    values = run.values("tok/s")
+    size = len(values) // 3
+    if run.earlier:
+        usual, now, what = statistics.median(run.earlier), statistics.median(values), f"{len(run.earlier)} earlier runs"
+    elif run.series("reward"):
+        return None
+    else:
+        usual, now, what = statistics.median(values[:size]), statistics.median(values[-size:]), "its first third"
+    if now >= share * usual:
+        return None
+    return Finding(
+        "look",
+        f"{now:,.0f} tokens a second; {what}: {usual:,.0f}",
+        f"The median is {now:,.0f} tokens a second, against {usual:,.0f} of {what}.",
+        "Other work shares the machine, memory is swapped, or the processor is throttled. The results are the same.",
+        f"Look at top (or nvidia-smi); {run.scaled('micro_batch_size', 0.5)} if memory is short.",
+    )
+
+
+# Language model
+
+
+@pattern(
+    "over-fitting of the language model", "nats_per_token:2 loss",
+    "the last held-out loss is {share:.1%} above the lowest; the training loss fell from the first to the last third",
+    "Goodfellow et al. 2016, section 7.8 (early stopping); the held-out blocks are always the same, so noise is small",
+    share=0.005,
+)  # fmt: skip
+def overfitting(run, share):
+    held = run.series("nats_per_token")
+    first, _, last = run.thirds("loss")
+    step, best = min(held, key=lambda pair: pair[1])
+    if held[-1][1] < best * (1 + share) or not fell(first, last):
+        return None
+    return Finding(
+        "act",
+        f"over-fitting: held-out {best:.4g} to {held[-1][1]:.4g}",
+        f"Held-out loss rises from {best:.4g} (step {step}) to {held[-1][1]:.4g} (step {held[-1][0]}), while the "
+        f"training loss falls from {first.mean:.4g} to {last.mean:.4g}.",
+        "The model learns its training text by heart.",
+        f"--max_steps {max(step, 1)}, or fewer epochs; more text; {run.scaled('lr', 0.5)}.",
+    )
+
+
+# Pairs: DPO and the reward model
+
+
+@pattern(
+    "chosen log-prob falls under DPO", "chosen_reward margin",
+    "the chosen completions' log-ratio is below 0 in the last third, beyond its interval. `normal`: it fell by at most "
+    "{share:g} of the margin, which grows; `look`: by more; `act`: the margin does not grow",
+    "Rafailov et al. 2023 train only the difference; Pal et al. 2024 and Razin et al. 2024: displacement; own demo: "
+    "the chosen fell by 8 nats, the margin grew to 47",
+    share=0.5,
+)  # fmt: skip
+def chosen_falls(run, share):
+    chosen, (start, _, margin) = run.thirds("chosen_reward")[2], run.thirds("margin")
+    if chosen.mean + chosen.half >= 0:
+        return None
+    beta, grows = run.config.get("beta"), rose(start, margin)
+    level = "act" if not grows else "normal" if -chosen.mean <= share * margin.mean else "look"
+    unit = beta or 1.0
+    name = "nats per token" if run.config.get("loss_type") == "ipo" else "nats" if beta else "times beta, in nats"
+    means = {
+        "normal": "DPO trains only the difference. A moderate fall of both is usual while the margin grows.",
+        "look": "Much of the margin comes from unlearning both: probability goes to completions of no pair.",
+        "act": "Both fall, and the difference is not learned: the policy only loses what it knew.",
+    }
+    return Finding(
+        level,
+        f"chosen log-probs fell by {-chosen.mean / unit:.2g} {name}; margin {margin.mean / unit:.2g}",
+        f"In {chosen.steps} the chosen completions are {-chosen.mean / unit:.3g} {name} below the reference, and the "
+        f"margin is {margin.mean / unit:.3g} (at first {start.mean / unit:.3g}).",
+        means[level],
+        "Nothing."
+        if level == "normal"
+        else f"{run.scaled('lr', 1 / 3)}; {run.scaled('beta', 3)}; --epochs 1; SFT on the chosen completions first.",
+    )
+
+
+@pattern(
+    "a reward model that has learned length", "length_correlation heldout_accuracy length_rule_accuracy",
+    "over held-out pairs, the difference in score and the difference in length correlate by {look:g} or more, and the "
+    "accuracy is not above that of the best rule by length, beyond 1.96 standard errors: `act`; by {strong:g} or more: "
+    "`look` in any case",
+    "Singhal et al. 2023, \"A Long Way to Go\": correlations of 0.5 and more with length, and length as a baseline",
+    look=0.5, strong=0.9,
+)  # fmt: skip
+def learned_length(run, look, strong):
+    correlation, accuracy = run.result["length_correlation"], run.result["heldout_accuracy"]
+    rule, pairs = run.result["length_rule_accuracy"], run.result["heldout_pairs"]
+    margin = 1.96 * math.sqrt(accuracy * (1 - accuracy) / pairs)
+    no_better = accuracy - margin <= rule
+    if abs(correlation) < look or not (no_better or abs(correlation) >= strong):
+        return None
+    better = "longer" if correlation > 0 else "shorter"
+    return Finding(
+        "act" if no_better else "look",
+        f"score follows length: correlation {correlation:+.2f}",
+        f"On {pairs} held-out pairs the difference in score and in length correlate by {correlation:+.2f}; accuracy "
+        f"{accuracy:.2f} +- {margin:.2f}, and that of the best rule by length {rule:.2f}.",
+        f"The score may say little more than '{better} is better'. A policy that maximises it becomes {better}.",
+        f"Balance the lengths of chosen and rejected in {run.config.get('data', 'the data')}; pairs of equal length.",
+    )
+
+
+# Rollouts: PPO and GRPO
+
+
+@pattern(
+    "GRPO loss near 0", "loss:3 frac_reward_zero_std:3",
+    "the mean loss is at most {most:g} in size",
+    "the advantages of a group add up to 0 (docs/methods/grpo.md, derived there); TRL logs the same",
+    most=0.1,
+)  # fmt: skip
+def grpo_loss(run, most):
+    loss = run.whole("loss")
+    if abs(loss.mean) > most:
+        return None
+    return Finding(
+        "normal",
+        f"loss {loss.mean:+.3f}: near 0 is normal for GRPO",
+        f"The mean loss is {loss.mean:+.4f} ({loss.steps}).",
+        "The advantages of a group add up to 0, so the loss is near 0 from the start. Its gradient is not 0.",
+        "Nothing. Judge the run by reward.",
+    )
+
+
+@pattern(
+    "groups without signal", "frac_reward_zero_std reward",
+    "in the last third at least {share:.0%} of the groups have equal rewards. `normal` where the gold score is at "
+    "least {solved:g}: the prompts are solved; `act` from {all:.0%}",
+    "Yu et al. 2025 (DAPO, dynamic sampling): such groups have no gradient; own demo run: 52 % at the end",
+    share=0.75, all=0.95, solved=0.9,
+)  # fmt: skip
+def no_signal(run, share, all, solved):
+    equal, reward = run.thirds("frac_reward_zero_std")[2], run.thirds("reward")[2]
+    if equal.mean < share:
+        return None
+    gold = run.thirds("gold")[2].mean if len(run.series("gold")) >= LEAST else None
+    done = gold is not None and gold >= solved
+    level = "normal" if done else "act" if equal.mean >= all else "look"
+    return Finding(
+        level,
+        f"{equal.mean:.0%} of the groups have equal rewards",
+        f"In {equal.steps} all rewards are equal in {equal.mean:.0%} of the groups; mean reward {reward.mean:.3g}.",
+        "Most prompts are solved: little is left to learn here."
+        if done
+        else "Equal rewards have no advantage: these completions were sampled for nothing.",
+        "Harder prompts, or stop here."
+        if done
+        else f"{run.scaled('samples_per_prompt', 2)}; prompts that are solved sometimes; a reward with steps between 0 "
+        "and 1.",
+    )
+
+
+@pattern(
+    "completions cut by length", "clipped_ratio",
+    "in the last third the length limit cut at least {look:.0%} of the completions; `act` from {act:.0%}, of samples",
+    "Yu et al. 2025 (DAPO, overlong completions); Huang et al. 2024 (N+ details of RLHF with PPO): the EOS trick; own "
+    "demo runs: 1 to 12 % at the end",
+    look=0.25, act=0.5,
+)  # fmt: skip
+def completions_cut(run, look, act):
+    cut = run.thirds("clipped_ratio")[2]
+    if cut.mean < look:
+        return None
+    longer = run.scaled("max_new_tokens", 2)
+    return Finding(
+        "act" if cut.mean >= act and not run.stored else "look",
+        f"{cut.mean:.0%} of the completions are cut by length",
+        f"In {cut.steps} the length limit cut {cut.mean:.0%} +- {cut.half:.0%} of the completions.",
+        "They are scored in mid-sentence, and the policy does not learn to end.",
+        "Sample the groups again with twice the --max_new_tokens, by data/generate_preferences_multi.py."
+        if run.stored
+        else f"{longer}; --missing_eos_penalty 1"
+        if run.series("value_loss")
+        else f"{longer}; a reward that is 0 for a completion that was cut.",
+    )
+
+
+@pattern(
+    "KL rises, score does not", "kl reward sampler_kl",
+    "from the first to the last third the KL rose, beyond its interval and by {nats:g} nats per sequence, and the "
+    "reward by less than one standard error",
+    "Gao et al. 2022: score as a function of the KL; what KL buys in a healthy run is a higher score",
+    nats=0.5,
+)  # fmt: skip
+def kl_without_gain(run, nats):
+    (kl_first, _, kl), (first, _, last) = run.thirds("kl"), run.thirds("reward")
+    gained = last.mean - first.mean >= math.hypot(first.se, last.se)
+    if gained or not rose(kl_first, kl) or kl.mean - kl_first.mean < nats:
+        return None
+    return Finding(
+        "look",
+        f"KL {kl_first.mean:.2g} to {kl.mean:.2g} nats, reward stays {last.mean:.3g}",
+        f"The KL rises from {kl_first.mean:.3g} ({kl_first.steps}) to {kl.mean:.3g} nats per sequence ({kl.steps}); "
+        f"the reward is {first.mean:.3g} +- {first.half:.2g}, then {last.mean:.3g} +- {last.half:.2g}.",
+        "The policy moves, but not to better completions: noise, or a reward that does not tell them apart.",
+        f"{run.scaled('lr', 1 / 3)}; {run.scaled('prompts_per_step', 2)}; {run.scaled('kl_coef', 3)}.",
+    )
+
+
+@pattern(
+    "proxy up while gold falls", "reward gold",
+    "from the best earlier third to the last, the reward rose and the gold score fell, both beyond their intervals",
+    "Gao et al. 2022, figure 1: over-optimisation of a reward model",
+)  # fmt: skip
+def overoptimised(run):
+    golds, rewards = run.thirds("gold"), run.thirds("reward")
+    best = max((0, 1), key=lambda i: golds[i].mean)
+    before, last = golds[best], golds[2]
+    if not fell(before, last) or not rose(rewards[best], rewards[2]):
+        return None
+    return Finding(
+        "act",
+        f"reward rises, gold falls: {before.mean:.2f} to {last.mean:.2f}",
+        f"From {before.steps} to {last.steps} the reward rises from {rewards[best].mean:.3g} to {rewards[2].mean:.3g}, "
+        f"and the gold score falls from {before.mean:.3g} +- {before.half:.2g} to {last.mean:.3g} +- {last.half:.2g}.",
+        "The policy exploits errors of the reward (over-optimisation): what is measured is no longer what is wanted.",
+        f"--steps {before.last}; {run.scaled('kl_coef', 3)}; a better reward model, on pairs of this policy.",
+    )
+
+
+@pattern(
+    "ratio away from 1 on the first inner step", "approx_kl_first:1",
+    "`approx_kl` of the first update after a rollout is above {most:g} in some line",
+    "Huang et al. 2022 (37 details of PPO), their debugging advice: the ratio is 1 before the first update; own "
+    "measurement: 0 in fp32, RATIO_BF16 in bf16",
+    most=1e-4,
+)  # fmt: skip
+def ratio_first(run, most):
+    step, value = max(run.series("approx_kl_first"), key=lambda pair: pair[1])
+    if value <= most:
+        return None
+    return Finding(
+        "act",
+        f"ratio is not 1 on the first inner step (KL {value:.2g})",
+        f"At step {step}, before any update, the KL between old and current policy is {value:.2g} nats per token.",
+        "Old and new log-probs are computed differently: dropout, temperature, precision, or another batch. It is a "
+        "mistake in the code, and all later numbers are wrong, too.",
+        "--lr 1e-30 --steps 2 shows it alone; compare the two calls that compute the log-probs.",
+    )
+
+
+@pattern(
+    "sampler away from the policy", "sampler_kl:3",
+    "the mean of `sampler_kl` is above {look:g} nats per token, beyond its interval; `act` above {act:g}",
+    "rlhf/steps.py: more than a few thousandths; own demo runs in bf16: 0.0016 (PPO), 0.0033 (GRPO); Yao et al. 2025 "
+    "on samplers that differ from training",
+    look=0.005, act=0.02,
+)  # fmt: skip
+def sampler_away(run, look, act):
+    kl = run.whole("sampler_kl")
+    if kl.mean - kl.half <= look:
+        return None
+    return Finding(
+        "act" if kl.mean - kl.half > act else "look",
+        f"sampler_kl {kl.mean:.2g} nats per token",
+        f"Over {kl.steps} the KL from sampler to policy is {kl.mean:.2g} +- {kl.half:.1g} nats per token.",
+        "The samples come from another distribution than the one that trains: the gradient is biased.",
+        "--precision fp32; then look at what differs: a merged adapter, the temperature, the stop tokens.",
+    )
+
+
+@pattern(
+    "entropy collapse", "entropy reward",
+    "the entropy of the last third is below {nats:g} nats per token and below {share:.0%} of the first. `look` while "
+    "the reward still rises",
+    "Cui et al. 2025 (the entropy mechanism): reward is bought with entropy until none is left; own runs end at 0.22",
+    nats=0.05, share=0.2,
+)  # fmt: skip
+def entropy_collapse(run, nats, share):
+    first, _, last = run.thirds("entropy")
+    if last.mean >= nats or last.mean >= share * first.mean:
+        return None
+    rising = rose(*run.thirds("reward")[1:])
+    return Finding(
+        "look" if rising else "act",
+        f"entropy {first.mean:.2g} to {last.mean:.2g} nats per token",
+        f"The entropy falls from {first.mean:.3g} ({first.steps}) to {last.mean:.2g} nats per token ({last.steps}).",
+        "All completions of a prompt become alike: nothing new is tried, and groups lose their signal.",
+        f"{run.scaled('lr', 1 / 3)}; --temperature 1; a KL to the reference (--kl_coef 0.02); more prompts.",
+    )
+
+
+@pattern(
+    "a value head that explains nothing", "explained_variance",
+    "the explained variance of the last third is at or below {most:g}; `act` if its interval is",
+    "CleanRL's documentation of losses/explained_variance: near 1 is good, at or below 0 is no better than a constant",
+    most=0.0,
+)  # fmt: skip
+def value_head(run, most):
+    explained = run.thirds("explained_variance")[2]
+    if explained.mean > most:
+        return None
+    return Finding(
+        "act" if explained.mean + explained.half <= most else "look",
+        f"values explain nothing (explained variance {explained.mean:.2g})",
+        f"In {explained.steps} the explained variance of the values is {explained.mean:.2g} +- {explained.half:.1g}.",
+        "The values predict the returns no better than a constant: advantages are as noisy as the rewards.",
+        f"{run.scaled('vf_coef', 5)}; {run.scaled('steps', 2)}; scores of size 1 around 0.",
+    )
+
+
+@pattern(
+    "most tokens are clipped", "clipfrac",
+    "the clip fraction of the last third is at least {look:.0%}; `act` from {act:.0%}",
+    "Huang et al. 2022 (37 details of PPO) watch it; rule of thumb of docs/methods: below 20 %; own demo runs: 2 % "
+    "(PPO), 18 % (GRPO offline)",
+    look=0.3, act=0.5,
+)  # fmt: skip
+def clipped(run, look, act):
+    share = run.thirds("clipfrac")[2]
+    if share.mean < look:
+        return None
+    return Finding(
+        "act" if share.mean >= act else "look",
+        f"{share.mean:.0%} of the tokens are clipped",
+        f"In {share.steps} clipping takes the gradient of {share.mean:.0%} +- {share.half:.0%} of the tokens.",
+        "The policy moves far from the one that sampled: the steps are too large, or the samples too old.",
+        f"{run.scaled('lr', 1 / 3)}; --inner_epochs 1; for stored groups: sample them again.",
+    )
+
+
+# In words
+
+
+def closing_lines(found: Diagnosis, path) -> list[str]:
+    """At most three lines for the end of a run. path: of its folder."""
+    more = f"python report/doctor.py {shown(path)}"
+    worries, rest = found.worries, [finding for finding in found.findings if finding.level == "normal"]
+    if worries:
+        lines = [f"{finding.level}: {finding.short}" for finding in worries[:2]]
+        left = f"{len(worries) - 2} more; " if len(worries) > 2 else ""
+        return [f"doctor: {line}" for line in (*lines, f"{left}what to try: {more}")]
+    if found.too_short and not found.looked_for:
+        return [f"doctor: {found.lines} logged lines are too few to tell; trends take {LEAST}"]
+    lines = [f"no worry in {found.lines} lines: {len(found.looked_for)} patterns looked for"]
+    if found.too_short:
+        lines.append(f"too few lines for {len(found.too_short)} more: trends take {LEAST}")
+    lines += [f"normal: {finding.short}" for finding in rest]
+    return [f"doctor: {line}" for line in lines[:3]]
+
+
+def full_text(found: Diagnosis, name) -> str:
+    """All findings of one run, at 80 columns. name: of the run."""
+    head = f"{name}: {found.lines} lines, {len(found.looked_for)} patterns looked for"
+    parts = [textwrap.fill(head, WIDTH, break_on_hyphens=False)]
+    if found.too_short:
+        said = f"{found.lines} lines are too short to tell of: {', '.join(found.too_short)}. Trends take {LEAST} lines."
+        parts.append(_wrapped("", said))
+    if not found.worries and found.looked_for:
+        parts.append(_wrapped("", "Nothing to worry about."))
+    for finding in found.findings:
+        title = next(entry.title for entry in PATTERNS if entry.key == finding.pattern)
+        words = {"seen": finding.seen, "means": finding.means, "try": finding.advice}
+        parts.append("\n".join([f"{finding.level}: {title}", *(_wrapped(f"{k}:", v) for k, v in words.items())]))
+    return "\n\n".join(parts)
+
+
+def _wrapped(label, text):
+    first = f"  {label:<7}" if label else "  "
+    return textwrap.fill(
+        text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False,
+        break_long_words=False,
+    )  # fmt: skip
+
+
+def patterns_table() -> str:
+    """The table of the patterns in Markdown, which docs/doctor.md shows."""
+    lines = ["| pattern | metrics | found when | source of the thresholds |", "|---|---|---|---|"]
+    for entry in PATTERNS:
+        needs = ", ".join(f"`{key}`" for key in entry.needs)
+        lines.append(f"| {entry.title} (`{entry.key}`) | {needs} | {entry.when} | {entry.source} |")
+    return "\n".join(lines)
