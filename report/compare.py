@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from report.page import COLUMNS, NARROW, samples_text, table, text_table, write_
 from report.sentences import greedy_sentence, headline
 from runtime.cli import cli
 from runtime.console import duration, fold, say
+from runtime.doctor import Diagnosis, examine
 from runtime.files import in_root, read_lines, read_manifest, sha256_file
 from runtime.run_folder import hold_output
 from runtime.tracking import Tracker, Tracking
@@ -70,6 +71,7 @@ class Row:
     memory: float | None = None  # peak of training, GB
     curves: list[dict] | None = None  # lines of metrics.jsonl
     settings: dict | None = None  # config.yaml
+    checkups: dict[str, Diagnosis] = field(default_factory=dict)  # {folder of a run: what the doctor says of it}
     via: tuple = ()  # runs between this one and the base: (models/sft,) for DPO on that SFT
 
     @property
@@ -201,15 +203,22 @@ def make_rows(config, methods, results):
             manifests = [read_manifest(run_folder(config, method, seed)) for seed in config.seed_list()]
             row.seconds = statistics.fmean(m["seconds"] for m in manifests)
             row.memory = max(m["peak_memory_gb"] for m in manifests)
+            row.checkups = checkups([run_folder(config, method, seed) for seed in config.seed_list()])
             row.curves = read_lines(in_root(folder) / "metrics.jsonl")
             row.settings = yaml.safe_load((in_root(folder) / "config.yaml").read_text(encoding="utf-8"))
             row.via = way_to_base(folder, config.base)
             row.seconds_before = seconds_before(manifests[0]["inputs"] | dict.fromkeys(row.via))
         elif method.key == "best_of":
             row.seconds_before = seconds_before({config.reward_model: ""})
+            row.checkups = checkups([config.reward_model])
         rows.append(row)
     equal_variety(rows)
     return rows
+
+
+def checkups(folders):
+    """{folder: what the doctor says of its run} for the runs that left a log."""
+    return {folder: examine(folder) for folder in folders if (in_root(folder) / "metrics.jsonl").is_file()}
 
 
 def equal_variety(rows):

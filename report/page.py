@@ -158,6 +158,21 @@ def answers_a_prompt(rows):
     return f"{usual} ({others})" if others else f"{usual}"
 
 
+def doctor_section(rows):
+    """What the doctor says of each run, as a Markdown table with a line for each finding."""
+    lines = [["run", "worry", "what is seen", "what to try"]]
+    for folder, found in {folder: found for row in rows for folder, found in row.checkups.items()}.items():
+        said = [[f.level, f.seen, "" if f.level == "normal" else f.advice] for f in found.findings]
+        if not found.worries:
+            said.append(["none", f"{found.lines} lines, {len(found.looked_for)} patterns looked for", ""])
+        if found.too_short:
+            said.append(["-", f"{found.lines} lines are too short to tell of: {', '.join(found.too_short)}", ""])
+        lines += [[f"`{folder}`", *cells] for cells in said]
+    if len(lines) == 1:
+        return "No run left a log."
+    return markdown_table(lines).replace("---:", "---")
+
+
 CHECKS_SECTION = """## Each type of prompt
 
 ![Share of completions that pass, by type of prompt](figures/checks.png)
@@ -219,6 +234,13 @@ completions to each prompt, as many of each method.
 ![Scores during training](figures/curves.png)
 
 {curves_sentence(rows)}
+
+## What the doctor says of these runs
+
+Patterns that are known to mean something, looked for in the log of each run by
+[report/doctor.py](doctor.py): [docs/doctor.md](../docs/doctor.md).
+
+{doctor_section(rows)}
 
 {checks_section}## What alignment cost
 

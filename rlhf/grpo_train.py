@@ -212,7 +212,7 @@ def old_logprobs(batch, config, policy):
         return policy.logprobs(batch)
 
 
-def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config, first):
+def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config, first=False):
     """Add the means of one batch over its completions to the meter. The KL is measured only if it is in the loss.
 
     first: whether no update has been made since the rollout: then, online, the ratio is 1.

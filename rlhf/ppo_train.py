@@ -271,7 +271,7 @@ def explained_variance(batches, processes):
     return 1 - (returns - values).var(correction=0).item() / spread if spread else None
 
 
-def measure(meter, batch, loss, vf_loss, logprobs, entropy, config, first):
+def measure(meter, batch, loss, vf_loss, logprobs, entropy, config, first=False):
     """Add the losses and the per-token means of one batch in one update to the meter.
 
     first: whether no update has been made since the rollout: then the ratio is 1.

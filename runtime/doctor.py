@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.config import shown
-from runtime.readings import LEAST, Readings, fell, read_readings, rose
+from runtime.readings import LEAST, Readings, fell, number, read_readings, rose
 
 LEVELS = ("act", "look", "normal")  # whether to worry, the worst first
 WIDTH = 80  # columns of the terminal
@@ -110,6 +110,11 @@ def examine(path) -> Diagnosis:
     return diagnose(read_readings(path))
 
 
+def advice(*parts):
+    """Options to try as a sentence; an option that the run had already is None."""
+    return "; ".join(filter(None, parts)) + "."
+
+
 # All of training
 
 
@@ -117,8 +122,8 @@ def examine(path) -> Diagnosis:
     "loss spikes", "loss lr",
     "a loss is more than {times:g} times the median of its ten neighbours, and {deviations:g} deviations (1.48 times "
     "the median absolute one) above it; `normal` in at most {share:.0%} of the lines. Not for PPO and GRPO",
-    "Chowdhery et al. 2022 (PaLM), section 5.1: spikes that come and go; in this project's own runs there was none",
-    times=1.5, deviations=8, share=0.02,
+    "Chowdhery et al. 2022 (PaLM), section 5.1: spikes that come and go; own runs: up to 7 times (DPO), 6 deviations",
+    times=1.5, deviations=10, share=0.02,
 )  # fmt: skip
 def loss_spikes(run, times, deviations, share):
     if run.series("reward"):
@@ -130,7 +135,7 @@ def loss_spikes(run, times, deviations, share):
     "gradient norm spikes", "grad_norm",
     "a gradient norm is more than {times:g} times the median of its ten neighbours, and {deviations:g} deviations "
     "above it; `normal` in at most {share:.0%} of the lines",
-    "as for the loss; the largest in this project's own runs: 5 times the median",
+    "as for the loss; own runs: up to 7 times the median (DPO)",
     times=10, deviations=8, share=0.02,
 )  # fmt: skip
 def grad_norm_spikes(run, times, deviations, share):
@@ -138,7 +143,7 @@ def grad_norm_spikes(run, times, deviations, share):
 
 
 def _spikes(run, key, times, deviations, share):
-    pairs, name = run.series(key), key.replace("_", " ")
+    pairs, name = run.series(key), {"grad_norm": "gradient norm"}.get(key, key)
     values = [value for _, value in pairs]
     around = [statistics.median(values[max(i - 5, 0) : i] + values[i + 1 : i + 6]) for i in range(len(values))]
     spread = 1.4826 * statistics.median(abs(value - level) for value, level in zip(values, around))
@@ -155,12 +160,13 @@ def _spikes(run, key, times, deviations, share):
     return Finding(
         "normal" if rare else "look",
         f"{name} spikes: {len(high)} of {len(values)} lines",
-        f"At step {step} the {name} is {value:.3g}, and {level:.3g} in the lines around it{others}.",
+        f"At step {step} the {name} is {number(value)}, and {number(level)} in the lines around it{others}.",
         "One batch was unlike the others: odd data, or an extreme ratio or return. It came back to its level."
         if rare
         else "Single batches throw the weights about, again and again.",
-        f"Nothing if it is rare: max_grad_norm limits it. Else {run.scaled('lr', 0.5)} or "
-        f"{run.scaled('max_grad_norm', 0.5)}; read the rows of that step.",
+        "Nothing: max_grad_norm limits a rare one."
+        if rare
+        else advice(run.scaled("lr", 0.5), run.scaled("max_grad_norm", 0.5), "read the rows of these steps"),
     )
 
 
@@ -171,14 +177,16 @@ def _spikes(run, key, times, deviations, share):
     act=3,
 )  # fmt: skip
 def skipped_steps(run, act):
-    count, steps = sum(run.values("skipped")), [step for step, _ in run.series("skipped")]
+    count, steps = sum(run.values("skipped")), [step for step, number in run.series("skipped") if number]
+    if not count:
+        return None
     where = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     return Finding(
         "act" if count >= act else "look",
         f"{count:.0f} steps were skipped: not finite",
         f"{count:.0f} steps were skipped by {where}: their loss or gradient was nan or infinite.",
         "Numbers overflow: the learning rate is too high, fp16 is too narrow, or a row is odd.",
-        f"{run.scaled('lr', 1 / 3)}; --precision bf16 in place of fp16; read the rows that the log names.",
+        advice(run.scaled("lr", 1 / 3), run.option("precision", "bf16"), "read the rows that the log names"),
     )
 
 
@@ -200,11 +208,10 @@ def rate_too_high(run, share):
     verb = "rises" if sign > 0 else "falls"
     return Finding(
         "act",
-        f"{kind} {verb}: {first.mean:.3g} to {last.mean:.3g}",
-        f"The {kind} {verb} from {first.mean:.3g} +- {first.half:.2g} ({first.steps}) to {last.mean:.3g} +- "
-        f"{last.half:.2g} ({last.steps}).",
+        f"{kind} {verb}: {number(first.mean)} to {number(last.mean)}",
+        f"The {kind} {verb} from {first} ({first.steps}) to {last}  ({last.steps}).",
         "Training makes the model worse. Mostly the learning rate is too high; or the data change along the way.",
-        f"{run.scaled('lr', 1 / 3)}; {run.scaled('warmup_steps', 3)}.",
+        advice(run.scaled("lr", 1 / 3), run.scaled("warmup_steps", 3, at_zero=10)),
     )
 
 
@@ -212,9 +219,11 @@ def rate_too_high(run, share):
     "a learning rate that did nothing", "lr loss",
     "in the last third. LM: the loss did not fall, and the held-out loss changed by under {text:.1%}. Reward model: "
     "the loss did not fall, and the margin is below {margin:g}. DPO: both log-ratios are below {nats:g} nats. PPO, and "
-    "GRPO with a KL: KL below {kl:g} nats per sequence. GRPO without (`look`): reward, entropy and length are the same",
-    "own measurement: healthy runs of 12 steps or more moved by 2 nats (PPO), 50 nats (DPO margin), a margin of 3",
-    text=0.001, nats=0.1, margin=0.1, kl=0.01,
+    "GRPO with a KL: KL below {kl:g} nats per token, or below twice the sampler's (rounding). GRPO without (`look`): "
+    "reward, entropy and length are the same",
+    "own runs with a rate of 1e-7 to 1e-9: KL 0.0018 nats per token beside a sampler_kl of 0.0016; with the rates of "
+    "the YAMLs, 12 steps or more: KL 0.3 (PPO), a margin of 50 nats (DPO), a margin of 3 (reward model)",
+    text=0.001, nats=0.1, margin=0.1, kl=0.001,
 )  # fmt: skip
 def rate_did_nothing(run, **limits):
     seen, level = _nothing_moved(run, **limits) or ("", "")
@@ -225,31 +234,31 @@ def rate_did_nothing(run, **limits):
         f"nothing moved: {seen}",
         f"In {len(run.lines)} lines nothing moved: {seen}.",
         "The updates are too small to change the model, or nothing reaches it.",
-        f"{run.scaled('lr', 3)}, then {run.scaled('lr', 10)}; more steps; look for 'the step is skipped' in the log.",
+        advice(run.scaled("lr", 3), run.scaled("lr", 10), "look for 'the step is skipped' in the log"),
     )
 
 
 def _nothing_moved(run, text, nats, margin, kl):
     """(what stood still, "act" or "look"). None if something moved, or if it cannot be said."""
-    if len(run.series("kl")) >= LEAST:
-        reached = run.thirds("kl")[2].mean
-        return (f"KL {reached:.2g} nats per sequence", "act") if reached < kl else None
+    if len(run.series("kl_per_token")) >= LEAST:
+        reached, rounding = run.thirds("kl_per_token")[2].mean, statistics.fmean(run.values("sampler_kl") or [0])
+        return (f"KL {number(reached)} nats per token", "act") if reached < max(kl, 2 * rounding) else None
     if len(run.series("reward")) >= LEAST:
         keys = [key for key in ("reward", "entropy", "mean_length") if len(run.series(key)) >= LEAST]
         still = not any(rose(a, b) or fell(a, b) for a, _, b in map(run.thirds, keys))
-        return (f"{', '.join(keys)} are the same, within noise", "look") if still and not run.stored else None
+        return (f"{', '.join(keys)} within noise", "look") if still and not run.stored else None
     if len(run.series("chosen_reward")) >= LEAST:
         beta = run.config.get("beta", 0.1)
         size = max(abs(run.thirds(key)[2].mean) / beta for key in ("chosen_reward", "rejected_reward"))
-        return (f"log-ratios of {size:.2g} nats", "act") if size < nats else None
+        return (f"log-ratios of {number(size)} nats", "act") if size < nats else None
     first, _, last = run.thirds("loss")
     if fell(first, last):
         return None
     held = run.values("nats_per_token")
     if len(held) > 1 and abs(held[-1] - held[0]) < text * held[0]:
-        return f"held-out loss {held[0]:.4g} to {held[-1]:.4g}", "act"
+        return f"held-out loss {number(held[0])} to {number(held[-1])}", "act"
     if len(run.series("margin")) >= LEAST and abs(run.thirds("margin")[2].mean) < margin:
-        return f"margin {run.thirds('margin')[2].mean:.2g}", "act"
+        return f"margin {number(run.thirds('margin')[2].mean)}", "act"
     return None
 
 
@@ -257,7 +266,7 @@ def _nothing_moved(run, text, nats, margin, kl):
     "slow for this machine", "tok/s",
     "the median tok/s is below {share:.0%} of that of earlier runs beside it (same script, model, sizes, machine); "
     "without such runs, of the run's own first third (not for PPO and GRPO: their work changes with the completions)",
-    "own measurement: over all lines of a healthy run the medians of thirds differ by less than a fifth",
+    "own measurement: DPO and the reward model keep their speed within a tenth over a run",
     share=0.5,
 )  # fmt: skip
 def slow(run, share):
@@ -276,7 +285,7 @@ def slow(run, share):
         f"{now:,.0f} tokens a second; {what}: {usual:,.0f}",
         f"The median is {now:,.0f} tokens a second, against {usual:,.0f} of {what}.",
         "Other work shares the machine, memory is swapped, or the processor is throttled. The results are the same.",
-        f"Look at top (or nvidia-smi); {run.scaled('micro_batch_size', 0.5)} if memory is short.",
+        advice("Look at top (or nvidia-smi)", f"if memory is short: {run.scaled('micro_batch_size', 0.5)}"),
     )
 
 
@@ -297,11 +306,11 @@ def overfitting(run, share):
         return None
     return Finding(
         "act",
-        f"over-fitting: held-out {best:.4g} to {held[-1][1]:.4g}",
-        f"Held-out loss rises from {best:.4g} (step {step}) to {held[-1][1]:.4g} (step {held[-1][0]}), while the "
-        f"training loss falls from {first.mean:.4g} to {last.mean:.4g}.",
+        f"over-fitting: held-out {number(best)} to {number(held[-1][1])}",
+        f"Held-out loss rises from {number(best)} (step {step}) to {number(held[-1][1])} (step {held[-1][0]}), while "
+        f"the training loss falls from {number(first.mean)} to {number(last.mean)}.",
         "The model learns its training text by heart.",
-        f"--max_steps {max(step, 1)}, or fewer epochs; more text; {run.scaled('lr', 0.5)}.",
+        advice(f"--max_steps {max(step, 1)}", "more text", run.scaled("lr", 0.5)),
     )
 
 
@@ -327,17 +336,22 @@ def chosen_falls(run, share):
     means = {
         "normal": "DPO trains only the difference. A moderate fall of both is usual while the margin grows.",
         "look": "Much of the margin comes from unlearning both: probability goes to completions of no pair.",
-        "act": "Both fall, and the difference is not learned: the policy only loses what it knew.",
+        "act": "Both fall, and the margin does not grow: the policy only loses what it knew.",
     }
     return Finding(
         level,
-        f"chosen log-probs fell by {-chosen.mean / unit:.2g} {name}; margin {margin.mean / unit:.2g}",
-        f"In {chosen.steps} the chosen completions are {-chosen.mean / unit:.3g} {name} below the reference, and the "
-        f"margin is {margin.mean / unit:.3g} (at first {start.mean / unit:.3g}).",
+        f"chosen log-probs fell by {number(-chosen.mean / unit)} {name}; margin {number(margin.mean / unit)}",
+        f"In {chosen.steps} the chosen completions are {number(-chosen.mean / unit)} {name} below the reference, and "
+        f"the margin is {number(margin.mean / unit)} (at first {number(start.mean / unit)}).",
         means[level],
         "Nothing."
         if level == "normal"
-        else f"{run.scaled('lr', 1 / 3)}; {run.scaled('beta', 3)}; --epochs 1; SFT on the chosen completions first.",
+        else advice(
+            run.scaled("lr", 1 / 3),
+            run.scaled("beta", 3),
+            run.option("epochs", 1),
+            "SFT on the chosen completions first",
+        ),
     )
 
 
@@ -406,39 +420,43 @@ def no_signal(run, share, all, solved):
     return Finding(
         level,
         f"{equal.mean:.0%} of the groups have equal rewards",
-        f"In {equal.steps} all rewards are equal in {equal.mean:.0%} of the groups; mean reward {reward.mean:.3g}.",
+        f"In {equal.steps} all rewards are equal in {equal.mean:.0%} of the groups; mean reward {number(reward.mean)}.",
         "Most prompts are solved: little is left to learn here."
         if done
         else "Equal rewards have no advantage: these completions were sampled for nothing.",
         "Harder prompts, or stop here."
         if done
-        else f"{run.scaled('samples_per_prompt', 2)}; prompts that are solved sometimes; a reward with steps between 0 "
-        "and 1.",
+        else advice(
+            run.scaled("samples_per_prompt", 2),
+            "prompts that are solved sometimes",
+            "a reward with steps between 0 and 1",
+        ),
     )
 
 
 @pattern(
     "completions cut by length", "clipped_ratio",
-    "in the last third the length limit cut at least {look:.0%} of the completions; `act` from {act:.0%}, of samples",
+    "in the last third the length limit cut at least {look:.0%} of the completions; `act` from {act:.0%} unless it falls",
     "Yu et al. 2025 (DAPO, overlong completions); Huang et al. 2024 (N+ details of RLHF with PPO): the EOS trick; own "
     "demo runs: 1 to 12 % at the end",
     look=0.25, act=0.5,
 )  # fmt: skip
 def completions_cut(run, look, act):
-    cut = run.thirds("clipped_ratio")[2]
+    first, _, cut = run.thirds("clipped_ratio")
     if cut.mean < look:
         return None
-    longer = run.scaled("max_new_tokens", 2)
+    falling = fell(first, cut)
+    means = "They are scored in mid-sentence" + (", but fewer and fewer are." if falling else ".")
+    ends = run.option("missing_eos_penalty", 1.0) if run.series("value_loss") else "a reward of 0 for a cut completion"
     return Finding(
-        "act" if cut.mean >= act and not run.stored else "look",
+        "act" if cut.mean >= act and not falling and not run.stored else "look",
         f"{cut.mean:.0%} of the completions are cut by length",
-        f"In {cut.steps} the length limit cut {cut.mean:.0%} +- {cut.half:.0%} of the completions.",
-        "They are scored in mid-sentence, and the policy does not learn to end.",
+        f"In {cut.steps} the length limit cut {cut.mean:.0%} +- {cut.half:.0%} of the completions (at first "
+        f"{first.mean:.0%}).",
+        means,
         "Sample the groups again with twice the --max_new_tokens, by data/generate_preferences_multi.py."
         if run.stored
-        else f"{longer}; --missing_eos_penalty 1"
-        if run.series("value_loss")
-        else f"{longer}; a reward that is 0 for a completion that was cut.",
+        else advice(run.scaled("max_new_tokens", 2), ends, "more steps" if falling else None),
     )
 
 
@@ -456,11 +474,11 @@ def kl_without_gain(run, nats):
         return None
     return Finding(
         "look",
-        f"KL {kl_first.mean:.2g} to {kl.mean:.2g} nats, reward stays {last.mean:.3g}",
-        f"The KL rises from {kl_first.mean:.3g} ({kl_first.steps}) to {kl.mean:.3g} nats per sequence ({kl.steps}); "
-        f"the reward is {first.mean:.3g} +- {first.half:.2g}, then {last.mean:.3g} +- {last.half:.2g}.",
+        f"KL {number(kl_first.mean)} to {number(kl.mean)} nats, reward stays {number(last.mean)}",
+        f"The KL rises from {number(kl_first.mean)} ({kl_first.steps}) to {number(kl.mean)} nats per sequence "
+        f"({kl.steps}); the reward is {first}, then {last}.",
         "The policy moves, but not to better completions: noise, or a reward that does not tell them apart.",
-        f"{run.scaled('lr', 1 / 3)}; {run.scaled('prompts_per_step', 2)}; {run.scaled('kl_coef', 3)}.",
+        advice(run.scaled("lr", 1 / 3), run.scaled("prompts_per_step", 2), run.scaled("kl_coef", 3, at_zero=0.02)),
     )
 
 
@@ -478,10 +496,10 @@ def overoptimised(run):
     return Finding(
         "act",
         f"reward rises, gold falls: {before.mean:.2f} to {last.mean:.2f}",
-        f"From {before.steps} to {last.steps} the reward rises from {rewards[best].mean:.3g} to {rewards[2].mean:.3g}, "
-        f"and the gold score falls from {before.mean:.3g} +- {before.half:.2g} to {last.mean:.3g} +- {last.half:.2g}.",
+        f"From {before.steps} to {last.steps} the reward rises from {rewards[best]} to {rewards[2]}, "
+        f"and the gold score falls from {before} to {last}.",
         "The policy exploits errors of the reward (over-optimisation): what is measured is no longer what is wanted.",
-        f"--steps {before.last}; {run.scaled('kl_coef', 3)}; a better reward model, on pairs of this policy.",
+        advice(f"--steps {before.last}", run.scaled("kl_coef", 3, at_zero=0.02), "new pairs from this policy"),
     )
 
 
@@ -489,8 +507,8 @@ def overoptimised(run):
     "ratio away from 1 on the first inner step", "approx_kl_first:1",
     "`approx_kl` of the first update after a rollout is above {most:g} in some line",
     "Huang et al. 2022 (37 details of PPO), their debugging advice: the ratio is 1 before the first update; own "
-    "measurement: 0 in fp32, RATIO_BF16 in bf16",
-    most=1e-4,
+    "measurement: exactly 0, in fp32 and in bf16",
+    most=1e-6,
 )  # fmt: skip
 def ratio_first(run, most):
     step, value = max(run.series("approx_kl_first"), key=lambda pair: pair[1])
@@ -498,8 +516,8 @@ def ratio_first(run, most):
         return None
     return Finding(
         "act",
-        f"ratio is not 1 on the first inner step (KL {value:.2g})",
-        f"At step {step}, before any update, the KL between old and current policy is {value:.2g} nats per token.",
+        f"ratio is not 1 on the first inner step (KL {number(value)})",
+        f"At step {step}, before any update, the KL between old and current policy is {number(value)} nats per token.",
         "Old and new log-probs are computed differently: dropout, temperature, precision, or another batch. It is a "
         "mistake in the code, and all later numbers are wrong, too.",
         "--lr 1e-30 --steps 2 shows it alone; compare the two calls that compute the log-probs.",
@@ -519,10 +537,12 @@ def sampler_away(run, look, act):
         return None
     return Finding(
         "act" if kl.mean - kl.half > act else "look",
-        f"sampler_kl {kl.mean:.2g} nats per token",
-        f"Over {kl.steps} the KL from sampler to policy is {kl.mean:.2g} +- {kl.half:.1g} nats per token.",
+        f"sampler_kl {number(kl.mean)} nats per token",
+        f"Over {kl.steps} the KL from sampler to policy is {kl} nats per token.",
         "The samples come from another distribution than the one that trains: the gradient is biased.",
-        "--precision fp32; then look at what differs: a merged adapter, the temperature, the stop tokens.",
+        advice(
+            run.option("precision", "fp32"), "look at what differs: a merged adapter, the temperature, the stop tokens"
+        ),
     )
 
 
@@ -540,29 +560,30 @@ def entropy_collapse(run, nats, share):
     rising = rose(*run.thirds("reward")[1:])
     return Finding(
         "look" if rising else "act",
-        f"entropy {first.mean:.2g} to {last.mean:.2g} nats per token",
-        f"The entropy falls from {first.mean:.3g} ({first.steps}) to {last.mean:.2g} nats per token ({last.steps}).",
+        f"entropy {number(first.mean)} to {number(last.mean)} nats per token",
+        f"The entropy falls from {first} ({first.steps}) to {last} nats per token ({last.steps}).",
         "All completions of a prompt become alike: nothing new is tried, and groups lose their signal.",
-        f"{run.scaled('lr', 1 / 3)}; --temperature 1; a KL to the reference (--kl_coef 0.02); more prompts.",
+        advice(run.scaled("lr", 1 / 3), run.option("temperature", 1.0), run.scaled("kl_coef", 3, at_zero=0.02)),
     )
 
 
 @pattern(
     "a value head that explains nothing", "explained_variance",
-    "the explained variance of the last third is at or below {most:g}; `act` if its interval is",
-    "CleanRL's documentation of losses/explained_variance: near 1 is good, at or below 0 is no better than a constant",
-    most=0.0,
+    "the 95 % interval of the explained variance in the last third ends below {most:g}; `act` if it ends below 0",
+    "CleanRL on losses/explained_variance: near 1 is good, at or below 0 is no better than a constant; own runs of 12 "
+    "steps and 16 completions: -0.1 +- 0.4, so a mean alone says little",
+    most=0.05,
 )  # fmt: skip
 def value_head(run, most):
     explained = run.thirds("explained_variance")[2]
-    if explained.mean > most:
+    if explained.mean + explained.half >= most:
         return None
     return Finding(
-        "act" if explained.mean + explained.half <= most else "look",
-        f"values explain nothing (explained variance {explained.mean:.2g})",
-        f"In {explained.steps} the explained variance of the values is {explained.mean:.2g} +- {explained.half:.1g}.",
+        "act" if explained.mean + explained.half < 0 else "look",
+        f"values explain nothing (explained variance {number(explained.mean)})",
+        f"In {explained.steps} the explained variance of the values is {explained} .",
         "The values predict the returns no better than a constant: advantages are as noisy as the rewards.",
-        f"{run.scaled('vf_coef', 5)}; {run.scaled('steps', 2)}; scores of size 1 around 0.",
+        advice(run.scaled("vf_coef", 5), run.scaled("steps", 2), "scores of size 1 around 0"),
     )
 
 
@@ -582,7 +603,9 @@ def clipped(run, look, act):
         f"{share.mean:.0%} of the tokens are clipped",
         f"In {share.steps} clipping takes the gradient of {share.mean:.0%} +- {share.half:.0%} of the tokens.",
         "The policy moves far from the one that sampled: the steps are too large, or the samples too old.",
-        f"{run.scaled('lr', 1 / 3)}; --inner_epochs 1; for stored groups: sample them again.",
+        advice(
+            run.scaled("lr", 1 / 3), run.option("inner_epochs", 1), "sample the groups again" if run.stored else None
+        ),
     )
 
 

@@ -23,6 +23,11 @@ NOT_SPEED = {
 }  # fmt: skip
 
 
+def number(value, digits=3):
+    """A number with `digits` significant digits, or all digits before the point: 0.0123, 4.55, 1,230."""
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
 @dataclass(frozen=True)
 class Part:
     """A metric over consecutive lines: its mean, standard error and number of lines, and the first and last step."""
@@ -37,6 +42,9 @@ class Part:
     def half(self):
         """Half of the 95 % interval of the mean."""
         return t975(self.n - 1) * self.se
+
+    def __str__(self):
+        return f"{number(self.mean)} +- {number(self.half, 2)}"
 
     @property
     def steps(self):
@@ -82,14 +90,20 @@ class Readings:
         """All lines with this metric as one `Part`. It takes two lines."""
         return _part(self.series(key))
 
-    def scaled(self, key, factor):
-        """The option `--key` with `factor` times the value that it had in this run, as a text."""
+    def scaled(self, key, factor, at_zero=None):
+        """The option `--key` with `factor` times the value of this run, or at_zero if that was 0, as a text."""
         before = self.config.get(key)
-        if not before:
+        if before is None:
             return f"--{key} at {factor:.2g} times its value"
+        if before == 0:
+            return f"--{key} {at_zero}" if at_zero else None
         return (
             f"--{key} {max(1, round(before * factor))}" if isinstance(before, int) else f"--{key} {before * factor:.2g}"
         )
+
+    def option(self, key, value):
+        """The option `--key value` as a text. None if the run had this value."""
+        return None if self.config.get(key) == value else f"--{key} {value}"
 
 
 def _part(pairs):

@@ -108,6 +108,8 @@ STATEMENTS = {
     "systems": "A system without POSIX locks is refused in one sentence; a Mac runs on its CPU.",
     "tracked-once": "A tracker gets each line of metrics.jsonl once, in one run, however often the run was killed; its "
     "login and its mode are those that wandb itself finds.",
+    "doctor": "Each pattern of the doctor is found in a log that has it, and not in one that nearly has it; noise "
+    "alone is seldom taken for a pattern.",
     "evaluation-pure": "Evaluation leaves parameters and random state as they were.",
     "torn-checkpoint": "A checkpoint torn by a kill is never loaded: the one before it is.",
 }
