@@ -164,9 +164,9 @@ def doctor_section(rows):
     for folder, found in {folder: found for row in rows for folder, found in row.checkups.items()}.items():
         said = [[f.level, f.seen, "" if f.level == "normal" else f.advice] for f in found.findings]
         if not found.worries:
-            said.append(["none", f"{found.lines} lines, {len(found.looked_for)} patterns looked for", ""])
+            said.append(["none", f"logged lines {found.lines}, patterns looked for {len(found.looked_for)}", ""])
         if found.too_short:
-            said.append(["-", f"{found.lines} lines are too short to tell of: {', '.join(found.too_short)}", ""])
+            said.append(["-", f"too short to tell of: {', '.join(found.too_short)}", ""])
         lines += [[f"`{folder}`", *cells] for cells in said]
     if len(lines) == 1:
         return "No run left a log."

@@ -436,7 +436,8 @@ def no_signal(run, share, all, solved):
 
 @pattern(
     "completions cut by length", "clipped_ratio",
-    "in the last third the length limit cut at least {look:.0%} of the completions; `act` from {act:.0%} unless it falls",
+    "in the last third the length limit cut {look:.0%} of the completions or more; `act` from {act:.0%}, if it does not "
+    "fall",
     "Yu et al. 2025 (DAPO, overlong completions); Huang et al. 2024 (N+ details of RLHF with PPO): the EOS trick; own "
     "demo runs: 1 to 12 % at the end",
     look=0.25, act=0.5,
@@ -581,7 +582,7 @@ def value_head(run, most):
     return Finding(
         "act" if explained.mean + explained.half < 0 else "look",
         f"values explain nothing (explained variance {number(explained.mean)})",
-        f"In {explained.steps} the explained variance of the values is {explained} .",
+        f"In {explained.steps} the explained variance of the values is {explained}.",
         "The values predict the returns no better than a constant: advantages are as noisy as the rewards.",
         advice(run.scaled("vf_coef", 5), run.scaled("steps", 2), "scores of size 1 around 0"),
     )
@@ -621,20 +622,20 @@ def closing_lines(found: Diagnosis, path) -> list[str]:
         left = f"{len(worries) - 2} more; " if len(worries) > 2 else ""
         return [f"doctor: {line}" for line in (*lines, f"{left}what to try: {more}")]
     if found.too_short and not found.looked_for:
-        return [f"doctor: {found.lines} logged lines are too few to tell; trends take {LEAST}"]
-    lines = [f"no worry in {found.lines} lines: {len(found.looked_for)} patterns looked for"]
+        return [f"doctor: too short to tell; logged lines: {found.lines}, a trend takes {LEAST}"]
+    lines = [f"no worry in {found.lines} lines; patterns looked for: {len(found.looked_for)}"]
     if found.too_short:
-        lines.append(f"too few lines for {len(found.too_short)} more: trends take {LEAST}")
+        lines.append(f"too short to tell of {len(found.too_short)} more: a trend takes {LEAST} lines")
     lines += [f"normal: {finding.short}" for finding in rest]
     return [f"doctor: {line}" for line in lines[:3]]
 
 
 def full_text(found: Diagnosis, name) -> str:
     """All findings of one run, at 80 columns. name: of the run."""
-    head = f"{name}: {found.lines} lines, {len(found.looked_for)} patterns looked for"
+    head = f"{name}: logged lines {found.lines}, patterns looked for {len(found.looked_for)}"
     parts = [textwrap.fill(head, WIDTH, break_on_hyphens=False)]
     if found.too_short:
-        said = f"{found.lines} lines are too short to tell of: {', '.join(found.too_short)}. Trends take {LEAST} lines."
+        said = f"Too short to tell of: {', '.join(found.too_short)}. A trend takes {LEAST} lines with its metrics."
         parts.append(_wrapped("", said))
     if not found.worries and found.looked_for:
         parts.append(_wrapped("", "Nothing to worry about."))

@@ -36,7 +36,7 @@ SECTIONS = {  # of the page of a run; other keys are in "train"
         "frac_reward_zero_std",
         "advantage",
     ),
-    "policy": ("kl", "kl_per_token", "kl_coef", "approx_kl", "clipfrac", "entropy", "sampler_kl"),
+    "policy": ("kl", "kl_per_token", "kl_coef", "approx_kl", "approx_kl_first", "clipfrac", "entropy", "sampler_kl"),
     "optimizer": ("lr", "grad_norm", "skipped"),
     "speed": ("tok/s", "seconds"),
 }

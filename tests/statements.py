@@ -110,6 +110,7 @@ STATEMENTS = {
     "login and its mode are those that wandb itself finds.",
     "doctor": "Each pattern of the doctor is found in a log that has it, and not in one that nearly has it; noise "
     "alone is seldom taken for a pattern.",
+    "explained-variance": "The explained variance of the values is over all counted tokens of all processes.",
     "evaluation-pure": "Evaluation leaves parameters and random state as they were.",
     "torn-checkpoint": "A checkpoint torn by a kill is never loaded: the one before it is.",
 }

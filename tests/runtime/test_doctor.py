@@ -303,8 +303,8 @@ def test_a_short_run_is_not_judged():
         assert not found.findings and {"completions_cut", "rate_did_nothing"} <= set(found.too_short)
     assert diagnose(Readings(run.lines[:LEAST])).worries
     found = diagnose(Readings([{"step": 1, "loss": 2.0, "lr": 1.0}, {"step": 2, "loss": 9.0, "lr": 1.0}]))
-    assert closing_lines(found, ROOT / "models/lm") == ["doctor: 2 logged lines are too few to tell; trends take 9"]
-    assert "too short to tell of: loss_spikes" in full_text(found, "models/lm")
+    assert closing_lines(found, ROOT / "models/lm") == ["doctor: too short to tell; logged lines: 2, a trend takes 9"]
+    assert "Too short to tell of: loss_spikes" in full_text(found, "models/lm")
 
 
 def test_the_lines_at_the_end_of_a_run_are_at_most_three_of_eighty_columns():
@@ -325,7 +325,7 @@ def test_the_lines_at_the_end_of_a_run_are_at_most_three_of_eighty_columns():
     ]
     healthy = log(lr=1e-4, loss=thirds(0, 0.01, 0, 0.01), frac_reward_zero_std=0.5, reward=RISING, **ONLINE)
     assert closing_lines(diagnose(healthy), ROOT / "models/grpo") == [
-        "doctor: no worry in 18 lines: 6 patterns looked for",
+        "doctor: no worry in 18 lines; patterns looked for: 6",
         "doctor: normal: loss +0.003: near 0 is normal for GRPO",
     ]
 
