@@ -436,8 +436,8 @@ def no_signal(run, share, all, solved):
 
 @pattern(
     "completions cut by length", "clipped_ratio",
-    "in the last third the length limit cut {look:.0%} of the completions or more; `act` from {act:.0%}, if it does not "
-    "fall",
+    "in the last third the length limit cut {look:.0%} of the completions or more; `act` from {act:.0%}, if it does "
+    "not fall",
     "Yu et al. 2025 (DAPO, overlong completions); Huang et al. 2024 (N+ details of RLHF with PPO): the EOS trick; own "
     "demo runs: 1 to 12 % at the end",
     look=0.25, act=0.5,

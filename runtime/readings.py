@@ -131,7 +131,7 @@ def fell(before, after):
 def read_readings(path):
     """The `Readings` of a run's folder, or of a metrics.jsonl alone. A last line that is not complete is left out.
 
-    Raises UserError if there is no metrics.jsonl, or if it holds something else than lines with a step and numbers.
+    Raises UserError if there is no metrics.jsonl, or if it holds something else than lines with a step.
     """
     path = in_root(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
@@ -157,21 +157,17 @@ def read_metrics(file):
             if number == len(texts):
                 break  # of a run that is writing it, or was killed
             raise UserError(f"{shown(file)} line {number}: not JSON ({json_error(error)})") from None
-        wrong = not isinstance(line, dict) or next(
-            (
-                key
-                for key, x in {"step": None, **line}.items()
-                if isinstance(x, bool) or not isinstance(x, (int, float))
-            ),
-            None,
-        )
-        if wrong:
-            what = "must be an object" if wrong is True else f"{wrong} must be a number"
-            raise UserError(f"{shown(file)} line {number}: {what}, as in the metrics.jsonl of a run")
-        lines.append({key: x for key, x in line.items() if math.isfinite(x)})
+        if not isinstance(line, dict) or not is_number(line.get("step")):
+            raise UserError(f"{shown(file)} line {number}: must be an object with a step, as in the log of a run")
+        lines.append({key: x for key, x in line.items() if is_number(x)})
     if not lines:
         raise UserError(f"{shown(file)} holds no line: the run has logged nothing yet")
     return lines
+
+
+def is_number(value):
+    """Whether a value of a line is a finite number. Others, such as texts that a changed script logs, are left out."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def earlier_speeds(folder, config, manifest):

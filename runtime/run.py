@@ -249,7 +249,8 @@ class Run:
         peak = f"peak memory {manifest['peak_memory_gb']:.2f} GB"
         say("\n" + fold(f"done in {duration(manifest['seconds'])}, {peak}: {reached}"))
         say(f"written to {shown(self.folder)}/")
-        say("\n".join(closing_lines(examine(self.folder), self.folder)))
+        if self._lines:
+            say("\n".join(closing_lines(examine(self.folder), self.folder)))
         model = [path for path in sorted(self.folder.iterdir()) if self.config.wandb_model and path.is_file()]
         self.tracker.finish(result, kind="model", files=model)
         if next_command:

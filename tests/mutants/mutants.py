@@ -72,6 +72,7 @@ BLOCKS = "tests/train/test_blocks.py::test_"
 TWICE = "tests/runtime/test_twice.py::test_"
 INFERENCE = "tests/inference/test_resume.py::test_"
 SYSTEMS = "tests/runtime/test_systems.py::test_"
+DOCTOR, MEASURES = "tests/runtime/test_doctor.py::test_", "tests/rlhf/test_measures.py::test_"
 TRACKING = "tests/runtime/test_tracking.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 OPTIONS = "tests/models/test_template_options.py::test_"
@@ -1350,6 +1351,53 @@ MUTANTS = [
         "evaluation-pure", "DPO's evaluation draws random numbers", "rlhf/dpo_train.py",
         "    meter = Meter()\n", "    torch.rand(1)\n    meter = Meter()\n",
         (f"{TRAINERS}evaluation_leaves_parameters_and_random_state_as_they_were",), "evaluate",
+    ),
+    Mutant(
+        "doctor", "a difference within noise counts", "runtime/readings.py",
+        "return difference > half", "return difference > 0",
+        (f"{DOCTOR}a_log_that_nearly_has_the_pattern[rate_too_high-1]",
+         f"{DOCTOR}noise_alone_is_seldom_taken_for_a_pattern"),
+    ),
+    Mutant(
+        "doctor", "a run of two lines is judged", "runtime/doctor.py",
+        "if any(there[key] < count for key, count in entry.needs.items()):", "if len(run.lines) < 2:",
+        (f"{DOCTOR}a_short_run_is_not_judged",), "diagnose",
+    ),
+    Mutant(
+        "doctor", "a pattern that nothing triggers", "runtime/doctor.py",
+        "if equal.mean < share:", "if equal.mean < 2:",
+        (f"{DOCTOR}a_log_that_has_the_pattern[no_signal-0]",), "no_signal",
+    ),
+    Mutant(
+        "doctor", "stored rewards are judged as those of the policy", "runtime/doctor.py",
+        "if run.stored:", "if False:",
+        (f"{DOCTOR}a_log_that_nearly_has_the_pattern[rate_too_high-2]",), "rate_too_high",
+    ),
+    Mutant(
+        "doctor", "rounding is taken for a move of the policy", "runtime/doctor.py",
+        "reached < max(kl, 2 * rounding)", "reached < kl",
+        (f"{DOCTOR}a_log_that_has_the_pattern[rate_did_nothing-4]",),
+    ),
+    Mutant(
+        "doctor", "a fall of the chosen completions is always normal", "runtime/doctor.py",
+        'level = "act" if not grows else "normal" if -chosen.mean <= share * margin.mean else "look"',
+        'level = "normal"',
+        (f"{DOCTOR}a_log_that_has_the_pattern[chosen_falls-1]", f"{DOCTOR}a_log_that_has_the_pattern[chosen_falls-2]"),
+    ),
+    Mutant(
+        "explained-variance", "the values are left out", "rlhf/ppo_train.py",
+        "1 - (returns - values).var(", "1 - returns.var(",
+        (f"{MEASURES}explained_variance_worked_values",),
+    ),
+    Mutant(
+        "explained-variance", "each process has its own", "rlhf/ppo_train.py",
+        "everywhere = processes.gather(", "everywhere = (lambda mine: [mine])(",
+        (f"{MEASURES}explained_variance_is_over_all_processes",),
+    ),
+    Mutant(
+        "ppo-first-step", "the first ratio is that of a later update", "rlhf/ppo_train.py",
+        "logprobs.detach(), entropy, config, number == 0)", "logprobs.detach(), entropy, config, number == 1)",
+        (f"{MEASURES}the_first_of_several_updates_has_ratio_1",),
     ),
     Mutant(
         "torn-checkpoint", "the hash of a checkpoint's files is not looked at", "runtime/checkpoint.py",

@@ -93,7 +93,7 @@ def test_exit_statuses(ill, tmp_path):
     assert wrong.returncode == 2 and wrong.stdout == "" and "nowhere is not there" in wrong.stderr
     (ill / "metrics.jsonl").write_text('{"step": "one"}\n')
     wrong = run("ill")
-    assert wrong.returncode == 2 and "line 1: step must be a number" in wrong.stderr
+    assert wrong.returncode == 2 and "line 1: must be an object with a step" in wrong.stderr
     assert "Traceback" not in wrong.stderr and len(wrong.stderr.splitlines()) == 1
 
 
