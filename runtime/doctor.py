@@ -356,11 +356,12 @@ def chosen_falls(run, share):
 
 
 @pattern(
-    "a reward model that has learned length", "length_correlation heldout_accuracy length_rule_accuracy",
+    "a reward model that has learned length", "length_correlation heldout_accuracy heldout_pairs length_rule_accuracy",
     "over held-out pairs, the difference in score and the difference in length correlate by {look:g} or more, and the "
     "accuracy is not above that of the best rule by length, beyond 1.96 standard errors: `act`; by {strong:g} or more: "
     "`look` in any case",
-    "Singhal et al. 2023, \"A Long Way to Go\": correlations of 0.5 and more with length, and length as a baseline",
+    "Singhal et al. 2023 correlate score and length, with length alone as the baseline; own reward model, healthy: "
+    "-0.72, accuracy 0.91, rule 0.72",
     look=0.5, strong=0.9,
 )  # fmt: skip
 def learned_length(run, look, strong):
@@ -387,7 +388,7 @@ def learned_length(run, look, strong):
 @pattern(
     "GRPO loss near 0", "loss:3 frac_reward_zero_std:3",
     "the mean loss is at most {most:g} in size",
-    "the advantages of a group add up to 0 (docs/methods/grpo.md, derived there); TRL logs the same",
+    "the advantages of a group add up to 0: derived in docs/methods/grpo.md; own runs: 0.007 to 0.036",
     most=0.1,
 )  # fmt: skip
 def grpo_loss(run, most):
@@ -571,7 +572,7 @@ def entropy_collapse(run, nats, share):
 @pattern(
     "a value head that explains nothing", "explained_variance",
     "the 95 % interval of the explained variance in the last third ends below {most:g}; `act` if it ends below 0",
-    "CleanRL on losses/explained_variance: near 1 is good, at or below 0 is no better than a constant; own runs of 12 "
+    "OpenAI Baselines, `explained_variance`: 1 is perfect, 0 as good as a constant, below 0 worse; own runs of 12 "
     "steps and 16 completions: -0.1 +- 0.4, so a mean alone says little",
     most=0.05,
 )  # fmt: skip
