@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.config import shown
+from runtime.console import WIDTH, fold
 from runtime.readings import LEAST, Readings, fell, number, read_readings, rose
 
 LEVELS = ("act", "look", "normal")  # whether to worry, the worst first
-WIDTH = 80  # columns of the terminal
 
 
 @dataclass(frozen=True)
@@ -634,7 +634,7 @@ def closing_lines(found: Diagnosis, path) -> list[str]:
 def full_text(found: Diagnosis, name) -> str:
     """All findings of one run, at 80 columns. name: of the run."""
     head = f"{name}: logged lines {found.lines}, patterns looked for {len(found.looked_for)}"
-    parts = [textwrap.fill(head, WIDTH, break_on_hyphens=False)]
+    parts = [fold(head)]
     if found.too_short:
         said = f"Too short to tell of: {', '.join(found.too_short)}. A trend takes {LEAST} lines with its metrics."
         parts.append(_wrapped("", said))
