@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -272,3 +273,50 @@ def _adds_bos(tokenizer):
 def completion_text(tokenizer: Any, ids: list[int]) -> str:
     """The text of sampled ids, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str | dict]:
+    """The text of each token. For one that is only a part of a character: {"bytes": its bytes as hex digits}.
+
+    A tokenizer may drop a space at the beginning of a text, so each token is decoded behind another one. Special tokens
+    have the text by which the tokenizer knows them.
+    """
+    before = tokenizer("a", add_special_tokens=False).input_ids
+    known = tokenizer.decode(before, skip_special_tokens=False)
+    special = special_ids(tokenizer)
+    found: dict[int, str | dict] = {}
+    for i in set(ids):
+        name = tokenizer.convert_ids_to_tokens(i)
+        text = name
+        if i not in special:
+            decoded = tokenizer.decode([*before, i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = decoded.removeprefix(known)
+        found[i] = _part_of_a_character(name) if "\N{REPLACEMENT CHARACTER}" in text else text
+    return [found[i] for i in ids]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of all special tokens: those with a role (eos, pad), and those that were added as special."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _part_of_a_character(name):
+    """The token that the vocabulary has under this name: its text, or {"bytes": ...} if its bytes are no text.
+
+    A vocabulary of bytes writes each byte as one letter (GPT-2), or the bytes that have no token as <0xE2> (Llama 2).
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    single = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
+    if single:
+        found = bytes.fromhex(single[1])
+    elif all(letter in byte_of for letter in name):
+        found = bytes(byte_of[letter] for letter in name)
+    else:
+        return name
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        return {"bytes": found.hex()}

@@ -23,6 +23,7 @@ from rlhf.pairs import Pairs, PairsConfig, in_batches, pack_pairs
 from rlhf.policy import Policy, as_reference
 from rlhf.stage import Stage
 from rlhf.steps import Meter, RunningMeter
+from rlhf.token_records import PairRecords
 from rlhf.utils import packed_logprobs
 from runtime.cli import cli
 from runtime.console import fold, say
@@ -86,6 +87,7 @@ def main(config):
     updates = Updates(policy.parameters, config, stage.run, stage.processes, stage.precision)
     meter = RunningMeter(stage.processes)
     checkpoints = stage.checkpoints(model=policy.model, updates=updates, meter=meter, reference=reference)
+    records = PairRecords(stage.run, policy.tokenizer, pairs)  # with --keep_tokens, for report/token_view.py
 
     # 1. the reference's log-probs of each completion, computed once
     if config.precompute_reference:
@@ -105,6 +107,7 @@ def main(config):
             )
             updates.backward(losses.sum() / config.batch_size)
             measure(meter, losses, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach())
+        records.write(step, lambda batch: measure_tokens(batch, policy, reference, config, stage))
         updates.step(step, pairs.where(step))
 
         # 4. logging
@@ -125,9 +128,14 @@ def pair_logps(model, pairs, tokenizer, device, per_token):
     One forward pass computes both completions of a pair, and their common prompt once.
     """
     packed = pack_pairs(pairs, tokenizer.pad_token_id, device)
-    logps = packed_logprobs(model, packed).sum(1)
+    return over_completions(packed_logprobs(model, packed), packed.mask, per_token)
+
+
+def over_completions(logprobs, mask, per_token):
+    """(chosen, rejected) log-probs, (B,) each, from those of the tokens (2B, L): see `pair_logps`."""
+    logps = logprobs.sum(1)
     if per_token:
-        logps = logps / packed.mask.sum(1)
+        logps = logps / mask.sum(1)
     return logps[0::2], logps[1::2]
 
 
@@ -159,7 +167,8 @@ class Reference:
     def precompute(self, pairs):
         """Compute the log-probs of all `pairs` once, or take them from the checkpoint. Frees the reference's memory."""
         self.known = cache_reference(self.compute, pairs, self.config.micro_batch_size, self.known)
-        self.policy.reference = None  # frees its memory for the steps
+        if not self.config.keep_tokens:  # which needs the reference's log-prob of each token
+            self.policy.reference = None  # frees its memory for the steps
 
     def state_dict(self):
         return {"known": self.known, "precision": self.stage.precision}
@@ -199,6 +208,26 @@ def measure(meter, losses, chosen_rewards, rejected_rewards, chosen_logps, rejec
         chosen_logps=chosen_logps.mean(),
         rejected_logps=rejected_logps.mean(),
     )
+
+
+def measure_tokens(pairs, policy, reference, config, stage):
+    """What report/token_view.py shows of pairs: `({name: (2B, L)}, {name: (2B,)}, {name: (B,)})`.
+
+    These are numbers of each token, of each completion (chosen, rejected, chosen, ...) and of each pair.
+    """
+    packed, per_token = pack_pairs(pairs, policy.tokenizer.pad_token_id, stage.device), config.loss_type == "ipo"
+    with stage.autocast():
+        logprobs = packed_logprobs(policy.model, packed)
+        with as_reference(policy.model, policy.reference) as model:
+            ref_logprobs = packed_logprobs(model, packed)
+    chosen, rejected = over_completions(logprobs, packed.mask, per_token)
+    losses, *rewards = dpo_loss(
+        chosen, rejected, *reference.logps(pairs), config.beta, config.loss_type, config.label_smoothing
+    )
+    of_completions = {"logps": (chosen, rejected), "implicit_reward": rewards}
+    of_completions = {name: torch.stack(tuple(both), 1).flatten() for name, both in of_completions.items()}
+    of_pairs = {"margin": rewards[0] - rewards[1], "loss": losses}
+    return {"logprob": logprobs, "ref_logprob": ref_logprobs}, of_completions, of_pairs
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from rlhf.policy import Policy
 from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
-from rlhf.steps import Meter, measure_kl, measure_sampler
+from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_sampler
+from rlhf.token_records import RolloutRecords
 from rlhf.utils import kl_estimate, masked_mean
 from runtime.cli import cli
 from train.updates import Updates
@@ -113,12 +114,7 @@ def grpo_loss(
     a = advantages[:, None]
     losses = -torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
     if kl_coef:
-        d = torch.where(counted, logprobs - ref_logprobs, 0.0)
-        if kl_kind == "ratio_k3":  # ratio * k3 without the difference of two huge numbers far from the reference
-            kl = torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()
-        else:
-            kl = kl_estimate(d, torch.zeros_like(d), kl_kind)
-        losses = losses + kl_coef * kl
+        losses = losses + kl_coef * kl_in_loss(logprobs, old_logprobs, ref_logprobs, counted, kl_kind, log_ratio, ratio)
     losses = torch.where(counted, losses, 0.0)
     if aggregate == "token":
         return losses.sum() / (tokens or counted.sum().clamp(min=1))
@@ -134,6 +130,17 @@ def grpo_loss(
     raise UserError(f"aggregate = {aggregate!r}: must be token, sequence or constant")
 
 
+def kl_in_loss(logprobs, old_logprobs, ref_logprobs, counted, kl_kind, log_ratio, ratio):
+    """The KL of each token in `grpo_loss`, (B, T-1), in nats; 0 where `counted` (B, T-1) is False.
+
+    log_ratio: logprobs - old_logprobs, 0 where not counted. ratio: its exp. The other arguments: see `grpo_loss`.
+    """
+    d = torch.where(counted, logprobs - ref_logprobs, 0.0)
+    if kl_kind == "ratio_k3":  # ratio * k3 without the difference of two huge numbers far from the reference
+        return torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()
+    return kl_estimate(d, torch.zeros_like(d), kl_kind)
+
+
 def main(config):
     stage = Stage(config, total_steps=config.steps)  # device, precision, processes, seed, the run's folder
     policy = Policy(config, stage)  # the model that trains, its reference, its tokenizer
@@ -142,6 +149,7 @@ def main(config):
         policy.parameters, config, stage.run, stage.processes, stage.precision, config.inner_epochs * config.minibatches
     )
     checkpoints = stage.checkpoints(model=policy.model, updates=updates, left_out=rollouts.left_out)
+    records = RolloutRecords(stage.run, policy.tokenizer)  # with --keep_tokens, for report/token_view.py
 
     for step in checkpoints.remaining():
         # 1. a group of completions for each prompt, and their rewards
@@ -174,11 +182,13 @@ def main(config):
                 )  # fmt: skip
                 updates.backward(loss)
                 measure(meter, batch, loss.item(), logprobs.detach(), old, entropy, config, number == 0)
+                records.add(step, batch, logprobs=logprobs.detach(), old_logprobs=old, entropy=entropy)
             if minibatch.sequences:  # 0 if all its completions were left out
                 updates.step(step, rollout.where)
 
         # 6. logging
         measure_rollout(meter, rollout)
+        records.write(step, rollout, lambda batch, **seen: measure_tokens(batch, config, **seen))
         if stage.log_due(step):
             left_out = rollouts.left_out.collect_and_reset()
             stage.log(step, meter.collect(stage.processes), updates, rollout.samples(), **left_out)
@@ -219,8 +229,7 @@ def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config, first=F
     """
     mask, tokens = batch.mask, batch.mask.sum()
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
-    a = batch.advantages[:, None]
-    clipped = ((ratio > 1 + config.clip_high) & (a > 0)) | ((ratio < 1 - config.clip_low) & (a < 0))
+    clipped = cut_by_clipping(ratio, batch.advantages[:, None], config.clip_low, config.clip_high)
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
     meter.sum(loss=loss / (config.inner_epochs * config.minibatches))
     meter.mean(
@@ -236,6 +245,19 @@ def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config, first=F
         measure_sampler(meter, batch.sampler_logprobs, old_logprobs, mask)
         if first:
             meter.mean(tokens, approx_kl_first=masked_mean(ratio - 1 - log_ratio, mask))
+
+
+def measure_tokens(batch, config, logprobs, old_logprobs, entropy):
+    """What report/token_view.py shows of a batch: ({name: (N, L)} of each token, {name: (N,)} of each completion)."""
+    counted = batch.mask.bool()
+    log_ratio = torch.where(counted, logprobs - old_logprobs, 0.0)
+    ratio, a = log_ratio.exp(), batch.advantages[:, None].expand_as(logprobs)
+    found = {"logprob": logprobs, "old_logprob": old_logprobs, "entropy": entropy, "ratio": ratio, "advantage": a}
+    found["clipped"] = cut_by_clipping(ratio, a, config.clip_low, config.clip_high).int()
+    if batch.ref_logprobs is not None:
+        found["ref_logprob"], kind = batch.ref_logprobs, config.kl_kind
+        found["kl"] = kl_in_loss(logprobs, old_logprobs, batch.ref_logprobs, counted, kind, log_ratio, ratio)
+    return found, {"advantage": batch.advantages}
 
 
 def measure_rollout(meter, rollout):

@@ -51,10 +51,13 @@ class Pairs:
         """The indices in `train` of the pairs of step `step` (from 1), over all processes. Each pair once per epoch."""
         return step_indices(len(self.train), self.config.batch_size, step, self.config.seed)
 
+    def mine(self, step):
+        """This process's pairs of the step."""
+        return [self.train[i] for i in self.stage.processes.share(self.indices(step))]
+
     def batches(self, step):
         """Yield this process's pairs of the step in lists of micro_batch_size, sorted by length."""
-        mine = [self.train[i] for i in self.stage.processes.share(self.indices(step))]
-        for batch in in_batches(mine, self.config.micro_batch_size):
+        for batch in in_batches(self.mine(step), self.config.micro_batch_size):
             self.stage.run.count_tokens(sum(map(pair_length, batch)))
             yield batch
 

@@ -26,7 +26,8 @@ from rlhf.reward_model import find_reward_model, last_token, place_reward_model
 from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
-from rlhf.steps import Meter, measure_kl, measure_sampler
+from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_sampler
+from rlhf.token_records import RolloutRecords
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
 from runtime.cli import cli
 from train.updates import Updates
@@ -175,6 +176,7 @@ def main(config):
     checkpoints = stage.checkpoints(
         model=policy.model, value_head=value_head, updates=updates, kl=kl, left_out=rollouts.left_out
     )
+    records = RolloutRecords(stage.run, policy.tokenizer)  # with --keep_tokens, for report/token_view.py
 
     for step in checkpoints.remaining():
         # 1. completions of the prompts of this step
@@ -193,10 +195,10 @@ def main(config):
             # 3. the reward and the advantage of each token
             cut = torch.tensor([rollout.finish_reasons[i] == "length" for i in batch.rows], device=stage.device)
             penalised = batch.scores - config.missing_eos_penalty * cut
-            rewards = token_rewards(penalised, batch.old_logprobs, batch.ref_logprobs, batch.mask, kl.coef)
+            batch.rewards = token_rewards(penalised, batch.old_logprobs, batch.ref_logprobs, batch.mask, kl.coef)
             last_values = last_values * cut if config.bootstrap_cut else None
             batch.advantages, batch.returns = gae(
-                rewards, batch.values, batch.mask, config.gamma, config.lam, last_values
+                batch.rewards, batch.values, batch.mask, config.gamma, config.lam, last_values
             )
         explained = explained_variance(all_batches(minibatches), stage.processes)
         whiten_advantages(all_batches(minibatches), stage.processes, stage.device)
@@ -213,11 +215,13 @@ def main(config):
                 loss = pg_loss + config.vf_coef * vf_loss
                 updates.backward(loss)
                 measure(meter, batch, loss.item(), vf_loss.item(), logprobs.detach(), entropy, config, number == 0)
+                records.add(step, batch, logprobs=logprobs.detach(), entropy=entropy)
             if minibatch.sequences:  # 0 if all its completions were left out
                 updates.step(step, rollout.where)
 
         # 5. logging, and the KL coefficient of the next rollout
         measure_rollout(meter, rollout, all_batches(minibatches))
+        records.write(step, rollout, lambda batch, **seen: measure_tokens(batch, config, **seen))
         means = meter.collect(stage.processes)
         if stage.log_due(step):
             left_out = rollouts.left_out.collect_and_reset()
@@ -289,6 +293,26 @@ def measure(meter, batch, loss, vf_loss, logprobs, entropy, config, first=False)
     )
     if first:
         meter.mean(mask.sum(), approx_kl_first=masked_mean(log_ratio.exp() - 1 - log_ratio, mask))
+
+
+def measure_tokens(batch, config, logprobs, entropy):
+    """What report/token_view.py shows of a batch: ({name: (N, L)} of each token, {name: (N,)} of each completion)."""
+    counted, old = batch.mask.bool(), batch.old_logprobs
+    ratio = torch.where(counted, logprobs - old, 0.0).exp()
+    found = {
+        "logprob": logprobs,
+        "old_logprob": old,
+        "ref_logprob": batch.ref_logprobs,
+        "entropy": entropy,
+        "ratio": ratio,
+        "clipped": cut_by_clipping(ratio, batch.advantages, config.clip_eps, config.clip_eps).int(),
+        "kl": torch.where(counted, kl_estimate(old, batch.ref_logprobs, "k1"), 0.0),
+        "reward": batch.rewards,
+        "value": batch.values,
+        "return": batch.returns,
+        "advantage": batch.advantages,
+    }
+    return found, {"kl": found["kl"].sum(1)}
 
 
 def measure_rollout(meter, rollout, batches):

@@ -88,6 +88,7 @@ class Batch:
     ref_logprobs: torch.Tensor | None = None  # (N, L) of the reference
     advantages: torch.Tensor | None = None  # (N,) in GRPO, (N, L) in PPO
     scores: torch.Tensor | None = None  # (N,) of the reward model, in PPO
+    rewards: torch.Tensor | None = None  # (N, L), with the KL, in PPO
     values: torch.Tensor | None = None  # (N, L) of the value head before the updates, in PPO
     returns: torch.Tensor | None = None  # (N, L) in PPO
 

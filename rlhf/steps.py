@@ -84,6 +84,14 @@ class RunningCounts(RunningMeter):
         return {key: int(count) for key, count in super().collect_and_reset().items()}
 
 
+def cut_by_clipping(ratio, advantages, clip_low, clip_high):
+    """Whether clipping cuts the gradient of a token: its ratio left the bounds on the side that its advantage favours.
+
+    ratio, advantages: (N, L), or shapes that broadcast to it. The bounds are 1 - clip_low and 1 + clip_high.
+    """
+    return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
+
+
 def measure_kl(meter, logprobs, ref_logprobs, mask):
     """Measure the KL to the reference on completions that the policy sampled, by k3. All arguments are (N, L).
 

@@ -26,7 +26,8 @@ from rlhf.policy import prepare_training
 from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.stage import Stage
 from rlhf.steps import RunningMeter
-from rlhf.utils import packed_scores
+from rlhf.token_records import PairRecords
+from rlhf.utils import packed_scores, scores_so_far
 from runtime.cli import cli
 from runtime.console import say
 from train.updates import Updates
@@ -52,6 +53,7 @@ def main(config):
     updates = Updates(parameters, config, stage.run, stage.processes, stage.precision)
     meter = RunningMeter(stage.processes)
     checkpoints = stage.checkpoints(model=reward_model, updates=updates, meter=meter)
+    records = PairRecords(stage.run, tokenizer, pairs)  # with --keep_tokens, for report/token_view.py
 
     for step in checkpoints.remaining():
         for batch in pairs.batches(step):
@@ -63,6 +65,7 @@ def main(config):
             loss = reward_loss(chosen, rejected, margin, config.center_coef)
             updates.backward(loss * (len(batch) / config.batch_size))
             measure(meter, loss.item(), chosen.detach(), rejected.detach())
+        records.write(step, lambda batch: measure_tokens(reward_model, batch, tokenizer, stage))
         updates.step(step, pairs.where(step))
 
         # 3. logging
@@ -104,6 +107,20 @@ def measure(meter, loss, chosen, rejected):
         margin=(chosen - rejected).mean(),
         score=(chosen + rejected).mean() / 2,
     )
+
+
+def measure_tokens(reward_model, pairs, tokenizer, stage):
+    """What report/token_view.py shows of pairs: `({name: (2B, L)}, {name: (2B,)}, {name: (B,)})`.
+
+    These are numbers of each token, of each completion (chosen, rejected, chosen, ...) and of each pair. The score of a
+    token is that of a completion which ends there. The model learns from the score of the last token alone.
+    """
+    packed = pack_pairs(pairs, tokenizer.pad_token_id, stage.device)
+    with stage.autocast():
+        scores = scores_so_far(reward_model.model, packed, reward_model.head)
+    ends = scores.gather(1, packed.mask.sum(1, keepdim=True) - 1)[:, 0]
+    margin = ends[0::2] - ends[1::2]
+    return {"score": scores}, {"score": ends}, {"margin": margin, "probability_chosen": margin.sigmoid()}
 
 
 @torch.no_grad()

@@ -47,6 +47,14 @@ def packed_scores(model: torch.nn.Module, packed: Packed, head: torch.nn.Module)
     return head(hidden[packed.last]).float().squeeze(-1)
 
 
+def scores_so_far(model: torch.nn.Module, packed: Packed, head: torch.nn.Module) -> torch.Tensor:
+    """Scores (N, L) at each token of the completions: what a completion that ends there would get."""
+    hidden, at = token_states(model, packed), packed.mask.bool()
+    first = packed.last - packed.mask.sum(1) + 1  # (N,): a completion lies end to end
+    places = first[:, None] + torch.arange(at.shape[1], device=at.device)
+    return packed.to_completions(head(hidden[places[at]]).float().squeeze(-1))
+
+
 @torch.no_grad()
 def score_completions(
     reward_model: Any, prompts: list[list[int]], completions: list[list[int]], pad_id: int, batch_size: int = 64

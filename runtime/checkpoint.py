@@ -52,7 +52,7 @@ FILES = ("tensors.safetensors", "state.json")
 
 @dataclass
 class Saving(Tracking):
-    """The options of every training script that do not change the results of a run: checkpoints, log, W&B."""
+    """The options of every training script that do not change the results of a run: checkpoints, log, tokens, W&B."""
 
     verbose: bool = option(False, "print every number of a log line, not only the important ones", identity=False)
     wandb_model: bool = option(False, "also send the trained model to W&B, as an artifact", identity=False)
@@ -63,6 +63,10 @@ class Saving(Tracking):
         5.0, "minutes between checkpoints, fewer at first; 0: by steps alone", at_least=0, identity=False
     )
     keep_checkpoints: int = option(2, "the last so many are kept while the run goes on", at_least=1, identity=False)
+    keep_tokens: int = option(
+        0, "keep the tokens of so many sequences at five steps, for report/token_view.py; 0: none",
+        at_least=0, at_most=64, identity=False,
+    )  # fmt: skip
     max_skipped: int = option(
         3, "end at so many steps in a row whose loss or gradient is not finite", at_least=1, identity=False
     )

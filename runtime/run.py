@@ -28,6 +28,7 @@ from runtime.tracking import Tracker
 
 CHECKPOINTS = "checkpoints"  # subfolder of an unfinished run; see runtime/checkpoint.py
 SAMPLES = "samples.jsonl"  # completions sampled along the way
+TOKENS = "tokens.jsonl"  # a few sequences token by token, with --keep_tokens; see train/token_records.py
 
 
 class Run:
@@ -50,7 +51,8 @@ class Run:
         self.steps_began = None  # time at which the steps began
         self.skipped = 0  # consecutive steps whose loss or gradient was not finite
         self.skips = 0  # skipped steps since the last logged line
-        self._lines, self._samples = 0, 0  # lines of metrics.jsonl and of samples.jsonl
+        self.kept_step = 0  # the last step in tokens.jsonl
+        self._lines, self._samples, self._kept = 0, 0, 0  # lines of metrics.jsonl, samples.jsonl, tokens.jsonl
         self._recent = None  # time of the last logged line, for rates
         self._first = None  # (time, step) at which the steps began, for the time left
         self._tokens = 0
@@ -133,6 +135,7 @@ class Run:
         counters = {
             "lines": self._lines,
             "samples": self._samples,
+            "kept": self._kept,
             "tokens": self._tokens,
             "skipped": self.skipped,
             "skips": self.skips,
@@ -142,20 +145,21 @@ class Run:
     def resume(self, state):
         """Continue from the `state` in a checkpoint: metrics.jsonl is cut to its lines, and its seconds are added.
 
-        So is samples.jsonl.
+        So are samples.jsonl and tokens.jsonl.
         """
         self.started -= state["seconds"]
         self._carried = (state["since_logged"], state["tokens"])
-        self._lines, self._samples = state["lines"], state["samples"]
+        self._lines, self._samples, self._kept = state["lines"], state["samples"], state.get("kept", 0)
         self.skipped, self.skips = state["skipped"], state["skips"]
         on_main(self._keep_lines)
 
     def _keep_lines(self):
-        """Cut metrics.jsonl and samples.jsonl to the lines that count, and let the tracker begin with them."""
+        """Cut metrics.jsonl and the files beside it to the lines that count. The tracker begins with these lines."""
         lines = read_lines(self.folder / "metrics.jsonl")[: self._lines]
         samples = read_lines(self.folder / SAMPLES)[: self._samples]
         self.last = lines[-1] if lines else {}
-        for name, rows in (("metrics.jsonl", lines), (SAMPLES, samples)):
+        kept = read_lines(self.folder / TOKENS)[: self._kept]
+        for name, rows in (("metrics.jsonl", lines), (SAMPLES, samples), (TOKENS, kept)):
             if rows or name == "metrics.jsonl" or (self.folder / name).is_file():
                 write_atomically(self.folder / name, as_lines(rows))
         self.tracker.open(lines, samples)
@@ -225,6 +229,12 @@ class Run:
             left = (now - self._first[0]) / (step - self._first[1]) * (self.total_steps - step)
         say(log_line(record, self.total_steps, left, self.config.verbose))
 
+    def keep_tokens(self, step, groups):
+        """Append dicts to tokens.jsonl, each with its `step`. Only process 0 calls it; see train/token_records.py."""
+        with open(self.folder / TOKENS, "a", encoding="utf-8") as f:
+            f.write(as_lines({"step": step, **group} for group in groups))
+        self._kept, self.kept_step = self._kept + len(groups), step
+
     def finish(self, result, inputs=None, next_command=None, more=None):
         """Write manifest.json, which marks the run as finished. Print the result and the folder.
 
@@ -251,6 +261,8 @@ class Run:
         say(f"written to {shown(self.folder)}/")
         if self._lines:
             say("\n".join(closing_lines(examine(self.folder), self.folder)))
+        if self._kept:
+            say(f"token by token: python report/token_view.py {shown(self.folder)}")
         model = [path for path in sorted(self.folder.iterdir()) if self.config.wandb_model and path.is_file()]
         self.tracker.finish(result, kind="model", files=model)
         if next_command:

@@ -28,6 +28,7 @@ from train.common import (
     step_rows,
     summary,
 )
+from train.token_records import keep_rows
 from train.updates import Updates
 
 
@@ -72,6 +73,7 @@ def train(config, change_model=None, save=save_model):
             nats = nats / count  # each token has the same weight in every micro-batch
             updates.backward(nats)
             loss += nats.detach()
+        keep_rows(step, start, micro_batches, updates)  # with --keep_tokens, for report/token_view.py
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # repeat the step; this never happens in float32
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))

@@ -35,6 +35,7 @@ from train.common import (
     summary,
 )
 from train.real_size import compile_if_asked  # COMPILE: on a GPU
+from train.token_records import keep_rows
 from train.updates import Updates
 
 
@@ -90,6 +91,7 @@ def train(config, change_model=None, save=save_model):
             nats = nats / count  # each token has the same weight in every micro-batch
             updates.backward(nats)
             loss += nats.detach()
+        keep_rows(step, start, micro_batches, updates)  # with --keep_tokens, for report/token_view.py
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # AMP: gradients overflowed in fp16: repeat the step with a smaller scale
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))

@@ -25,6 +25,7 @@ from runtime.processes import all_or_none, join_processes, on_main  # DDP: to ac
 from runtime.run import Run
 from train.common import Evaluation, Start, count_steps, next_command, step_rows, summary  # DDP: fewer
 from train.real_size import RealSizeConfig, SummedLoss, check_shares  # DDP: several processes are for real sizes
+from train.token_records import keep_rows
 from train.updates import Updates
 
 
@@ -81,6 +82,7 @@ def train(config, change_model=None, save=save_model):
                 updates.backward(nats * processes.world_size)  # DDP: the wrapper averages gradients; we need the sum
             loss += nats.detach()
         processes.sum(loss)  # DDP: each process has the loss of its own tokens
+        keep_rows(step, start, micro_batches, updates)  # with --keep_tokens, for report/token_view.py
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # DDP: gradients overflowed in fp16: repeat the step with a smaller scale
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
