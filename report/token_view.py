@@ -56,7 +56,7 @@ class Quantity:
 
 QUANTITIES = (
     Quantity(
-        "change", "policy - reference", "nats", "diverging",
+        "change", "policy − reference", "nats", "diverging",
         "The log-prob under the policy minus that under the reference: what training has made more or less probable.",
     ),
     Quantity(

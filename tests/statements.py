@@ -111,6 +111,10 @@ STATEMENTS = {
     "doctor": "Each pattern of the doctor is found in a log that has it, and not in one that nearly has it; noise "
     "alone is seldom taken for a pattern.",
     "explained-variance": "The explained variance of the values is over all counted tokens of all processes.",
+    "token-records": "What --keep_tokens leaves of a token is what its loss was computed from, and what transformers "
+    "says of the sequence alone. Nothing in a run changes; one that was killed has each kept step once.",
+    "token-view": "The page shows tokens as they are: no text ends the data, becomes markup or is invisible; numbers "
+    "by pointer and keyboard, colours with a legend, readable light and dark, wide and narrow.",
     "evaluation-pure": "Evaluation leaves parameters and random state as they were.",
     "torn-checkpoint": "A checkpoint torn by a kill is never loaded: the one before it is.",
 }

@@ -77,6 +77,7 @@ TRACKING = "tests/runtime/test_tracking.py::test_"
 LOSSES, MODELS = (f"tests/rlhf/test_{name}.py::test_" for name in ("losses", "models"))
 OPTIONS = "tests/models/test_template_options.py::test_"
 DATASET = "tests/data/test_pairs.py::test_"
+RECORDS, PAGE = "tests/rlhf/test_token_records.py::test_", "tests/report/test_token_view.py::test_"
 KINDS = "tests/proof/test_architectures.py::test_the_page_says_what_is_true_of_each_kind"
 TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("trainers", "oracles", "scripts"))
 GENERATION, LOADER, ADMISSION = (
@@ -1453,5 +1454,71 @@ MUTANTS = [
         'if a.finish_reason == "stop" or not chosen_ended', "if True",
         ("tests/data/test_generate_preferences.py::"
          "test_a_completion_that_was_cut_is_not_chosen_if_the_run_asks_for_that",), "make_pairs",
+    ),
+    Mutant(
+        "token-records", "GRPO keeps the log-probs of the first pass alone", "rlhf/token_records.py",
+        "passes[epoch - 1]", "passes[0]",
+        (f"{RECORDS}grpo_keeps_what_transformers_says_of_each_completion_alone",),
+    ),
+    Mutant(
+        "token-records", "a completion gets the numbers of its place in the rollout, not in the batch",
+        "rlhf/token_records.py",
+        "for place, row in enumerate(batch.rows):", "for place, row in enumerate(sorted(batch.rows)):",
+        (f"{RECORDS}grpo_keeps_what_transformers_says_of_each_completion_alone",),
+    ),
+    Mutant(
+        "token-records", "the KL that is kept is k3 without its ratio", "rlhf/grpo_train.py",
+        "kl_in_loss(logprobs, old_logprobs, batch.ref_logprobs, counted, kind, log_ratio, ratio)",
+        'kl_in_loss(logprobs, old_logprobs, batch.ref_logprobs, counted, "k3", log_ratio, ratio)',
+        (f"{RECORDS}grpo_keeps_what_transformers_says_of_each_completion_alone",), "measure_tokens",
+    ),
+    Mutant(
+        "token-records", "PPO keeps the rewards without the KL", "rlhf/ppo_train.py",
+        '"reward": batch.rewards,', '"reward": batch.rewards.where(batch.rewards > 0, 0.0),',
+        (f"{RECORDS}ppo_keeps_rewards_values_and_returns_of_each_token",),
+    ),
+    Mutant(
+        "token-records", "pairs are kept after the update", "rlhf/dpo_train.py",
+        "        records.write(step, lambda batch: measure_tokens(batch, policy, reference, config, stage))\n"
+        "        updates.step(step, pairs.where(step))\n",
+        "        updates.step(step, pairs.where(step))\n"
+        "        records.write(step, lambda batch: measure_tokens(batch, policy, reference, config, stage))\n",
+        (f"{RECORDS}dpo_keeps_the_log_probs_of_both_sides",),
+    ),
+    Mutant(
+        "token-records", "the score of a beginning is that of the token before", "rlhf/utils.py",
+        "first = packed.last - packed.mask.sum(1) + 1 ", "first = packed.last - packed.mask.sum(1) ",
+        (f"{RECORDS}the_reward_model_keeps_the_score_of_each_beginning",),
+    ),
+    Mutant(
+        "token-records", "a resumed run keeps steps twice", "runtime/run.py",
+        "kept = read_lines(self.folder / TOKENS)[: self._kept]", "kept = read_lines(self.folder / TOKENS)",
+        (f"{RECORDS}killed_and_resumed_it_keeps_each_step_once",),
+    ),
+    Mutant(
+        "token-records", "rows see the samples before them in their block", "train/token_records.py",
+        'block_states(model, batch["input_ids"], batch["position_ids"])',
+        'block_states(model, batch["input_ids"], torch.arange(batch["input_ids"].shape[1])[None])',
+        ("tests/train/test_token_records.py::test_rows_have_what_transformers_says_of_each_sample_alone",),
+    ),
+    Mutant(
+        "token-view", "a token may end the page's data", "report/token_view.py",
+        'for letter in "<>&":', 'for letter in "&":',
+        (f"{PAGE}no_text_of_a_token_ends_the_data_or_becomes_markup",),
+    ),
+    Mutant(
+        "token-view", "characters without a shape stay invisible", "report/token_view.py",
+        'INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")', 'INVISIBLE = ("Cc",)',
+        (f"{PAGE}nothing_of_a_token_is_invisible",),
+    ),
+    Mutant(
+        "token-view", "a part of a character becomes a question mark", "models/tokens.py",
+        'return {"bytes": found.hex()}', 'return found.decode(errors="replace")',
+        (f"{PAGE}token_texts_join_to_the_text_byte_by_byte",),
+    ),
+    Mutant(
+        "token-view", "what training lowered looks raised", "report/token_view.py",
+        "round(pair[0] - pair[1], 6)", "round(pair[1] - pair[0], 6)",
+        (f"{PAGE}what_follows_from_the_kept_numbers", f"{PAGE}pointing_at_a_token_shows_its_numbers"),
     ),
 ]  # fmt: skip
