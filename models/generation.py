@@ -29,6 +29,7 @@ from models.fast.attention import ALIGNED, added_mask, takes_ragged, use_matmul_
 from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
 from models.loader import context_length
+from models.router import without_router_logits
 
 GRAPHED = ("cuda",)  # device types on which one decoding step runs as a CUDA graph
 ROOM = 256  # new tokens for which a cache gets memory at once; a longer completion lets it grow
@@ -88,7 +89,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with _decode_attention(model):
+        with _decode_attention(model), without_router_logits(model):
             longest = max(map(len, prompts)) + max_new_tokens
             way = admit(model, "decoding", (SHARED, OWN, WITHOUT), lambda *a: _check(model, *a), longest, COSTS)
             decoder = decoder_for(model) if way == SHARED else None

@@ -22,7 +22,7 @@ from data.pairs import pair_length
 from rlhf.pairs import Pairs, PairsConfig, in_batches, pack_pairs
 from rlhf.policy import Policy, as_reference
 from rlhf.stage import Stage
-from rlhf.steps import Meter, RunningMeter
+from rlhf.steps import Meter, RunningMeter, measure_router
 from rlhf.token_records import PairRecords
 from rlhf.utils import packed_logprobs
 from runtime.cli import cli
@@ -101,12 +101,13 @@ def main(config):
             chosen, rejected = policy_logps(policy, batch, config, stage)
             ref_chosen, ref_rejected = reference.logps(batch)
 
-            # 3. the loss, divided by the number of pairs in the whole step
+            # 3. the loss, divided by the number of pairs in the whole step; with two sequences each for a router's loss
             losses, chosen_rewards, rejected_rewards = dpo_loss(
                 chosen, rejected, ref_chosen, ref_rejected, config.beta, config.loss_type, config.label_smoothing
             )
-            updates.backward(losses.sum() / config.batch_size)
+            updates.backward((losses.sum() + policy.router.term / 2) / config.batch_size)
             measure(meter, losses, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach())
+            measure_router(meter, policy.router, 2 * len(batch))
         records.write(step, lambda batch: measure_tokens(batch, policy, reference, config, stage))
         updates.step(step, pairs.where(step))
 

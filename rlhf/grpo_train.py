@@ -21,7 +21,7 @@ from rlhf.policy import Policy
 from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
-from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_sampler
+from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_router, measure_sampler
 from rlhf.token_records import RolloutRecords
 from rlhf.utils import kl_estimate, masked_mean
 from runtime.cli import cli
@@ -160,8 +160,9 @@ def main(config):
         # 2. the advantage of each completion over the mean of its group
         advantages = rollout.map_groups(lambda groups: advantages_of_step(groups, config), stage.processes)
 
-        # 3. minibatches of whole groups. A completion with advantage 0 has a gradient only from the KL
-        minibatches = policy.minibatches(rollout, learn=[bool(config.kl_coef or a) for a in advantages.tolist()])
+        # 3. minibatches of whole groups. A completion with advantage 0 has a gradient only from the KL and a router
+        always = bool(config.kl_coef or policy.router.coefficient)
+        minibatches = policy.minibatches(rollout, learn=[always or bool(a) for a in advantages.tolist()])
 
         # 4. values that stay fixed while the policy changes
         for batch in all_batches(minibatches):
@@ -180,8 +181,9 @@ def main(config):
                     config.kl_coef, config.kl_kind, config.aggregate, config.max_new_tokens,
                     minibatch.tokens, minibatch.sequences,
                 )  # fmt: skip
-                updates.backward(loss)
+                updates.backward(loss + policy.router.term / minibatch.sequences)
                 measure(meter, batch, loss.item(), logprobs.detach(), old, entropy, config, number == 0)
+                measure_router(meter, policy.router, len(batch.mask))
                 records.add(step, batch, logprobs=logprobs.detach(), old_logprobs=old, entropy=entropy)
             if minibatch.sequences:  # 0 if all its completions were left out
                 updates.step(step, rollout.where)

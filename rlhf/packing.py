@@ -17,6 +17,7 @@ from models.admission import admit, check_tokens, kinds_of_layers, masks_by_laye
 from models.fast.attention import Ragged, takes_ragged
 from models.fast.head import hidden_states, unwrapped
 from models.generation import common_prefix
+from models.router import router_of
 
 
 @dataclass
@@ -47,6 +48,22 @@ class Packed:
         """Put a list of numbers for each completion into (N, L), float32."""
         numbers = [x for row in lists for x in row]
         return self.to_completions(torch.tensor(numbers, dtype=torch.float32, device=self.mask.device))
+
+    def whole_sequences(self):
+        """(index in the ragged batch of each token of each sequence, real): (N, tokens of the longest one) each.
+
+        real is False on padding, where the index is 0. A token that sequences share is in each of them.
+        """
+        device = self.mask.device
+        prompts, lengths = torch.tensor([[len(p), len(p) + len(c)] for p, c in self.sequences], device=device).T
+        place = torch.arange(int(lengths.max()), device=device)
+        real = place < lengths[:, None]
+        end_of_prompt = self.predictor[:, 0]
+        in_prompt = place + (end_of_prompt - prompts + 1)[:, None]
+        in_completion = place + (self.last - lengths + 1)[:, None]
+        index = torch.where(place < prompts[:, None], in_prompt, in_completion)
+        index = torch.where(place < self.rows.shared, place, index)  # of all rows, stored once
+        return torch.where(real, index, 0), real
 
 
 def pack(prompts, completions, pad_id, device):
@@ -117,12 +134,31 @@ COSTS = {
 
 
 def token_states(model, packed):
-    """The hidden states (tokens of the ragged batch, H), equal to those of each sequence alone; see `admit`."""
+    """The hidden states (tokens of the ragged batch, H), equal to those of each sequence alone; see `admit`.
+
+    In training, this also measures the router's auxiliary loss of each sequence; see models/router.py.
+    """
     padded = (PADDED, *([LAYERS] if kinds_of_layers(model) else []), APART)
     ways = (RAGGED, *padded) if takes_ragged(unwrapped(model)) else padded
     longest = packed.rows.shape[1]
     way = admit(model, "completions that share a prompt", ways, lambda *a: _check(model, *a), longest, COSTS)
-    return _states(model, packed, way)
+    router = router_of(model)
+    with router.watching():
+        states = _states(model, packed, way)
+    if router.watched:
+        router.measure(**_router_places(packed, way))
+    return states
+
+
+def _router_places(packed, way):
+    """Where the tokens of each sequence stand in the pass, for `RouterLoss.measure`."""
+    index, real = packed.whole_sequences()
+    weight = torch.ones(len(index), device=index.device)
+    if way == APART:
+        return {"real": real, "weight": weight}
+    if way == RAGGED:
+        return {"real": real, "weight": weight, "at": index, "tokens": packed.input_ids.shape[1]}
+    return {"real": real, "weight": weight, "at": packed.rows.places[index], "tokens": len(packed.rows.padded)}
 
 
 def _states(model, packed, way):

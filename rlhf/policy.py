@@ -9,10 +9,10 @@ import torch
 
 from models.admission import check_training, known_as
 from models.device import frozen_dtype
-from models.fast.head import check_head, name_of, unwrapped
+from models.fast.head import check_head, unwrapped
 from models.fast.lora import add_adapter
 from models.loader import load_model, load_tokenizer, portable_name, resolve_model
-from models.router import auxiliary_coefficient
+from models.router import check_router, router_of
 from models.save import save_model
 from rlhf.rollouts import Minibatch
 from rlhf.utils import packed_logprobs
@@ -22,12 +22,16 @@ from runtime.processes import on_main
 
 
 class Policy:
-    """The policy that trains (`model`, `parameters`, `tokenizer`), and the `reference` to which its KL is measured."""
+    """The policy that trains (`model`, `parameters`, `tokenizer`), and the `reference` to which its KL is measured.
+
+    `router`: the `RouterLoss` of the model.
+    """
 
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
         loaded = load_policy(config, stage.device, stage.precision, config.out)
         self.model, self.reference, self.tokenizer, self.parameters = loaded
+        self.router = router_of(self.model)
 
     def logprobs(self, batch, entropy=False, value_head=None):
         """Log-probs (N, L) of a batch's completions, in nats, at the sampling temperature; see `packed_logprobs`."""
@@ -133,11 +137,6 @@ def prepare_training(model, config, task_type, **lora_options):
     Raises UserError if the model cannot be trained like that.
     """
     disable_dropout(model)
-    if auxiliary_coefficient(model):
-        say(
-            f"{name_of(model)}: its configuration asks for the router's auxiliary loss. This script trains without it; "
-            "only those of train/ add it"
-        )
     if config.lora_r:
         model = add_adapter(model, config.lora_r, 2 * config.lora_r, task_type=task_type, **lora_options)
     check_training(model.train(config.gradient_checkpointing))  # transformers checkpoints only in train mode
@@ -145,6 +144,7 @@ def prepare_training(model, config, task_type, **lora_options):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora_r:  # no weight before the checkpointed blocks trains; without this they would get no gradient
             model.enable_input_require_grads()
+    check_router(model)
     return model
 
 

@@ -26,7 +26,7 @@ from rlhf.reward_model import find_reward_model, last_token, place_reward_model
 from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
-from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_sampler
+from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_router, measure_sampler
 from rlhf.token_records import RolloutRecords
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
 from runtime.cli import cli
@@ -213,8 +213,9 @@ def main(config):
                 )
                 vf_loss = value_loss(values, batch.values, batch.returns, batch.mask, config.clip_eps, minibatch.tokens)
                 loss = pg_loss + config.vf_coef * vf_loss
-                updates.backward(loss)
+                updates.backward(loss + policy.router.term / minibatch.sequences)
                 measure(meter, batch, loss.item(), vf_loss.item(), logprobs.detach(), entropy, config, number == 0)
+                measure_router(meter, policy.router, len(batch.mask))
                 records.add(step, batch, logprobs=logprobs.detach(), entropy=entropy)
             if minibatch.sequences:  # 0 if all its completions were left out
                 updates.step(step, rollout.where)

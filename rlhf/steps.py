@@ -113,6 +113,15 @@ def measure_sampler(meter, sampler_logprobs, logprobs, mask):
     meter.mean(mask.sum(), sampler_kl=masked_mean(kl, mask))
 
 
+def measure_router(meter, router, sequences):
+    """Measure the router's auxiliary loss of a pass that trains, if the model asks for it.
+
+    "aux_loss" is its mean over the sequences, without the coefficient. sequences: their number in the pass.
+    """
+    if router.coefficient:
+        meter.mean(sequences, aux_loss=router.value / sequences)
+
+
 def in_words(rows):
     """A text that names the rows of a batch (their places in a file, or their prompts), each once, for messages."""
     return "; ".join(dict.fromkeys(" ".join(row.split()) for row in rows))

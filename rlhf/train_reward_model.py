@@ -21,11 +21,12 @@ import torch
 from configs.config import UserError, option, shown
 from models.device import frozen_dtype
 from models.loader import load_tokenizer, resolve_model
+from models.router import router_of
 from rlhf.pairs import Pairs, PairsConfig, pack_pairs
 from rlhf.policy import prepare_training
 from rlhf.reward_model import RewardModel, reward_loss
 from rlhf.stage import Stage
-from rlhf.steps import RunningMeter
+from rlhf.steps import RunningMeter, measure_router
 from rlhf.token_records import PairRecords
 from rlhf.utils import packed_scores, scores_so_far
 from runtime.cli import cli
@@ -49,6 +50,7 @@ def main(config):
     reward_model = build(config, stage.device, stage.precision)
     pairs = Pairs(config, stage, reward_model.model, tokenizer)  # as token ids; some prompts are held out
     check_margins(config, [*pairs.train, *pairs.heldout])
+    router = router_of(reward_model.model)
     parameters = [p for p in reward_model.parameters() if p.requires_grad]
     updates = Updates(parameters, config, stage.run, stage.processes, stage.precision)
     meter = RunningMeter(stage.processes)
@@ -60,11 +62,12 @@ def main(config):
             # 1. the scores of both completions of each pair, (B,) each
             chosen, rejected = pair_scores(reward_model, batch, tokenizer, stage)
 
-            # 2. the loss: the part of this batch in the mean over all pairs of the step
+            # 2. the loss: the part of this batch in the mean over all pairs (sequences for a router) of the step
             margin = torch.tensor([pair["margin"] for pair in batch], device=stage.device) if config.margin else None
             loss = reward_loss(chosen, rejected, margin, config.center_coef)
-            updates.backward(loss * (len(batch) / config.batch_size))
+            updates.backward(loss * (len(batch) / config.batch_size) + router.term / (2 * config.batch_size))
             measure(meter, loss.item(), chosen.detach(), rejected.detach())
+            measure_router(meter, router, 2 * len(batch))
         records.write(step, lambda batch: measure_tokens(reward_model, batch, tokenizer, stage))
         updates.step(step, pairs.where(step))
 

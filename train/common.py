@@ -17,7 +17,7 @@ from models.fast.head import check_head, head_nll, output_head
 from models.generation import generate
 from models.loader import check_length, context_length, load_model, load_tokenizer, weights_hash
 from models.options import ModelOptions
-from models.router import auxiliary_coefficient, router_loss
+from models.router import check_router, router_of
 from models.scratch import build_scratch, train_tokenizer
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids, use_template_options
 from runtime.checkpoint import Saving
@@ -95,9 +95,8 @@ class Start:
         self.inputs = {config.data: corpus.sha256, config.model_name: weights_hash(self.model)}
         if change_model:
             self.model = change_model(self.model)
-        if auxiliary_coefficient(self.model):
-            say(f"the router's auxiliary loss is added to the training loss, times {auxiliary_coefficient(self.model)}")
         check_training(self.model.train(), noise=True)
+        check_router(self.model)
         self.model.eval()
         self.blocks, self.heldout = load_blocks(config, corpus, self.tokenizer)
 
@@ -181,11 +180,11 @@ def lm_loss(model, batch, compiled=False):
     include those of the router's auxiliary loss, if the model asks for it; the value does not: see models/router.py.
     """
     input_ids, at = batch["input_ids"], batch["mask"]  # (B, T), (B, T-1)
-    head = output_head(model)  # before the states: it may run the model in eval mode
-    with router_loss(model) as with_router_loss:
+    head, router = output_head(model), router_of(model)  # before the states: it may run the model in eval mode
+    with router.watching():
         hidden = block_states(model, input_ids, batch["position_ids"])[:, :-1]  # (B, T-1, H)
     nats = head_nll(head, hidden[at], input_ids[:, 1:][at], compiled)
-    return with_router_loss(nats, at), at.sum()
+    return router.beside(nats, at), at.sum()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from models.device import pick_device
+from models.router import router_of
 from models.save import save_model
 from runtime.checkpoint import Checkpoints
 from runtime.cli import cli
@@ -50,7 +51,7 @@ def train(config, change_model=None, save=save_model):
 
     # 1. the model, and the text as blocks of tokens
     start = Start(config, device, change_model)
-    model, blocks = start.model, start.blocks
+    model, blocks, router = start.model, start.blocks, router_of(start.model)
     run.total_steps = count_steps(len(blocks), config)
     updates = Updates(model.parameters(), config, run)  # AdamW, warm-up and cosine, clipping
     evaluation = Evaluation(start, config, updates)
@@ -67,19 +68,21 @@ def train(config, change_model=None, save=save_model):
     for step in updates.remaining():
         micro_batches = step_rows(step, len(blocks), config)
         count = sum(blocks.counted(rows) for rows in micro_batches)  # tokens that count, in the whole step
-        loss = torch.zeros((), device=device)
+        loss, aux_loss = torch.zeros(2, device=device)
         for rows in micro_batches:
             nats, _ = lm_loss(model, blocks.batch(rows, device))
             nats = nats / count  # each token has the same weight in every micro-batch
             updates.backward(nats)
             loss += nats.detach()
+            aux_loss += router.value / count  # of a mixture of experts that asks for it; else 0
         keep_rows(step, start, micro_batches, updates)  # with --keep_tokens, for report/token_view.py
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # repeat the step; this never happens in float32
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
-            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm)
+            more = {"aux_loss": aux_loss.item()} if router.coefficient else {}
+            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm, **more)
         if due:
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)

@@ -18,6 +18,7 @@ import torch
 
 from configs.config import option  # AMP: CKPT: COMPILE: of the options below
 from models.device import checkpoint_activations, pick_device, pick_precision  # CKPT: AMP: what each needs
+from models.router import router_of
 from models.save import save_model
 from runtime.checkpoint import Checkpoints
 from runtime.cli import cli
@@ -62,7 +63,7 @@ def train(config, change_model=None, save=save_model):
 
     # 1. the model, and the text as blocks of tokens
     start = Start(config, device, change_model)
-    model, blocks = start.model, start.blocks
+    model, blocks, router = start.model, start.blocks, router_of(start.model)
     if config.gradient_checkpointing:  # CKPT: only what enters a layer is kept until the backward pass
         checkpoint_activations(model)  # CKPT: the rest is computed again
     compile_if_asked(model, config)  # COMPILE: last, because it compiles the layers as they are now
@@ -84,20 +85,22 @@ def train(config, change_model=None, save=save_model):
     for step in updates.remaining():
         micro_batches = step_rows(step, len(blocks), config)
         count = sum(blocks.counted(rows) for rows in micro_batches)  # tokens that count, in the whole step
-        loss = torch.zeros((), device=device)
+        loss, aux_loss = torch.zeros(2, device=device)
         for rows in micro_batches:
             with updates.forward():  # AMP: only the forward pass; the backward pass uses the same dtypes
                 nats, _ = lm_loss(model, blocks.batch(rows, device), config.compile)  # COMPILE: the loss, too
             nats = nats / count  # each token has the same weight in every micro-batch
             updates.backward(nats)
             loss += nats.detach()
+            aux_loss += router.value / count  # of a mixture of experts that asks for it; else 0
         keep_rows(step, start, micro_batches, updates)  # with --keep_tokens, for report/token_view.py
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # AMP: gradients overflowed in fp16: repeat the step with a smaller scale
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
-            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm)
+            more = {"aux_loss": aux_loss.item()} if router.coefficient else {}
+            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm, **more)
         if due:
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)

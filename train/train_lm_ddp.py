@@ -17,6 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel  # DDP: the wrapper
 
 from models.device import pick_device, pick_precision  # DDP: for real sizes
+from models.router import router_of
 from models.save import save_model
 from runtime.checkpoint import Checkpoints
 from runtime.cli import cli
@@ -53,7 +54,7 @@ def train(config, change_model=None, save=save_model):
         start = Start(config, device, change_model or config.change_model)  # DDP: for real sizes
         run.total_steps = count_steps(len(start.blocks), config)  # DDP: in the block
         check_shares(config, processes)  # DDP: raise UserError if a process would have no work
-    model, blocks = start.model, start.blocks
+    model, blocks, router = start.model, start.blocks, router_of(start.model)
     updates = Updates(model.parameters(), config, run, precision=precision)  # DDP: for real sizes
     summed_loss = SummedLoss(model, updates, config.compile)  # DDP: the loss as a module, for the wrapper
     summed_loss = DistributedDataParallel(summed_loss)  # DDP: copies the weights of process 0 to all processes
@@ -72,7 +73,7 @@ def train(config, change_model=None, save=save_model):
     for step in updates.remaining():
         micro_batches = step_rows(step, len(blocks), config)
         count = sum(blocks.counted(rows) for rows in micro_batches)  # tokens that count, in the whole step
-        loss = torch.zeros((), device=device)
+        loss, aux_loss = torch.zeros(2, device=device)
         mine = processes.share(micro_batches)  # DDP: each block is read by one process
         for i, rows in enumerate(mine or micro_batches[:1]):  # DDP: without a share it takes part with weight 0
             last = i == max(len(mine), 1) - 1  # DDP: after the last micro-batch the gradients are complete
@@ -81,14 +82,17 @@ def train(config, change_model=None, save=save_model):
                 nats = nats / count * bool(mine)  # DDP: of the whole step, over all processes
                 updates.backward(nats * processes.world_size)  # DDP: the wrapper averages gradients; we need the sum
             loss += nats.detach()
+            aux_loss += router.value / count * bool(mine)  # DDP: of the whole step, over all processes
         processes.sum(loss)  # DDP: each process has the loss of its own tokens
+        processes.sum(aux_loss)  # DDP: and that of its own blocks
         keep_rows(step, start, micro_batches, updates)  # with --keep_tokens, for report/token_view.py
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # DDP: gradients overflowed in fp16: repeat the step with a smaller scale
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
-            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm)
+            more = {"aux_loss": aux_loss.item()} if router.coefficient else {}
+            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm, **more)
         if due:
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)
