@@ -37,6 +37,7 @@ WITHOUT_A_HUB = (
     f"without a hub there are {', '.join(EMBEDDED_TEXTS)}, any .txt file, any folder of .txt files, and rows with "
     "`text`, `messages`, or `prompt` and `completion` in .jsonl, .json, .csv or .parquet"
 )
+FINISH_REASONS = ("stop", "length")  # the completion ended with a stop token, or was cut at a length limit
 ALLOWED_KEYS = "`text`, `messages`, `prompt` and `completion`, or `prompt`, `chosen` and `rejected`"
 
 
@@ -221,7 +222,7 @@ def finish_reason_of(row: dict, key: str, where: str) -> str:
     """
     name = f"{key}_finish_reason"
     reason = row.get(name, row.get(f"{key}_finish", "stop"))
-    if reason not in ("stop", "length"):
+    if reason not in FINISH_REASONS:
         raise UserError(f"{where}: `{name}` is {reason!r}, it takes stop or length")
     return reason
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.config import UserError
-from data.corpus import finish_reason_of
+from data.corpus import FINISH_REASONS, finish_reason_of
 from data.encoding import encode
 from data.rows import in_one_form, read_rows, text_of
 from models.tokens import completion_ids, prompt_ids
@@ -131,8 +131,9 @@ def load_groups(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
     """(groups, hash of the data). The chosen completion comes first in its group, then the rejected ones.
 
     A group is a dict {prompt: ids, completions: list of ids, logprobs: list of lists in nats or None, scores,
-    temperature, policy, text, where}. A row with `completion_ids` and `logprobs` gives exactly the sampled ids. A row
-    without them is tokenised from its texts, and its logprobs are None.
+    finish_reasons, temperature, policy, text, where}. A row with `completion_ids` and `logprobs` gives exactly the
+    sampled ids. A row without them is tokenised from its texts, and its logprobs are None; a completion that the row's
+    `finish_reasons` call "length" then has no stop token. finish_reasons: a list of "stop" and "length", or None.
     Raises UserError for a bad row, and if only some rows have logprobs.
     """
     rows, digest = read_rows(source, made_by="python data/generate_preferences_multi.py")
@@ -150,6 +151,13 @@ def load_groups(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
             raise UserError(
                 f"{where}: {len(scores)} scores for {len(answers)} completions (chosen first, then rejected)"
             )
+        reasons = row.get("finish_reasons")
+        if reasons is not None and not (
+            isinstance(reasons, list) and len(reasons) == len(answers) and all(x in FINISH_REASONS for x in reasons)
+        ):
+            raise UserError(
+                f"{where}: finish_reasons must be a list with stop or length for each of {len(answers)} completions"
+            )
         temperature = row.get("temperature", 1.0)
         if not _is_number(temperature) or temperature <= 0:
             raise UserError(f"{where}: temperature must be a number above 0, not {temperature!r}")
@@ -159,7 +167,8 @@ def load_groups(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
             raise UserError(f"{where}: {error}") from None
         ids, logprobs = row.get("completion_ids"), row.get("logprobs")
         if ids is None:
-            ids, logprobs = encoded, None
+            cut = [reason == "length" for reason in reasons or ["stop"] * len(answers)]
+            ids, logprobs = [c[:-1] if is_cut else c for c, is_cut in zip(encoded, cut)], None
         if not _lists_of(ids, lambda i: isinstance(i, int) and i >= 0):
             raise UserError(f"{where}: completion_ids must be lists of token ids, whole numbers from 0 on")
         if logprobs is not None and not _lists_of(logprobs, _is_number):
@@ -181,6 +190,7 @@ def load_groups(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
                 "completions": ids,
                 "logprobs": logprobs,
                 "scores": [float(s) for s in scores],
+                "finish_reasons": reasons,
                 "temperature": float(temperature),
                 "policy": row.get("policy"),
                 "text": {"prompt": text_of(prompt), "completions": [text_of(a) for a in answers]},

@@ -21,7 +21,7 @@ from rlhf.policy import Policy
 from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
-from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_router, measure_sampler
+from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_router, measure_sampler, measure_updates
 from rlhf.token_records import RolloutRecords
 from rlhf.utils import kl_estimate, masked_mean
 from runtime.cli import cli
@@ -229,24 +229,18 @@ def measure(meter, batch, loss, logprobs, old_logprobs, entropy, config, first=F
 
     first: whether no update has been made since the rollout: then, online, the ratio is 1.
     """
-    mask, tokens = batch.mask, batch.mask.sum()
-    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
-    clipped = cut_by_clipping(ratio, batch.advantages[:, None], config.clip_low, config.clip_high)
-    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
+    mask, online = batch.mask, config.mode == "online"
     meter.sum(loss=loss / (config.inner_epochs * config.minibatches))
-    meter.mean(
-        tokens,
-        approx_kl=masked_mean(ratio - 1 - log_ratio, mask),
-        entropy=masked_mean(entropy, mask),
-        clipfrac=masked_mean(clipped.float(), mask),
-    )
+    measure_updates(
+        meter, logprobs, old_logprobs, batch.advantages[:, None], mask, config.clip_low, config.clip_high,
+        first and online,
+    )  # fmt: skip
+    meter.mean(mask.sum(), entropy=masked_mean(entropy, mask))
     meter.mean(len(mask), advantage=batch.advantages.abs().mean())
     if batch.ref_logprobs is not None:
         measure_kl(meter, logprobs, batch.ref_logprobs, mask)
-    if config.mode == "online":
+    if online:
         measure_sampler(meter, batch.sampler_logprobs, old_logprobs, mask)
-        if first:
-            meter.mean(tokens, approx_kl_first=masked_mean(ratio - 1 - log_ratio, mask))
 
 
 def measure_tokens(batch, config, logprobs, old_logprobs, entropy):

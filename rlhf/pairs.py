@@ -12,6 +12,7 @@ from models.loader import check_length
 from rlhf.packing import pack
 from rlhf.stage import TrainingConfig
 from rlhf.steps import in_words
+from train.updates import check_warmup
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Pairs:
         describe_pairs(self.train, self.heldout, counts)
         check_length(model, config)
         stage.run.total_steps = count_steps(config, len(self.train))
+        check_warmup(config.warmup_steps, stage.run.total_steps)
 
     def indices(self, step):
         """The indices in `train` of the pairs of step `step` (from 1), over all processes. Each pair once per epoch."""
@@ -56,10 +58,12 @@ class Pairs:
         return [self.train[i] for i in self.stage.processes.share(self.indices(step))]
 
     def batches(self, step):
-        """Yield this process's pairs of the step in lists of micro_batch_size, sorted by length."""
-        for batch in in_batches(self.mine(step), self.config.micro_batch_size):
-            self.stage.run.count_tokens(sum(map(pair_length, batch)))
-            yield batch
+        """This process's pairs of the step in lists of micro_batch_size, sorted by length.
+
+        The tokens of the whole step are counted, those of the other processes too.
+        """
+        self.stage.run.count_tokens(sum(pair_length(self.train[i]) for i in self.indices(step)))
+        return in_batches(self.mine(step), self.config.micro_batch_size)
 
     def where(self, step):
         """A text that names the rows of a step, for messages."""

@@ -53,8 +53,9 @@ class Policy:
         for rows in rollout.split_groups(config.minibatches):
             computed = rows if learn is None else [i for i in rows if learn[i]]
             batches = rollout.batches(computed, config.micro_batch_size, self.tokenizer.pad_token_id, stage.device)
-            stage.run.count_tokens(sum(batch.packed.tokens for batch in batches))
-            found.append(Minibatch(batches, *rollout.count(rows, stage.processes, stage.device)))
+            tokens, sequences, computed = rollout.count(rows, batches, stage.processes, stage.device)
+            stage.run.count_tokens(computed)
+            found.append(Minibatch(batches, tokens, sequences))
         return found
 
     def save(self, folder):

@@ -26,7 +26,7 @@ from rlhf.reward_model import find_reward_model, last_token, place_reward_model
 from rlhf.rollouts import RolloutConfig, SampledRollouts, all_batches, inference_command
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
-from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_router, measure_sampler
+from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_router, measure_sampler, measure_updates
 from rlhf.token_records import RolloutRecords
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
 from runtime.cli import cli
@@ -282,18 +282,11 @@ def measure(meter, batch, loss, vf_loss, logprobs, entropy, config, first=False)
     first: whether no update has been made since the rollout: then the ratio is 1.
     """
     mask, updates_a_step = batch.mask, config.inner_epochs * config.minibatches
-    log_ratio = torch.where(mask.bool(), logprobs - batch.old_logprobs, 0.0)
-    clipped = (log_ratio.exp() - 1).abs() > config.clip_eps
     meter.sum(loss=loss / updates_a_step, value_loss=vf_loss / updates_a_step)
-    meter.mean(
-        mask.sum(),
-        approx_kl=masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
-        entropy=masked_mean(entropy, mask),
-        clipfrac=masked_mean(clipped.float(), mask),
-        advantage=masked_mean(batch.advantages.abs(), mask),
+    measure_updates(
+        meter, logprobs, batch.old_logprobs, batch.advantages, mask, config.clip_eps, config.clip_eps, first
     )
-    if first:
-        meter.mean(mask.sum(), approx_kl_first=masked_mean(log_ratio.exp() - 1 - log_ratio, mask))
+    meter.mean(mask.sum(), entropy=masked_mean(entropy, mask), advantage=masked_mean(batch.advantages.abs(), mask))
 
 
 def measure_tokens(batch, config, logprobs, entropy):

@@ -25,6 +25,7 @@ from rlhf.scoring import gold_scores
 from rlhf.stage import TrainingConfig
 from rlhf.steps import RunningCounts, in_words
 from runtime.console import clip, say
+from train.updates import check_warmup
 
 SAMPLES = 8  # completions of a logged step that are kept
 
@@ -57,6 +58,7 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
                 f"minibatches = {self.minibatches}: at most prompts_per_step = {self.prompts_per_step}, or one would "
                 "train on nothing"
             )
+        check_warmup(self.warmup_steps, self.steps * self.inner_epochs * self.minibatches)
 
 
 def inference_command(config, method):
@@ -226,10 +228,14 @@ class Rollout:
         """These rows as one `Packed`; see rlhf/packing.py."""
         return pack([self.prompts[i] for i in rows], [self.completions[i] for i in rows], pad_id, device)
 
-    def count(self, rows, processes, device):
-        """(tokens, sequences) of these rows over all processes."""
-        mine = [sum(len(self.completions[i]) for i in rows), len(rows)]
-        return processes.sum(torch.tensor(mine, dtype=torch.float32, device=device)).tolist()
+    def count(self, rows, batches, processes, device):
+        """(tokens, sequences, computed tokens) over all processes.
+
+        tokens: of the completions of these rows. computed tokens: of `batches`, each prompt once.
+        """
+        tokens, computed = sum(len(self.completions[i]) for i in rows), sum(batch.packed.tokens for batch in batches)
+        mine = torch.tensor([tokens, len(rows), computed], dtype=torch.float32, device=device)
+        return processes.sum(mine).tolist()
 
     def measure(self, meter):
         """Add means over completions to the meter: reward, gold score, length in tokens, share cut at the limit.
@@ -396,6 +402,11 @@ class StoredRollouts:
             what = "no stored log-probs: this is advantage-weighted fine-tuning"
         say(f"{len(groups)} groups, {sum(len(g['completions']) for g in groups)} completions; {what}")
 
+    def _finish_reasons(self, group):
+        """Those that the file says; else "stop" for a completion whose last id is a stop token."""
+        ends = ["stop" if c[-1] in self.stops else "length" for c in group["completions"]]
+        return group["finish_reasons"] or ends
+
     def at(self, step):
         """This process's part of the groups of `step`, with the stored scores as rewards."""
         config = self.config
@@ -406,7 +417,7 @@ class StoredRollouts:
             prompts=[g["prompt"] for g in mine for _ in g["completions"]],
             completions=[c for g in mine for c in g["completions"]],
             logprobs=[x for g in mine for x in g["logprobs"]] if self.stored else None,
-            finish_reasons=["stop" if c[-1] in self.stops else "length" for g in mine for c in g["completions"]],
+            finish_reasons=[reason for g in mine for reason in self._finish_reasons(g)],
             texts=[t for g in mine for t in g["text"]["completions"]],
             questions=[g["text"]["prompt"] for g in mine for _ in g["completions"]],
             group_sizes=[len(g["completions"]) for g in mine],

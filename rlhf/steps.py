@@ -87,6 +87,9 @@ class RunningCounts(RunningMeter):
 def cut_by_clipping(ratio, advantages, clip_low, clip_high):
     """Whether clipping cuts the gradient of a token: its ratio left the bounds on the side that its advantage favours.
 
+    That is a ratio above 1 + clip_high with a positive advantage, or below 1 - clip_low with a negative one (Schulman
+    et al. 2017, figure 1).
+
     ratio, advantages: (N, L), or shapes that broadcast to it. The bounds are 1 - clip_low and 1 + clip_high.
     """
     return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
@@ -111,6 +114,22 @@ def measure_sampler(meter, sampler_logprobs, logprobs, mask):
     """
     kl = torch.where(mask.bool(), kl_estimate(sampler_logprobs, logprobs, "k3"), 0.0)
     meter.mean(mask.sum(), sampler_kl=masked_mean(kl, mask))
+
+
+def measure_updates(meter, logprobs, old_logprobs, advantages, mask, clip_low, clip_high, first=False):
+    """Measure how far the policy has moved from the one that sampled. The tensors are (N, L).
+
+    "approx_kl": KL(old policy, current policy) in nats per token: ratio - 1 - log ratio, which is k3. "clipfrac": the
+    share of tokens whose loss is clipped, so that they have no gradient. first: whether no update has been made since
+    the rollout; then the same KL is also "approx_kl_first", and must be 0.
+    """
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    clipped = cut_by_clipping(ratio, advantages, clip_low, clip_high)
+    kl = masked_mean(ratio - 1 - log_ratio, mask)
+    meter.mean(mask.sum(), approx_kl=kl, clipfrac=masked_mean(clipped.float(), mask))
+    if first:
+        meter.mean(mask.sum(), approx_kl_first=kl)
 
 
 def measure_router(meter, router, sequences):

@@ -31,6 +31,23 @@ SAMPLES = "samples.jsonl"  # completions sampled along the way
 TOKENS = "tokens.jsonl"  # a few sequences token by token, with --keep_tokens; see train/token_records.py
 
 
+class TooManySkipped(UserError):
+    """Too many steps in a row were skipped. The message names the last checkpoint of the time when it is printed."""
+
+    def __init__(self, run, what):
+        super().__init__(what)
+        self.run, self.what = run, what
+
+    def __str__(self):
+        at = self.run.checkpoint
+        last = f"the last good checkpoint is {shown(at)}" if at else "no checkpoint yet"
+        further = ", and a higher --max_skipped goes on from the checkpoint" if at else ""
+        return (
+            f"{self.what}. Nothing was learnt from them; {last}. Look at these rows; a lower --lr with --overwrite "
+            f"true begins again{further}"
+        )
+
+
 class Run:
     """One run of one script. It prints and records metrics, and writes the manifest at the end.
 
@@ -188,11 +205,9 @@ class Run:
         what = f"step {step}: {', '.join(f'{key} is {value}' for key, value in bad.items())} on {batch}"
         say(f"{what}; the step is skipped ({self.skipped} in a row)")
         if self.skipped >= self.config.max_skipped:
-            last = f"the last good checkpoint is {shown(self.checkpoint)}" if self.checkpoint else "no checkpoint yet"
-            raise UserError(
-                f"{what}. {self.skipped} steps in a row were skipped (max_skipped = {self.config.max_skipped}). "
-                f"Nothing was learnt from them; {last}. Look at these rows; a lower --lr with --overwrite true begins "
-                "again, and a higher --max_skipped goes on from the checkpoint"
+            raise TooManySkipped(
+                self,
+                f"{what}. {self.skipped} steps in a row were skipped (max_skipped = {self.config.max_skipped})",
             )
         return False
 

@@ -10,10 +10,11 @@ id of the W&B run lies in the run's folder, and what the server does not have ye
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +82,8 @@ class Tracker:
 
         place = self.folder / FOLDER
         place.mkdir(parents=True, exist_ok=True)
-        known = wandb.setup().settings  # from the environment and wandb's own settings files
+        with refused("wandb cannot start"):
+            known = wandb.setup().settings  # from the environment and wandb's own settings files
         kept = place / "id.txt"
         resumed = lines is not None and kept.is_file()
         run_id = kept.read_text(encoding="utf-8").strip() if resumed else known.run_id or secrets.token_hex(4)
@@ -98,14 +100,11 @@ class Tracker:
         words |= {"group": known.run_group or self.words["group"]}
         words |= {"project": (self.config.wandb_project == default and known.project) or self.config.wandb_project}
         words |= {"resume": "allow"} if self.mode == "online" else {}
-        try:
+        with refused("W&B does not take the run"):
             self.run = wandb.init(
                 **words, id=run_id, mode=self.mode, dir=str(self.folder), config=config_to_dict(self.config),
                 settings=wandb.Settings(silent=True, console="off", reinit="finish_previous"),
             )  # fmt: skip
-        except (wandb.errors.Error, TimeoutError) as error:
-            why = " ".join(str(error).split())
-            raise UserError(f"W&B cannot be reached ({why}); --wandb offline works without it") from None
         on_refusal.append(self._failed)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
@@ -161,6 +160,30 @@ class Tracker:
         self.run.finish(exit_code=1)
 
 
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """A context for calls of wandb before training: any error in it becomes a UserError of one sentence.
+
+    wandb raises errors of its own, of its settings (a model of pydantic), of sockets, and of the service behind it.
+    """
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"WANDB_{str(first['loc'][0]).upper()} = {first['input']!r}: {first['msg']}") from None
+    except Exception as error:
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        service = os.environ.get("WANDB_SERVICE")
+        of = f"; WANDB_SERVICE = {service} is of another process, which may have ended: unset it" if service else ""
+        raise UserError(
+            f"{what}: {why}{of}. --wandb off trains without W&B, and --wandb offline without its server"
+        ) from None
+
+
 def find_mode(wanted: str) -> Literal["online", "offline"] | None:
     """The mode of wandb for the option `wandb`; None: nothing is sent.
 
@@ -171,11 +194,11 @@ def find_mode(wanted: str) -> Literal["online", "offline"] | None:
         return None
     try:
         import wandb
-        from pydantic import ValidationError  # wandb's settings are a model of pydantic
     except ImportError:
         raise UserError(f"wandb = {wanted} needs the package wandb: pip install wandb") from None
-    try:
+    with refused("wandb cannot start"):
         settings = wandb.setup(wandb.Settings(silent=True)).settings
+    with refused("wandb cannot use its login"):
         said = {"run": "online", "dryrun": "offline"}.get(settings.mode, settings.mode)
         if said == "disabled":
             say("W&B is off, because its mode is disabled (WANDB_MODE)")
@@ -190,11 +213,6 @@ def find_mode(wanted: str) -> Literal["online", "offline"] | None:
                 return "online"
         finally:
             settings.mode = before
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"WANDB_{str(first['loc'][0]).upper()} = {first['input']!r}: {first['msg']}") from None
-    except (wandb.errors.Error, ValueError) as error:
-        raise UserError(f"wandb cannot use its login: {error}") from None
     if wanted == "online" or os.environ.get("WANDB_MODE"):
         raise UserError("wandb = online, and there is no login: run `wandb login` first, or use offline")
     return "offline"

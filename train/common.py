@@ -26,6 +26,7 @@ from runtime.files import in_root
 from runtime.processes import Processes
 from runtime.progress import Progress
 from train.packed import block_states
+from train.updates import check_warmup
 
 
 @dataclass
@@ -157,8 +158,7 @@ def count_steps(rows, config):
     """The number of optimizer steps of the run. Raises UserError if the warm-up is not shorter."""
     steps = config.epochs * steps_in_epoch(rows, config)
     steps = min(steps, config.max_steps) if config.max_steps else steps
-    if config.warmup_steps >= max(steps, 2):
-        raise UserError(f"warmup_steps = {config.warmup_steps} must be below the {steps} steps of this run")
+    check_warmup(config.warmup_steps, steps)
     return steps
 
 

@@ -26,6 +26,12 @@ def lr_at(step, total_steps, lr, warmup_steps, min_lr_ratio):
     return lr * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def check_warmup(warmup_steps, total_steps):
+    """Raise UserError unless the warm-up is shorter than the run. total_steps: its optimizer steps."""
+    if warmup_steps >= max(total_steps, 2):
+        raise UserError(f"warmup_steps = {warmup_steps} must be below the {total_steps} optimizer steps of this run")
+
+
 def make_optimizer(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
     """AdamW over the parameters with requires_grad. Weight decay is applied to matrices, not to biases and norms."""
     trained = [p for p in parameters if p.requires_grad]

@@ -206,7 +206,10 @@ CONTRADICTIONS = [
         "model_name = 'scratch': an adapter needs a trained model that it can name as its base",
         config=ROOT / "configs/smoke/train_scratch.yaml",
     ),
-    case("lm", "warmup_steps = 6 must be below the 6 steps of this run", warmup_steps=6),
+    case("lm", "warmup_steps = 6 must be below the 6 optimizer steps of this run", warmup_steps=6),
+    case("dpo", "warmup_steps = 2 must be below the 2 optimizer steps of this run", warmup_steps=2),
+    case("reward", "warmup_steps = 9 must be below the 2 optimizer steps of this run", warmup_steps=9),
+    case("ppo", "warmup_steps = 8 must be below the 8 optimizer steps of this run", warmup_steps=8),
     case("lm", "max_length = 1024: tiny-llama reads at most 512 tokens", max_length=1024),
     case("lm", "sample_prompt has 1000 tokens: the model reads at most 512", sample_prompt="word " * 200),
     case("dpo", "max_length = 1024: tiny-llama reads at most 512 tokens", max_length=1024),
@@ -365,6 +368,11 @@ DATA = [
         "offline",
         "{here}/g.jsonl line 1: scores must be a list of finite numbers, not [1.0, 0.0, 'x']",
         groups=file("g.jsonl", [group(scores=[1.0, 0.0, "x"])]),
+    ),
+    case(
+        "offline",
+        "{here}/g.jsonl line 1: finish_reasons must be a list with stop or length for each of 3 completions",
+        groups=file("g.jsonl", [group(finish_reasons=["stop", "length", "cut"])]),
     ),
     case(
         "offline",

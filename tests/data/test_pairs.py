@@ -110,6 +110,17 @@ def test_a_completion_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning
         load_pairs(write(tmp_path, {**row, "rejected_finish_reason": "cut"}), tokenizer, 64)
 
 
+def test_a_group_says_how_its_completions_ended_and_text_that_was_cut_has_no_stop_token(tmp_path):
+    tokenizer = load_tokenizer("tiny-llama")
+    stop = tokenizer.eos_token_id
+    texts = {"prompt": "p", "chosen": "abc", "rejected": ["de", "f"]}
+    reasons = ["stop", "length", "stop"]
+    plain, said = load_groups(write(tmp_path, texts, {**texts, "finish_reasons": reasons}), tokenizer, 64)[0]
+    assert [c[-1] == stop for c in plain["completions"]] == [True] * 3 and plain["finish_reasons"] is None
+    assert [c[-1] == stop for c in said["completions"]] == [True, False, True] and said["finish_reasons"] == reasons
+    assert said["completions"][1] == plain["completions"][1][:-1]
+
+
 def pair(prompt, chosen="a", rejected="b"):
     return {"text": {"prompt": prompt, "chosen": chosen, "rejected": rejected}}
 

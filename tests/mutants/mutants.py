@@ -83,7 +83,7 @@ TRAINERS, ORACLES, SCRIPTS = (f"tests/rlhf/test_{name}.py::test_" for name in ("
 GENERATION, LOADER, ADMISSION = (
     f"tests/models/test_{name}.py::test_" for name in ("generation", "loader", "admission")
 )
-ROUTER = "tests/models/test_router.py::test_"
+ROUTER, ROUTER_STEPS = (f"tests/{room}/test_router.py::test_" for room in ("models", "rlhf"))
 LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
@@ -649,7 +649,7 @@ MUTANTS = [
     # the router's auxiliary loss
     Mutant(
         "token-mean", "the auxiliary loss of a row counts once, however many tokens the row has", "models/router.py",
-        "(losses * mask.sum(-1)).sum()", "losses.sum() * mask.sum() / len(mask)",
+        "self.measure(real, mask.sum(-1))", "self.measure(real, mask.sum().expand(len(mask)) / len(mask))",
         (f"{ROUTER}values_and_gradients_are_those_of_transformers_row_by_row[mixtral]",
          f"{ROUTER}any_split_into_micro_batches_gives_the_same_step"),
     ),
@@ -663,6 +663,51 @@ MUTANTS = [
         "token-mean", "the router's auxiliary loss has no gradient", "models/router.py",
         "return gradient, gradient", "return gradient, None",
         (f"{ROUTER}values_and_gradients_are_those_of_transformers_row_by_row[qwen3_moe]",),
+    ),
+    Mutant(
+        "packed-apart", "the router is balanced over what the first row shares", "rlhf/packing.py",
+        "index = torch.where(place < self.rows.shared, place, index)", "index = index.clamp(min=0)",
+        (f"{ROUTER_STEPS}each_sequence_has_the_loss_and_gradients_that_transformers_gives_it_alone[mixtral-ragged rows]",),
+    ),
+    Mutant(
+        "token-mean-ranks", "the router's auxiliary loss is a mean over a pass, not over the step", "rlhf/grpo_train.py",
+        "policy.router.term / minibatch.sequences", "policy.router.term / len(batch.mask)",
+        (f"{ROUTER_STEPS}two_processes_in_small_passes_take_the_steps_of_one_in_large_passes[grpo]",),
+    ),
+    Mutant(
+        "token-mean", "completions without an advantage do not train the router", "rlhf/grpo_train.py",
+        "always = bool(config.kl_coef or policy.router.coefficient)", "always = bool(config.kl_coef)",
+        (f"{ROUTER_STEPS}completions_without_an_advantage_train_the_router",),
+    ),
+    Mutant(
+        "left-padding", "decoding asks for the router's logits", "models/generation.py",
+        "with _decode_attention(model), without_router_logits(model):", "with _decode_attention(model):",
+        (f"{ROUTER}decoding_does_not_ask_for_the_logits_and_takes_the_fast_way[mixtral]",),
+    ),
+    Mutant(
+        "mask-before-exp", "clipfrac counts a ratio outside the range whatever the advantage", "rlhf/steps.py",
+        "((ratio > 1 + clip_high) & (advantages > 0))", "(ratio > 1 + clip_high)",
+        (f"{LOSSES}clipfrac_counts_the_tokens_whose_loss_has_no_gradient",),
+    ),
+    Mutant(
+        "reward-left-out", "a run that ends names the checkpoint of before it was saved", "runtime/run.py",
+        "at = self.run.checkpoint", "at = None",
+        (f"{CHECKPOINT}a_step_that_ends_the_run_is_not_counted_in_the_checkpoint_before_it",),
+    ),
+    Mutant(
+        "data-order", "the tokens of the other processes are not counted", "rlhf/pairs.py",
+        "sum(map(pair_length, pairs))", "sum(map(pair_length, self.stage.processes.share(pairs)))",
+        ("tests/rlhf/test_rates.py::test_a_step_on_pairs_counts_the_pairs_of_all_processes",),
+    ),
+    Mutant(
+        "stop-token", "a stored completion that was cut gets a stop token", "data/pairs.py",
+        "[c[:-1] if is_cut else c for", "[c for",
+        (f"{DATASET}a_group_says_how_its_completions_ended_and_text_that_was_cut_has_no_stop_token",),
+    ),
+    Mutant(
+        "tracked-once", "an error of wandb's service is a traceback", "runtime/tracking.py",
+        "    except Exception as error:\n        why", "    except ValueError as error:\n        why",
+        (f"{TRACKING}a_service_that_has_ended_is_one_sentence[3-unix-/tmp/ended.sock]",),
     ),
     Mutant(
         "left-padding", "a layer without keys of its own is moved and grown", "models/generation.py",

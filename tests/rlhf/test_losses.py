@@ -11,7 +11,7 @@ from rlhf.grpo_train import advantages_of_step, group_advantages, grpo_loss
 from rlhf.ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss
 from rlhf.reward_model import reward_loss
 from rlhf.rollouts import Rollout
-from rlhf.steps import Meter, measure_kl
+from rlhf.steps import Meter, measure_kl, measure_updates
 from rlhf.utils import kl_estimate, masked_mean, masked_whiten
 from runtime.processes import Processes
 
@@ -377,3 +377,21 @@ def test_the_reported_kl_is_that_of_an_enumerated_policy():
     found = meter.collect(Processes())
     assert found["kl"] == pytest.approx(exact, abs=1e-6)
     assert found["kl_per_token"] == pytest.approx(exact / 1.5, abs=1e-6)  # 12 tokens in 8 completions
+
+
+# what is logged
+
+
+@pytest.mark.statement("mask-before-exp")
+def test_clipfrac_counts_the_tokens_whose_loss_has_no_gradient():
+    """Of the ratios 1.5, 1.5, 0.5, 0.5 and 1.1, the first and the fourth are clipped. The sixth is masked."""
+    ratios, advantages = T([[1.5, 1.5, 0.5, 0.5, 1.1, 9.0]]), T([[1.0, -1.0, 1.0, -1.0, 1.0, 1.0]])
+    mask, old = T([[1, 1, 1, 1, 1, 0]]), torch.full((1, 6), -0.7)
+    logprobs = (old + ratios.log()).requires_grad_()
+    meter = Meter()
+    measure_updates(meter, logprobs.detach(), old, advantages, mask, 0.2, 0.3)
+    found = meter.collect(Processes())
+    assert found["clipfrac"] == pytest.approx(2 / 5)
+    assert found["approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 0.5, 1.1)) / 5)
+    policy_loss(logprobs, old, advantages, mask, 0.2).backward()
+    assert (logprobs.grad[mask.bool()] == 0).sum() == 2

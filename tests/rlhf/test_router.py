@@ -141,6 +141,14 @@ def test_two_processes_in_small_passes_take_the_steps_of_one_in_large_passes(two
 
 
 @pytest.mark.slow
+def test_completions_without_an_advantage_train_the_router(train, sgd, mixtral, monkeypatch, module):
+    monkeypatch.setattr(module("grpo"), "advantages_of_step", lambda groups, _: [torch.zeros_like(g) for g in groups])
+    _, lines = train("grpo", **options("grpo", mixtral / "0.5"))
+    assert [line["loss"] for line in lines] == [0, 0] and min(line["grad_norm"] for line in lines) > 0
+    assert lines[1]["aux_loss"] < lines[0]["aux_loss"]
+
+
+@pytest.mark.slow
 def test_the_logged_loss_is_the_mean_over_the_sequences_of_the_step(train, mixtral, pairs):
     model, tokenizer = load_model(mixtral / "0.5", device="cpu"), load_tokenizer(mixtral / "0.5")
     mine, _ = split_by_prompt(load_pairs(pairs, tokenizer, 512)[0], 0.25, 0)

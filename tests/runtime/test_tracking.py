@@ -332,6 +332,26 @@ def test_modes_that_cannot_be(wanted, environment, message, fresh):
         find_mode(wanted)
 
 
+@pytest.mark.parametrize("service", ["3-unix-/tmp/ended.sock", "no token"])
+def test_a_service_that_has_ended_is_one_sentence(service, fresh):
+    fresh.setenv("WANDB_SERVICE", service)
+    with pytest.raises(UserError, match="^wandb cannot start: .*unset it. --wandb off trains without W&B") as refusal:
+        find_mode("offline")
+    assert service in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), wandb.errors.CommError("user is not\nlogged in")])
+def test_whatever_wandb_raises_when_a_run_begins_is_one_sentence(error, fresh, tmp_path):
+    def init(**options):
+        raise error
+
+    fresh.setattr(wandb, "init", init)
+    tracker = Tracker(Tracking(wandb="offline"), tmp_path, "run", "models", "train_lm")
+    why = " ".join(str(error).split())
+    with pytest.raises(UserError, match=f"^W&B does not take the run: {why}. --wandb off trains without W&B, and"):
+        tracker.open([])
+
+
 @pytest.mark.parametrize("where", ["environment", "settings file"])
 @pytest.mark.statement("tracked-once")
 def test_a_login_of_a_self_hosted_server_is_found_and_that_of_another_one_is_not(where, fresh, tmp_path):

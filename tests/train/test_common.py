@@ -97,7 +97,7 @@ def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum():
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
-    with pytest.raises(UserError, match="warmup_steps = 5 must be below the 3 steps"):
+    with pytest.raises(UserError, match="warmup_steps = 5 must be below the 3 optimizer steps"):
         count_steps(6, SimpleNamespace(batch_size=2, micro_batch_size=1, epochs=1, max_steps=0, warmup_steps=5))
 
 
