@@ -169,7 +169,7 @@ def router_of(model: torch.nn.Module) -> RouterLoss:
     return _routers[inner]
 
 
-def check_router(model: torch.nn.Module) -> None:
+def check_router(model: Any) -> None:
     """Before training: say that the auxiliary loss is added. Raise UserError if it cannot be computed."""
     router = router_of(model)
     if not router.coefficient:

@@ -82,8 +82,7 @@ class Tracker:
 
         place = self.folder / FOLDER
         place.mkdir(parents=True, exist_ok=True)
-        with refused("wandb cannot start"):
-            known = wandb.setup().settings  # from the environment and wandb's own settings files
+        known = wandb.setup().settings  # from the environment and wandb's own settings files
         kept = place / "id.txt"
         resumed = lines is not None and kept.is_file()
         run_id = kept.read_text(encoding="utf-8").strip() if resumed else known.run_id or secrets.token_hex(4)
@@ -100,7 +99,9 @@ class Tracker:
         words |= {"group": known.run_group or self.words["group"]}
         words |= {"project": (self.config.wandb_project == default and known.project) or self.config.wandb_project}
         words |= {"resume": "allow"} if self.mode == "online" else {}
-        with refused("W&B does not take the run"):
+        online = self.mode == "online"
+        what = "W&B cannot be reached" if online else "wandb cannot begin the run"
+        with refused(what, "--wandb offline works without it" if online else "train without it: --wandb off"):
             self.run = wandb.init(
                 **words, id=run_id, mode=self.mode, dir=str(self.folder), config=config_to_dict(self.config),
                 settings=wandb.Settings(silent=True, console="off", reinit="finish_previous"),
@@ -161,8 +162,8 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
-    """A context for calls of wandb before training: any error in it becomes a UserError of one sentence.
+def refused(what: str, advice: str) -> Iterator[None]:
+    """A context for calls of wandb before training: any error in it becomes a UserError of one sentence, with advice.
 
     wandb raises errors of its own, of its settings (a model of pydantic), of sockets, and of the service behind it.
     """
@@ -177,11 +178,7 @@ def refused(what: str) -> Iterator[None]:
         raise UserError(f"WANDB_{str(first['loc'][0]).upper()} = {first['input']!r}: {first['msg']}") from None
     except Exception as error:
         why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        service = os.environ.get("WANDB_SERVICE")
-        of = f"; WANDB_SERVICE = {service} is of another process, which may have ended: unset it" if service else ""
-        raise UserError(
-            f"{what}: {why}{of}. --wandb off trains without W&B, and --wandb offline without its server"
-        ) from None
+        raise UserError(f"{what} ({why}); {advice}") from None
 
 
 def find_mode(wanted: str) -> Literal["online", "offline"] | None:
@@ -196,9 +193,11 @@ def find_mode(wanted: str) -> Literal["online", "offline"] | None:
         import wandb
     except ImportError:
         raise UserError(f"wandb = {wanted} needs the package wandb: pip install wandb") from None
-    with refused("wandb cannot start"):
+    service = os.environ.get("WANDB_SERVICE")  # of another process; wandb sets its own at the first setup
+    ended = f"WANDB_SERVICE = {service} may be of a process that has ended: unset it, or " if service else ""
+    with refused("wandb cannot start", f"{ended}train without it: --wandb off"):
         settings = wandb.setup(wandb.Settings(silent=True)).settings
-    with refused("wandb cannot use its login"):
+    with refused("wandb cannot use its login", "--wandb offline works without it"):
         said = {"run": "online", "dryrun": "offline"}.get(settings.mode, settings.mode)
         if said == "disabled":
             say("W&B is off, because its mode is disabled (WANDB_MODE)")

@@ -667,10 +667,11 @@ MUTANTS = [
     Mutant(
         "packed-apart", "the router is balanced over what the first row shares", "rlhf/packing.py",
         "index = torch.where(place < self.rows.shared, place, index)", "index = index.clamp(min=0)",
-        (f"{ROUTER_STEPS}each_sequence_has_the_loss_and_gradients_that_transformers_gives_it_alone[mixtral-ragged rows]",),
+        (f"{ROUTER_STEPS}each_sequence_has_the_loss_and_gradients_that_transformers_gives_it_alone"
+         "[mixtral-ragged rows]",),
     ),
     Mutant(
-        "token-mean-ranks", "the router's auxiliary loss is a mean over a pass, not over the step", "rlhf/grpo_train.py",
+        "token-mean-ranks", "the router's auxiliary loss is a mean over a pass", "rlhf/grpo_train.py",
         "policy.router.term / minibatch.sequences", "policy.router.term / len(batch.mask)",
         (f"{ROUTER_STEPS}two_processes_in_small_passes_take_the_steps_of_one_in_large_passes[grpo]",),
     ),

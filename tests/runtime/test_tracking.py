@@ -320,7 +320,7 @@ def test_modes(wanted, environment, mode, fresh):
         ("auto", {"WANDB_MODE": "of"}, "WANDB_MODE = 'of': Input should be 'online', 'offline'"),
         ("auto", {"WANDB_MODE": "shared"}, "WANDB_MODE = shared: must be online, offline or disabled"),
         ("auto", {"WANDB_MODE": "online"}, "there is no login: run `wandb login` first"),
-        ("auto", {"WANDB_API_KEY": "short"}, "wandb cannot use its login: WANDB_API_KEY invalid"),
+        ("auto", {"WANDB_API_KEY": "short"}, "wandb cannot use its login .WANDB_API_KEY invalid"),
         ("auto", {"WANDB_BASE_URL": "nowhere"}, "WANDB_BASE_URL = 'nowhere'"),
         ("online", {}, "there is no login: run `wandb login` first"),
     ],
@@ -335,7 +335,7 @@ def test_modes_that_cannot_be(wanted, environment, message, fresh):
 @pytest.mark.parametrize("service", ["3-unix-/tmp/ended.sock", "no token"])
 def test_a_service_that_has_ended_is_one_sentence(service, fresh):
     fresh.setenv("WANDB_SERVICE", service)
-    with pytest.raises(UserError, match="^wandb cannot start: .*unset it. --wandb off trains without W&B") as refusal:
+    with pytest.raises(UserError, match="^wandb cannot start .*unset it, or train without it: --wandb off$") as refusal:
         find_mode("offline")
     assert service in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -346,9 +346,10 @@ def test_whatever_wandb_raises_when_a_run_begins_is_one_sentence(error, fresh, t
         raise error
 
     fresh.setattr(wandb, "init", init)
-    tracker = Tracker(Tracking(wandb="offline"), tmp_path, "run", "models", "train_lm")
+    fresh.setenv("WANDB_API_KEY", KEY)
+    tracker = Tracker(Tracking(wandb="online"), tmp_path, "run", "models", "train_lm")
     why = " ".join(str(error).split())
-    with pytest.raises(UserError, match=f"^W&B does not take the run: {why}. --wandb off trains without W&B, and"):
+    with pytest.raises(UserError, match=f"^W&B cannot be reached .{why}.; --wandb offline works without it"):
         tracker.open([])
 
 
