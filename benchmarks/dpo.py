@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks import baselines, measure
-from benchmarks.flops import Cost, rows
 from benchmarks.texts import write_pairs
 from models.device import frozen_dtype, pick_device
+from models.flops import Cost, rows
 from models.loader import load_model, load_tokenizer
 
 SIZE = {"model_name": "smollm2-135m", "pairs": 8, "prompt": 28, "completion": 60, "steps": 3, "lr": 1e-5, "lora_r": 0}

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks import baselines, measure
-from benchmarks.flops import Cost, sampled
 from benchmarks.texts import passages
 from models.device import frozen_dtype, pick_device
+from models.flops import Cost, sampled
 from models.loader import load_model, load_tokenizer
 
 SIZE = {"model_name": "smollm2-135m", "batch_size": 32, "prompt": 64, "new": 64, "steps": 3}

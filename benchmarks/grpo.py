@@ -15,9 +15,9 @@ import dataclasses
 import torch
 
 from benchmarks import baselines, measure
-from benchmarks.flops import Cost, rows, sampled
 from benchmarks.texts import LETTER, letter_e, passages, prompts_of_checks
 from models.device import pick_device
+from models.flops import Cost, rows, sampled
 from models.loader import load_model, load_tokenizer
 from models.tokens import prompt_ids
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks import baselines, measure
-from benchmarks.flops import Cost, row
 from benchmarks.texts import plays
+from models.flops import Cost, row
 from models.loader import load_tokenizer
 
 SIZE = {

@@ -42,7 +42,7 @@ process; ours and the baseline take turns. The ratios are taken within a round, 
 batch. The top of each script in `benchmarks/` says what else is equal, and how.
 
 **% of peak.** This is the arithmetic that the job needs, over the time, as a share of the peak. The arithmetic is the
-matmuls of each token once (`benchmarks/flops.py`). The peak is the fastest square matmul that this machine did before
+matmuls of each token once (`models/flops.py`). The peak is the fastest square matmul that this machine did before
 or after the job.
 
 **Tokens.** For LM training these are the tokens of the blocks. For pairs they are the prompts, each once, and both

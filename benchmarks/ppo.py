@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks import baselines, measure
-from benchmarks.flops import Cost, rows, sampled
 from benchmarks.grpo import without_stop
 from models.device import pick_device
+from models.flops import Cost, rows, sampled
 from models.loader import load_tokenizer, resolve_model
 from models.tokens import prompt_ids
 

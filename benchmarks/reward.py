@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks import baselines, dpo, measure
-from benchmarks.flops import Cost
 from benchmarks.texts import write_pairs
 from models.device import pick_device
+from models.flops import Cost
 from models.loader import load_tokenizer
 
 SIZE = dpo.SIZE | {"lora_r": 16, "lr": 2e-4}

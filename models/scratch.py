@@ -65,6 +65,25 @@ def _at_words(text):
     yield text[start:]
 
 
+def scratch_config(architecture: str, layers: int, width: int, heads: int, context: int, vocabulary: int, **ids) -> Any:
+    """The configuration of `build_scratch`. vocabulary: ids of the tokenizer. ids: its special tokens."""
+    from transformers import GPT2Config, LlamaConfig
+
+    shape: dict[str, Any]
+    if architecture == "gpt2":
+        dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": context}
+        return GPT2Config(vocab_size=vocabulary, **shape, **dropout, **ids)
+    inner = -(-width * 8 // 3 // 32) * 32  # 8/3 of the width, rounded up to a multiple of 32
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
+    attention: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": context,
+    }
+    return LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **shape, **attention, **ids)
+
+
 def build_scratch(
     architecture: str, layers: int, width: int, heads: int, context: int, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Any:
@@ -74,28 +93,14 @@ def build_scratch(
     width: size of the hidden states. heads: attention heads. context: the longest text, in tokens. seed: decides the
     weights. The output embedding is tied to the input embedding.
     """
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    config: Any
-    shape: dict[str, Any]
     ids: dict[str, Any] = {
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if architecture == "gpt2":
-        dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": context}
-        config = GPT2Config(vocab_size=len(tokenizer), **shape, **dropout, **ids)
-    else:
-        inner = -(-width * 8 // 3 // 32) * 32  # 8/3 of the width, rounded up to a multiple of 32
-        shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
-        attention: dict[str, Any] = {
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": context,
-        }
-        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **attention, **ids)
+    config = scratch_config(architecture, layers, width, heads, context, len(tokenizer), **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return use_matmul_attention(

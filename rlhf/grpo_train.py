@@ -18,7 +18,7 @@ import torch
 
 from configs.config import UserError, option, refuse_unused
 from rlhf.policy import Policy
-from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, inference_command
+from rlhf.rollouts import RolloutConfig, SampledRollouts, StoredRollouts, all_batches, inference_command, plan_stored
 from rlhf.scoring import Scorer
 from rlhf.stage import Stage
 from rlhf.steps import Meter, cut_by_clipping, measure_kl, measure_router, measure_sampler, measure_updates
@@ -53,6 +53,9 @@ class Config(RolloutConfig):
         refuse_unused(self, unused, f"mode = {self.mode}")
         if not self.kl_coef:
             refuse_unused(self, ["kl_kind"], "kl_coef = 0")
+
+    def plan(self, data=None):
+        return super().plan(data) if self.mode == "online" else plan_stored(self, data)
 
 
 def group_advantages(rewards, scale_std=True):

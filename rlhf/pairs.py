@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from configs.config import option
 from data.order import step_indices
 from data.pairs import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
-from models.loader import check_length
+from models.loader import check_length, load_tokenizer
 from rlhf.packing import pack
+from rlhf.plan import in_batches, plan_pairs
 from rlhf.stage import TrainingConfig
 from rlhf.steps import in_words
+from runtime.plan import Plan
+from runtime.provenance import note_plan
+from train.plan import known
 from train.updates import check_warmup
 
 
@@ -30,6 +34,21 @@ class PairsConfig(TrainingConfig):
     batch_size: int = option(16, "pairs per optimizer step, over all processes", at_least=1)
     micro_batch_size: int = option(8, "pairs in one forward and backward pass", at_least=1)
     warmup_steps: int = 3
+    SCORE: ClassVar[bool] = False  # whether a head of one score trains, not the language model's
+
+    def plan(self, data: Any = None) -> Plan:
+        """The `Plan` of this run. data: its training pairs; None: read them."""
+        notes: list[str] = []
+        if data is None:
+            bound = f"pairs count with max_length = {self.max_length} for each completion"
+            data = known(lambda: read_pairs(self, load_tokenizer(self.model_name))[0], notes, bound)
+        return plan_pairs(self, data, notes, self.SCORE)
+
+
+def read_pairs(config, tokenizer):
+    """(training pairs, held-out pairs, counts, hash) of config.data; see `load_pairs`."""
+    pairs, counts, sha256 = load_pairs(config.data, tokenizer, config.max_length, config.truncation)
+    return *split_by_prompt(pairs, config.heldout_fraction, config.seed), counts, sha256
 
 
 class Pairs:
@@ -41,13 +60,13 @@ class Pairs:
         Raises UserError for rows that cannot be used, and if the model's context is shorter than config.max_length.
         """
         self.config, self.stage = config, stage
-        pairs, counts, sha256 = load_pairs(config.data, tokenizer, config.max_length, config.truncation)
-        self.train, self.heldout = split_by_prompt(pairs, config.heldout_fraction, config.seed)
+        self.train, self.heldout, counts, sha256 = read_pairs(config, tokenizer)
         self.inputs = {config.data: sha256}
         describe_pairs(self.train, self.heldout, counts)
         check_length(model, config)
         stage.run.total_steps = count_steps(config, len(self.train))
         check_warmup(config.warmup_steps, stage.run.total_steps)
+        note_plan(lambda: config.plan(self.train))
 
     def indices(self, step):
         """The indices in `train` of the pairs of step `step` (from 1), over all processes. Each pair once per epoch."""
@@ -73,12 +92,6 @@ class Pairs:
         """All pairs that the run reads: the pairs of its steps, and the held-out pairs."""
         steps = range(1, self.stage.run.total_steps + 1)
         return [self.train[i] for i in {i for step in steps for i in self.indices(step)}] + self.heldout
-
-
-def in_batches(pairs, size):
-    """Lists of `size` pairs, sorted by length, so that a batch has little padding."""
-    ordered = sorted(pairs, key=pair_length)
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def pack_pairs(pairs, pad_id, device):

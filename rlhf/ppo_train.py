@@ -36,6 +36,7 @@ from train.updates import Updates
 @dataclass
 class Config(RolloutConfig):
     CONFIG: ClassVar[str] = "configs/ppo.yaml"
+    VALUES: ClassVar[bool] = True
     RENAMED: ClassVar[dict] = {"missing_end_penalty": "missing_eos_penalty"}
     reward_model: str | None = option("models/reward", "folder of the reward model; or give --reward", reads=True)
     steps: int = 20

@@ -7,7 +7,7 @@ import math
 import shlex
 from dataclasses import dataclass, field, fields, replace
 from statistics import fmean
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,14 +17,18 @@ from data.pairs import load_groups
 from data.prompts import ARITHMETIC, PromptConfig, prompts_and_hash
 from data.rewards import RewardConfig, columns_of
 from data.rows import text_of
-from models.loader import check_length, context_length
+from models.loader import check_length, context_length, load_tokenizer
 from models.tokens import completion_text, prompt_ids, stop_ids
 from rlhf.packing import Packed, pack
+from rlhf.plan import plan_groups, plan_rollouts
 from rlhf.sampler import Sampler
 from rlhf.scoring import gold_scores
 from rlhf.stage import TrainingConfig
 from rlhf.steps import RunningCounts, in_words
 from runtime.console import clip, say
+from runtime.plan import Plan
+from runtime.provenance import note_plan
+from train.plan import known
 from train.updates import check_warmup
 
 SAMPLES = 8  # completions of a logged step that are kept
@@ -35,6 +39,7 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
     """The common options of PPO and GRPO."""
 
     ONE_OF: ClassVar[tuple] = ("reward", "reward_model")
+    VALUES: ClassVar[bool] = False  # whether a value head trains, too
 
     RENAMED: ClassVar[dict] = {"group_size": "samples_per_prompt", "rollout_batch_size": "sampling_batch_size"}
     prompts: str = option(ARITHMETIC, "prompts; their checks give the gold score", reads=True)
@@ -59,6 +64,21 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
                 "train on nothing"
             )
         check_warmup(self.warmup_steps, self.steps * self.inner_epochs * self.minibatches)
+
+    def plan(self, data: Any = None) -> Plan:
+        """The `Plan` of this run. data: the lengths of its prompts; None: read them."""
+        notes: list[str] = []
+        if data is None:
+            bound = "prompts count as long as completions"
+            data = known(lambda: prompt_lengths(self), notes, bound)
+        return plan_rollouts(self, data, notes, self.VALUES)
+
+
+def prompt_lengths(config):
+    """The lengths of the training prompts of a configuration, in tokens."""
+    tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
+    rows, _ = prompts_and_hash(config.prompts, "train", False, config.prompt_column)
+    return [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]
 
 
 def inference_command(config, method):
@@ -342,6 +362,7 @@ class SampledRollouts:
         check_room(self.stream, policy.model, config.max_new_tokens)
         self.sampler = Sampler(policy.model, config, stage.precision)
         self.inputs = {config.prompts: self.stream.sha256}
+        note_plan(lambda: config.plan([len(ids) for ids in self.stream.ids]))
 
     def at(self, step):
         """This process's part of the rollout of `step`. It depends on (seed, step) and the policy's weights only."""
@@ -372,6 +393,16 @@ class SampledRollouts:
         return rollout
 
 
+def plan_stored(config: Any, groups: list[dict] | None) -> Plan:
+    """The `Plan` of a run on stored groups. groups: None: read them."""
+    notes: list[str] = []
+    if groups is None:
+        tokenizer = known(lambda: load_tokenizer(config.model_name), notes, "no lengths are known")
+        bound = f"groups count as 8 completions that fill max_length = {config.max_length}"
+        groups = tokenizer and known(lambda: load_groups(config.groups, tokenizer, config.max_length)[0], notes, bound)
+    return plan_groups(config, groups, notes)
+
+
 class StoredRollouts:
     """Rollouts from a file of groups; each group comes once per epoch.
 
@@ -397,6 +428,7 @@ class StoredRollouts:
         self.stops = stop_ids(policy.tokenizer)
         self.stored = all(g["logprobs"] for g in groups)
         self.inputs = {config.groups: sha256}
+        note_plan(lambda: config.plan(groups))
         what = "ratios to the stored log-probs"
         if not self.stored:
             what = "no stored log-probs: this is advantage-weighted fine-tuning"

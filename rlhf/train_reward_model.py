@@ -37,6 +37,7 @@ from train.updates import Updates
 @dataclass
 class Config(PairsConfig):
     CONFIG: ClassVar[str] = "configs/reward.yaml"
+    SCORE: ClassVar[bool] = True
     heldout_fraction: float = option(0.15, "share of the prompts kept for accuracy", above=0, below=1)
     margin: bool = option(False, "ask for a difference of chosen_score - rejected_score")
     center_coef: float = option(0.01, "weight of (chosen + rejected)^2, which keeps scores around 0", at_least=0)

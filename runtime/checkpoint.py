@@ -41,6 +41,7 @@ from configs.config import UserError, option, shown
 from runtime.console import clock, command, rank, say
 from runtime.failures import reason
 from runtime.files import sha256_file, synced, write_atomically
+from runtime.plan import Planning
 from runtime.processes import communication_device, gather, largest_over_processes, on_main, several
 from runtime.run import CHECKPOINTS
 from runtime.signals import WISHES
@@ -51,8 +52,8 @@ FILES = ("tensors.safetensors", "state.json")
 
 
 @dataclass
-class Saving(Tracking):
-    """The options of every training script that do not change the results of a run: checkpoints, log, tokens, W&B."""
+class Saving(Planning, Tracking):
+    """The options of every training script that do not change its results: a dry run, checkpoints, log, tokens, W&B."""
 
     verbose: bool = option(False, "print every number of a log line, not only the important ones", identity=False)
     wandb_model: bool = option(False, "also send the trained model to W&B, as an artifact", identity=False)

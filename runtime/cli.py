@@ -10,6 +10,7 @@ from pathlib import Path
 from configs.config import UserError, load_config
 from runtime.console import rank
 from runtime.memory import keep_freed_memory
+from runtime.plan import dry_run
 from runtime.run_folder import check_system, on_refusal, undo_all
 from runtime.spinning import watch_cores
 
@@ -33,7 +34,8 @@ def cli(main, Config, several=False):
             from runtime.rendezvous import new_rendezvous
 
             new_rendezvous()
-        main(config)
+        if not dry_run(config):
+            main(config)
     except UserError as error:
         undo_all()
         if os.environ.get("RANK", "0") != "0":  # rank 0 mostly prints the same; then the launcher ends this process

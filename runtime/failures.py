@@ -15,6 +15,7 @@ from pathlib import Path
 from configs.config import ROOT, shown
 from runtime.console import command
 from runtime.files import in_root
+from runtime.memory import memory_of_machine
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
@@ -66,7 +67,16 @@ def out_of_memory(error, config):
 
 
 def savers(config, sampling=False):
-    """Options that need less memory than the configuration, as on the command line. The largest saving comes first.
+    """The options of `lighter` as they are typed on the command line, each with its meaning."""
+    found = []
+    for key, value, meaning in lighter(config, sampling):
+        words = f"--{key} {str(value).lower() if isinstance(value, bool) else value}"
+        found.append(f"{words}: {meaning}" if meaning else words)
+    return found
+
+
+def lighter(config, sampling=False):
+    """(option, value, meaning): values that need less memory than the configuration's. The largest saving comes first.
 
     sampling: the memory ran out while completions were sampled, so there are no gradients.
     """
@@ -75,22 +85,22 @@ def savers(config, sampling=False):
     if sampling:
         at_once = min(key["sampling_batch_size"], completions_here(key))
         if at_once > 1:
-            found.append(f"--sampling_batch_size {at_once // 2}")
-        return [*found, f"--max_new_tokens {key['max_new_tokens'] // 2}"]
+            found.append(("sampling_batch_size", at_once // 2, ""))
+        return [*found, ("max_new_tokens", key["max_new_tokens"] // 2, "")]
     if key.get("lora_r") == 0:
-        found.append("--lora_r 16: an adapter in place of all weights needs no optimizer state for them")
+        found.append(("lora_r", 16, "an adapter in place of all weights needs no optimizer state for them"))
     if key.get("gradient_checkpointing") is False:
-        found.append("--gradient_checkpointing true: the same steps, activations computed twice")
+        found.append(("gradient_checkpointing", True, "the same steps, activations computed twice"))
     in_a_step = key.get("batch_size") or completions_here(key, key.get("minibatches", 1))
     one_pass = min(key.get("micro_batch_size", 1), in_a_step)
     if one_pass > 1:
-        found.append(f"--micro_batch_size {one_pass // 2}: the same steps")
+        found.append(("micro_batch_size", one_pass // 2, "the same steps"))
     if key.get("precision") == "fp32":
-        found.append("--precision bf16")
+        found.append(("precision", "bf16", ""))
     unused = {"online": "max_length", "offline": "max_new_tokens"}.get(key.get("mode"))
     for name in ("max_length", "max_new_tokens"):
         if key.get(name, 0) > 8 and name != unused:
-            found.append(f"--{name} {key[name] // 2}")
+            found.append((name, key[name] // 2, ""))
     return found
 
 
@@ -109,11 +119,10 @@ def free_memory():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
         return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on the GPU"
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    machine = memory_of_machine()
+    if machine is None:
         return "how much is free is not known here"
-    numbers = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free, total = (int(numbers[name].split()[0]) * 1024 / 1e9 for name in ("MemAvailable", "MemTotal"))
+    free, total = (size / 1e9 for size in machine)
     return f"{free:.1f} of {total:.1f} GB free"
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's settings; mallopt(3)
 # environment of the processes that we start (stages of the demo, benchmarks); the user's own settings override it
@@ -34,3 +35,32 @@ def keep_freed_memory():
     mallopt = ctypes.CDLL(None).mallopt
     no_mappings, no_trimming = mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)
     return bool(no_mappings and no_trimming)
+
+
+def memory_of_machine() -> tuple[int, int] | None:
+    """(available, total) memory of this machine in bytes; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    numbers = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available, total = (int(numbers[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available, total
+
+
+def available_memory(kind: str) -> int | None:
+    """Bytes that are free on this process's device, "cpu" or "cuda"; None where the system does not say."""
+    if kind == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    machine = memory_of_machine()
+    return machine and machine[0]
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process in memory now; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024

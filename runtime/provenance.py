@@ -14,7 +14,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from configs.config import ROOT, names_with
+from configs.config import ROOT, UserError, names_with
 from runtime.files import in_root, sha256_file
 
 
@@ -128,6 +128,25 @@ def git_commit():
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
 
 
+_plans: list = []  # the last one gives the `Plan` of the run; see `note_plan`
+
+
+def note_plan(plan):
+    """Remember a function that gives the `Plan` of the run (runtime/plan.py), for the next manifest."""
+    _plans[:] = [plan]
+
+
+def planned_memory_gb():
+    """{"planned_memory_gb": the planned peak} of the run whose plan was noted, {} without; None: cannot be planned."""
+    if not _plans:
+        return {}
+    try:
+        planned = round(_plans.pop()().peak() / 1e9, 3)
+    except UserError:
+        planned = None
+    return {"planned_memory_gb": planned}
+
+
 _admission: list[tuple[float, dict]] = []  # (time, result) of the checks of models since the last manifest
 
 
@@ -147,6 +166,7 @@ def provenance(seconds):
         "command": shlex.join(["python", *sys.argv]),
         "seconds": round(seconds, 1),
         "peak_memory_gb": round(peak_memory_gb(), 3),
+        **planned_memory_gb(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git_commit(),
         "versions": versions(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,9 +23,12 @@ from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids, 
 from runtime.checkpoint import Saving
 from runtime.console import say
 from runtime.files import in_root
+from runtime.plan import Plan
 from runtime.processes import Processes
 from runtime.progress import Progress
+from runtime.provenance import note_plan
 from train.packed import block_states
+from train.plan import estimated_blocks, known, plan_lm
 from train.updates import check_warmup
 
 
@@ -34,6 +37,8 @@ class LMConfig(ModelOptions, Saving):
     """The options of a language-model run. A script adds its own options."""
 
     CONFIG: ClassVar[str] = "configs/train_base.yaml"
+    AUTOCAST: ClassVar[bool] = True  # `precision`, where it is an option, is that of the matmuls by autocast
+    DDP: ClassVar[bool] = False
     RENAMED: ClassVar[dict] = {
         "accumulation_steps": "batch_size (blocks an optimizer step) and micro_batch_size (blocks in one pass)"
     }
@@ -81,6 +86,14 @@ class LMConfig(ModelOptions, Saving):
                 f"scratch_width = {self.scratch_width} must be a multiple of twice scratch_heads = {self.scratch_heads}"
             )
 
+    def plan(self, data: Any = None) -> Plan:
+        """The `Plan` of this run. data: the number of its training blocks; None: read the data to count them."""
+        notes: list[str] = []
+        if data is None:
+            corpus = known(lambda: load_data(self), notes, "steps are not known, or max_steps")
+            data = corpus and count_blocks(self, corpus, notes)
+        return plan_lm(self, data, notes)
+
 
 class Start:
     """The model and the data of a run: `model`, `tokenizer`, training `blocks` and `heldout` blocks.
@@ -100,6 +113,7 @@ class Start:
         check_router(self.model)
         self.model.eval()
         self.blocks, self.heldout = load_blocks(config, corpus, self.tokenizer)
+        note_plan(lambda: config.plan(len(self.blocks)))
 
 
 def load_data(config):
@@ -130,6 +144,18 @@ def load_blocks(config, corpus, tokenizer):
     if config.eval_blocks:
         heldout = heldout.pick(sorted(epoch_order(len(heldout), 0, 0)[: config.eval_blocks]))
     return blocks, heldout
+
+
+def count_blocks(config, corpus, notes):
+    """The number of training blocks of a corpus: by the model's tokenizer, or by characters where it is not here."""
+    tokenizer = None
+    if config.model_name != "scratch":
+        tokenizer = known(lambda: load_tokenizer(config.model_name), notes, "tokens are counted as 4 characters each")
+    return (
+        len(load_blocks(config, corpus, tokenizer)[0])
+        if tokenizer
+        else estimated_blocks(corpus.train, config.max_length)
+    )
 
 
 def load_start(config, corpus, device):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from train.train_lm_lora import add_lora, refuse_base
 
 @dataclass
 class RealSizeConfig(LMConfig):
+    DDP: ClassVar[bool] = True
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("fp32", "dtype of the matmuls")
     gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them")
     compile: bool = option(False, "fused kernels, on a GPU: the first step takes longer, the others less")

@@ -12,7 +12,7 @@ several times faster.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ from train.train_lm import train
 
 @dataclass
 class Config(LMConfig):
+    AUTOCAST: ClassVar[bool] = False  # the frozen weights have this dtype, and the matmuls theirs
     out: str = "models/lm_lora"
     lora_r: int = option(16, "rank of the adapter", at_least=1)
     lora_alpha: float = option(32.0, "the adapter's output is scaled by lora_alpha / lora_r", above=0)

@@ -12,9 +12,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import grpo, lm, measure, operations, page, run, scaling
-from benchmarks.flops import Cost, Part, row, rows, sampled
 from configs.config import ROOT, UserError, load_config
 from models import device
+from models.flops import Cost, Part, row, rows, sampled
 from models.loader import load_model, load_tokenizer
 from runtime.memory import AT_START
 from runtime.progress import Progress

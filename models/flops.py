@@ -68,15 +68,23 @@ class Cost:
         """The cost of a model by name, with an adapter of rank lora_r on all linear layers of the body."""
         from transformers import AutoModelForCausalLM
 
-        config = model_config(model_name)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return cls.of_model(AutoModelForCausalLM.from_config(model_config(model_name)), lora_r)
+
+    @classmethod
+    def of_model(cls, model, lora_r=0):
+        """The cost of a model without an adapter, which may be on the meta device. Of experts, those that are used."""
+        config = model.config.get_text_config()
         embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         weights = [p for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in embedded]
-        head = model.get_output_embeddings().weight.numel()
+        experts = [p for p in model.base_model.parameters() if p.dim() == 3]
+        used = sum(p.numel() // len(p) for p in experts) * (getattr(config, "num_experts_per_tok", None) or 1)
+        output = model.get_output_embeddings()
+        head = output.weight.numel() if output is not None else 0
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         attention = 4 * config.num_hidden_layers * config.num_attention_heads * size
-        return cls(sum(w.numel() for w in weights), head, attention, sum(lora_r * sum(w.shape) for w in weights))
+        lora = sum(lora_r * sum(w.shape) for w in weights)
+        return cls(sum(w.numel() for w in weights) + used, head, attention, lora)
 
     def forward(self, part):
         """FLOP of a forward pass."""

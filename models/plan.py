@@ -1,0 +1,317 @@
+"""What a model of a configuration needs, without its weights: sizes of its parts, in numbers and in bytes.
+
+The model is built on the meta device, where tensors have shapes and no memory. To learn what a forward pass keeps for
+the backward pass, the model's own layers, those of models/fast/ among them, run on fake tensors of torch, which have a
+device and a dtype, too. So the sizes hold for every architecture that transformers builds, and they follow our layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from configs.config import UserError
+from models.device import PRECISIONS, autocast, pick_device, pick_precision
+from models.fast.attention import use_matmul_attention
+from models.fast.head import HELD, PIECE, hidden_states, unsupported, unwrapped
+from models.fast.layers import use_memory_efficient_layers
+from models.fast.lora import add_adapter
+from models.fetch import EMBEDDED_MODELS
+from models.flops import Cost
+from models.generation import ROOM
+from models.loader import model_config
+from runtime.files import in_root
+from runtime.plan import Part, Target, planned_target
+
+PROBE = 64  # tokens of the rows by which the kept bytes are found
+SHARE = 0.55  # of the fastest matmul, in LM training, DPO, GRPO and sampling: 49 to 64 % (report/benchmarks.md)
+FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model needs. Sizes are in bytes, but for weights, trained and vocabulary, which are numbers."""
+
+    architecture: str
+    weights: int  # of the model and its adapter; a tied weight counts once
+    trained: int
+    frozen_bytes: int  # of the weights that do not train
+    body: int  # weights without an output embedding of their own
+    vocabulary: int  # rows of the output embedding
+    width: int  # of the states that the head reads
+    layers: int
+    state: int  # bytes of one number of the hidden states
+    kept: float  # for the backward pass, by each token
+    cast: float  # for the backward pass, by no token: copies of weights in the dtype of the matmuls
+    cache: int  # keys and values of one token
+    cost: Cost
+
+
+def planned_model(config: Any, scratch: Callable | None = None) -> Any:
+    """The configuration of config.model_name; of the base, if that is an adapter. scratch: makes one for `scratch`.
+
+    Raises UserError for an embedded model that is not here: a dry run fetches nothing.
+    """
+    name = config.model_name
+    if name == "scratch" and scratch:
+        return scratch()
+    if name in EMBEDDED_MODELS and not in_root(f"models/{name}/config.json").is_file():
+        raise UserError(f"{name} is not here, and a dry run fetches nothing. This fetches it: python models/fetch.py")
+    return model_config(name)
+
+
+def build_meta(config: Any, dtype: torch.dtype, lora_r: int = 0, score: bool = False) -> Any:
+    """The model of a configuration as a run trains it, on the meta device: our layers, an adapter of rank lora_r.
+
+    score: with the head of a reward model in place of the language model's.
+    Raises UserError that names the architecture if transformers has no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification if score else AutoModelForCausalLM
+    if score:
+        config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model = use_matmul_attention(use_memory_efficient_layers(kind.from_config(config, dtype=dtype)))
+            if lora_r:
+                task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if score else {"task_type": "CAUSAL_LM"}
+                model = add_adapter(model, lora_r, 2 * lora_r, **task)
+    except UserError:
+        raise
+    except Exception as error:
+        if not unsupported(error):
+            raise
+        raise UserError(f"a {named(config)} cannot be planned: {type(error).__name__}: {str(error)[:200]}") from None
+    return model
+
+
+def named(config: Any) -> str:
+    """The architecture in a configuration, for messages."""
+    return (config.architectures or [type(config).__name__])[0]
+
+
+def sizes(config: Any, precision: str, dtype: torch.dtype, lora_r: int = 0, score: bool = False) -> Sizes:
+    """The `Sizes` of the model of a configuration.
+
+    precision: of the forward passes (their autocast). dtype: of the weights. lora_r, score: see `build_meta`.
+    Raises UserError that names the architecture if it cannot be built or run without data.
+    """
+    model = build_meta(config, dtype, lora_r, score)
+    inner, text = unwrapped(model), config.get_text_config()
+    weights = list(model.parameters())
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    frozen = sum(p.numel() * p.itemsize for p in weights if not p.requires_grad)
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings().weight
+    own = 0 if head is None or head.weight is embedding else head.weight.numel()
+    kept, cast, state, cache = probe(model, precision, named(config))
+    total = sum(p.numel() for p in weights)
+    return Sizes(
+        architecture=named(config),
+        weights=total,
+        trained=trained,
+        frozen_bytes=frozen,
+        body=total - own,
+        vocabulary=len(embedding) if head is None else len(head.weight),
+        width=embedding.shape[1] if head is None else head.weight.shape[1],
+        layers=text.num_hidden_layers,
+        state=state,
+        kept=kept,
+        cast=cast,
+        cache=cache,
+        cost=_cost(config, lora_r),
+    )
+
+
+def _cost(config, lora_r):
+    return Cost.of_model(build_meta(config, torch.bfloat16), lora_r)
+
+
+def probe(model: Any, precision: str, name: str) -> tuple[float, float, int, int]:
+    """(bytes kept by each token, bytes kept by none, bytes of a number of the states, bytes of a token in the cache).
+
+    The layers run on fake tensors. The fused kernel of experts takes bf16 only there: such models are run in bf16, and
+    where a run computes in float32, what they keep counts twice.
+    Raises UserError, by `name`, for layers whose shapes depend on the data.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    experts = any(p.dim() == 3 and len(p) > 1 and "expert" in key for key, p in model.named_parameters())
+    twice = 2 if experts and precision == "fp32" and next(model.parameters()).dtype == torch.float32 else 1
+    if experts:
+        model = model.to(torch.bfloat16)
+    loud = logging.getLogger("torch._subclasses.fake_tensor")
+    level, training = loud.level, model.training
+    loud.setLevel(logging.CRITICAL + 1)  # it logs what is raised
+    try:
+        with FakeTensorMode():
+            fake_weights(model)
+            model.eval()
+            one, states = _kept(model, 1, precision)
+            two, _ = _kept(model, 2, precision)
+            cache = _cache(model)
+    except Exception as error:
+        if not unsupported(error) and not isinstance(error, NotImplementedError):
+            raise
+        raise UserError(f"a {name} cannot be planned: its layers do not run without data ({error})") from None
+    finally:
+        loud.setLevel(level)
+        model.train(training)
+    token = (two - one) / PROBE
+    return token * twice, max(one - token * PROBE, 0.0) * twice, states.dtype.itemsize * twice, cache
+
+
+def fake_weights(model: torch.nn.Module) -> None:
+    """Replace the tensors of a model on the meta device by new ones: fake CPU tensors, under FakeTensorMode."""
+    new: dict[int, Any] = {}
+
+    def replaced(x):
+        if id(x) not in new:
+            y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+            kept = torch.nn.Parameter(y, requires_grad=x.requires_grad) if isinstance(x, torch.nn.Parameter) else y
+            new[id(x)] = kept, x  # x must live as long as its id is a key
+        return new[id(x)][0]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, x in tensors.items():
+                if x is not None:
+                    tensors[key] = replaced(x)
+
+
+def _kept(model, rows, precision):
+    """(bytes of the tensors that a pass over rows of PROBE tokens keeps for the backward pass, its hidden states)."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes(), x
+        return x
+
+    ids = torch.zeros(rows, PROBE, dtype=torch.long)
+    places = torch.arange(PROBE).expand(rows, PROBE)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(torch.device("cpu"), precision):
+        states = hidden_states(model, ids, position_ids=places)
+    return sum(size for size, _ in kept.values()), states
+
+
+@torch.no_grad()
+def _cache(model):
+    """Bytes of the keys and values of one token. 0 for a model without a cache of keys and values."""
+    inner = unwrapped(model)
+    if inner.get_output_embeddings() is None:
+        return 0
+    found = inner(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=True).get("past_key_values")
+    layers = [] if found is None else [vars(layer) for layer in found.layers]
+    pairs = [layer[key] for layer in layers for key in ("keys", "values") if layer.get(key) is not None]
+    return sum(x.numel() * x.itemsize for x in pairs) // 8
+
+
+def training_parts(s: Sizes, name: str, dtype: torch.dtype, processes: int = 1, ddp: bool = False) -> list[Part]:
+    """What the model that trains holds for the whole run: weights, gradients, AdamW's two moments; in bytes.
+
+    ddp: with DistributedDataParallel, whose buckets are a copy of the gradients, with one process too.
+    """
+    parts = []
+    if s.frozen_bytes:
+        parts += [
+            Part(f"{name}: frozen weights, {_kind(dtype)}", s.frozen_bytes, True),
+            Part(f"{name}: adapter, float32", FLOAT * s.trained, True),
+        ]
+    else:
+        parts.append(Part(f"{name}: weights, float32", FLOAT * s.trained, True))
+    parts += [
+        Part("gradients", FLOAT * s.trained, True),
+        Part("optimizer: two moments of AdamW", 2 * FLOAT * s.trained, True),
+    ]
+    if ddp or processes > 1:
+        parts.append(Part("gradients in exchange between processes", FLOAT * s.trained, True))
+    return parts
+
+
+def _kind(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def passes(s: Sizes, tokens: int, width: int, rows: int, checkpointing: bool) -> list[Part]:
+    """The activations of a forward pass with gradients: `tokens` tokens in `rows` rows of `width`, and their mask."""
+    kept = s.kept * tokens
+    if checkpointing:  # what enters each layer, and all of one layer
+        kept = s.layers * s.width * s.state * tokens + kept / s.layers
+    mask = rows * width * width * (1 + s.state)
+    return [Part("activations", kept + s.cast), Part("attention mask", mask)]
+
+
+def logits(s: Sizes, rows: int, kind: str, itemsize: int, trained: bool, entropy: bool = False) -> list[Part]:
+    """What the head needs for `rows` tokens: pieces of the logits, and gradients. See models/fast/head.py.
+
+    kind: of the device. itemsize: bytes of a number in a matmul. trained: whether the head's weight trains.
+    """
+    piece = max(PIECE[kind] // (FLOAT * s.vocabulary), 1)
+    held = max(HELD[kind] // (itemsize * s.vocabulary), piece) if trained else piece
+    size = min(held, rows) * s.vocabulary * itemsize
+    size += min(piece, rows) * s.vocabulary * FLOAT * ((itemsize != FLOAT) + entropy)
+    parts = [Part("logits", size + rows * s.width * itemsize)]
+    if trained:  # that of the head, and that of the embedding if it is the same weight: they are added up
+        parts.append(Part("gradient of the head", s.vocabulary * s.width * (2 * FLOAT + itemsize * (itemsize < FLOAT))))
+    return parts
+
+
+def sampling(s: Sizes, rows: int, prompt: int, new: int, itemsize: int, copy: bool, kind: str) -> list[Part]:
+    """What sampling `rows` completions of `new` tokens at once needs, after prompts of `prompt` tokens.
+
+    copy: whether a copy of the policy with merged weights samples. On a CPU in bf16 the decoder packs all matrices once
+    more. The cache gets memory for ROOM new tokens at once.
+    """
+    parts = []
+    if copy:
+        parts.append(Part("sampler: weights", s.body * itemsize))
+    if copy and (kind == "cuda" or itemsize < FLOAT):
+        parts.append(Part("sampler: matrices in the layout of the decoder", s.body * itemsize))
+    parts.append(Part("KV cache", rows * (prompt + min(new, ROOM)) * s.cache))
+    parts.append(Part("logits of the next tokens", 3 * FLOAT * rows * s.vocabulary))
+    return parts
+
+
+def target(config: Any, processes: int) -> Target:
+    """The `Target` of a dry run of `config`; see `planned_target`."""
+    return planned_target(config, "cpu" if config.dry_run_gb else pick_device().type, processes)
+
+
+def planned_precision(precision: str, to: Target) -> str:
+    """`pick_precision` on the target; a GPU that is not here computes in bf16."""
+    if to.named:
+        return "bf16" if precision == "auto" else precision
+    return pick_precision(precision, pick_device())
+
+
+def pace(s: Sizes, precision: str, to: Target) -> Callable | None:
+    """A function from FLOP to (seconds, how they are known) on this device; None for a device that is not here."""
+    return None if to.named else lambda flops: _seconds(flops, s, PRECISIONS[precision])
+
+
+def _seconds(flops, s, dtype):
+    """FLOP over the measured speed of a matmul of this model's width, at the usual share of it."""
+    device, width = pick_device(), max(s.width, 256)
+    a, b = torch.ones(1024, width, device=device, dtype=dtype), torch.ones(width, 4 * width, device=device, dtype=dtype)
+    seconds, began = [], time.perf_counter()
+    while time.perf_counter() - began < 1 or len(seconds) < 4:
+        clock = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - clock)
+    rate = 2 * a.numel() * b.shape[1] / statistics.median(seconds)
+    return flops / rate / SHARE, f"at {SHARE:.0%} of the {rate / 1e9:,.0f} GFLOP/s of a product of this width here"
+
+
+def in_words(s: Sizes, name: str) -> str:
+    """The model in a few words."""
+    part = "all train" if s.trained == s.weights else f"{s.trained / 1e6:,.2f} M train"
+    return f"{name}: {s.architecture}, {s.weights / 1e6:,.1f} M weights, {part}"

@@ -1,0 +1,217 @@
+"""The plans of the scripts of rlhf/: what `--dry_run true` prints, and what the manifest compares with the peak."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from data.order import step_indices
+from data.pairs import count_steps, pair_length
+from models.admission import MOST_IN_FLOAT32
+from models.device import PRECISIONS, frozen_dtype
+from models.flops import Part as Work
+from models.generation import common_prefix
+from models.loader import model_config
+from models.plan import (
+    FLOAT,
+    Sizes,
+    in_words,
+    logits,
+    pace,
+    passes,
+    planned_model,
+    planned_precision,
+    sampling,
+    sizes,
+    target,
+    training_parts,
+)
+from runtime.files import in_root, read_json
+from runtime.plan import Part, Plan
+
+STEPS = 200  # whose batches are looked at for the largest one
+
+
+class Roles:
+    """The models of a run of rlhf/ on the target: the sizes of the one that trains, and the parts that all hold."""
+
+    def __init__(self, config: Any, score: bool = False):
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        self.config, self.target = config, target(config, processes)
+        self.processes = self.target.processes
+        self.precision = planned_precision(config.precision, self.target)
+        self.itemsize = PRECISIONS[self.precision].itemsize
+        self.dtype = frozen_dtype(self.precision) if config.lora_r else torch.float32
+        self.sizes: Sizes = sizes(planned_model(config), self.precision, self.dtype, config.lora_r, score)
+        name = "reward model" if score else "policy"
+        self.held = training_parts(self.sizes, name, self.dtype, self.processes)
+        if self.processes > 1:  # all gradients end to end, while they are summed: in place of the buckets of DDP
+            assert self.held[-1].name.startswith("gradients in exchange")
+
+    def reference(self) -> Part | None:
+        """The weights of the reference. None with LoRA: it is the base with the adapter disabled."""
+        if self.config.lora_r:
+            return None
+        return Part(f"reference: weights, {self.precision}", self.sizes.weights * self.itemsize, True)
+
+    def checks(self) -> dict[str, list[Part]]:
+        """The float32 copy of the frozen weights, bf16 or fp16, that the checks of a small model make."""
+        small = self.sizes.weights <= MOST_IN_FLOAT32 and self.itemsize < FLOAT
+        copy = Part("weights in float32", FLOAT * self.sizes.body)
+        return {"loading and checks": [copy]} if small else {}
+
+    def passes(self, tokens: int, width: int, rows: int, targets: int, score: bool = False) -> list[Part]:
+        """The parts of one forward and backward pass. targets: tokens through the head."""
+        found = passes(self.sizes, tokens, width, rows, self.config.gradient_checkpointing)
+        if score:
+            return found
+        kind, trained = self.target.kind, not self.config.lora_r
+        return found + logits(self.sizes, targets, kind, self.itemsize, trained, entropy=True)
+
+    def plan(self, steps: str, tokens: str, work: dict[str, list[Part]], notes: list[str], flops: float) -> Plan:
+        return Plan(
+            target=self.target,
+            model=f"{in_words(self.sizes, self.config.model_name)}, {self.precision}",
+            steps=steps,
+            tokens=tokens,
+            held=self.held,
+            work=work,
+            notes=notes,
+            flops=flops,
+            seconds_of=pace(self.sizes, self.precision, self.target),
+        )
+
+
+def plan_pairs(config: Any, train: list[dict] | None, notes: list[str], score: bool = False) -> Plan:
+    """The `Plan` of DPO, or with `score` of the reward model. train: the pairs; None: rows of max_length."""
+    roles = Roles(config, score)
+    mine = math.ceil(config.batch_size / roles.processes)
+    n = min(config.micro_batch_size, mine)
+    if train is None:
+        largest, a_step, steps = (n * 2 * config.max_length, 2 * config.max_length, n), 0.0, config.max_steps
+        mean = 2.0 * config.max_length
+    else:
+        steps = count_steps(config, len(train))
+        chosen = range(1, min(steps, STEPS) + 1)
+        batches = [
+            batch
+            for step in chosen
+            for batch in in_batches([train[i] for i in _indices(train, config, step)][:: roles.processes], n)
+        ]
+        largest = max(map(_extent, batches))
+        mean = sum(map(pair_length, train)) / len(train)
+    tokens, width, _ = largest
+    targets = 2 * tokens // 3 if train is None else tokens
+    work = roles.checks()
+    reference = None if score else roles.reference()
+    if reference and config.precompute_reference:
+        work["log-probs of the reference, before training"] = [reference]
+    elif reference:
+        roles.held.append(reference)
+    work["forward and backward pass"] = roles.passes(tokens, width, n, targets, score)
+    each = config.batch_size * mean
+    part = Work(int(each), int(each * mean / 2), 0 if score else int(each))
+    flops = steps * (roles.sizes.cost.training(part) + (0 if score else roles.sizes.cost.forward(part)))
+    said = f"{steps:,} of {config.batch_size} pairs" if steps else "not known"
+    return roles.plan(said, f"{int(steps * each):,} trained" if steps else "not known", work, notes, flops)
+
+
+def _indices(train, config, step):
+    return step_indices(len(train), config.batch_size, step, config.seed)
+
+
+def in_batches(pairs, size):
+    """Lists of `size` pairs, sorted by length, so that a batch has little padding."""
+    ordered = sorted(pairs, key=pair_length)
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _extent(pairs):
+    """(tokens, longest row, rows) of a batch of pairs; what all prompts begin with counts once."""
+    shared = common_prefix([pair["prompt"] for pair in pairs])
+    lengths = [pair_length(pair) for pair in pairs]
+    return sum(lengths) - shared * (len(pairs) - 1), max(lengths), len(pairs)
+
+
+def plan_rollouts(config: Any, prompts: list[int] | None, notes: list[str], value_head: bool = False) -> Plan:
+    """The `Plan` of PPO or GRPO online. prompts: their lengths in tokens; None: as long as a completion.
+
+    Completions count with max_new_tokens tokens: what is sampled may be shorter.
+    """
+    roles = Roles(config)
+    new, samples = config.max_new_tokens, config.samples_per_prompt
+    prompt = max(prompts) if prompts else new
+    mine = math.ceil(config.prompts_per_step / roles.processes)
+    _other_roles(roles, value_head, notes)
+    rows = math.ceil(mine / config.minibatches) * samples
+    n = min(config.micro_batch_size, rows)
+    groups = math.ceil(n / samples)
+    tokens = groups * prompt + n * new
+    together = max(1, min(config.sampling_batch_size, mine * samples))
+    copy = bool(config.lora_r) or roles.precision != "fp32"
+    s = roles.sizes
+    work = roles.checks()
+    work["sampling"] = sampling(s, together, prompt, new, roles.itemsize, copy, roles.target.kind)
+    width = prompt + min(samples, n) * new
+    work["forward and backward pass"] = roles.passes(tokens, width, groups, n * new)
+    sampled = config.prompts_per_step * samples * new
+    read = config.prompts_per_step * prompt + sampled
+    part = Work(read, sampled * (prompt + new // 2), sampled)
+    forward = 2 if value_head or config.kl_coef else 0  # old log-probs, and those of the reference
+    flops = s.cost.forward(part) * (1 + forward) + s.cost.training(part) * config.inner_epochs
+    updates = config.inner_epochs * config.minibatches
+    said = f"{config.steps:,} rollouts, {updates} update{'s' if updates > 1 else ''} each"
+    notes = [*notes, f"completions count with max_new_tokens = {new}; the sampled ones may be shorter"]
+    tokens_said = f"{config.steps * sampled:,} sampled, {config.steps * read * config.inner_epochs:,} trained, at most"
+    return roles.plan(said, tokens_said, work, notes, config.steps * flops)
+
+
+def plan_groups(config: Any, groups: list[dict] | None, notes: list[str]) -> Plan:
+    """The `Plan` of GRPO offline. groups: those of the file; None: groups of 8 completions, max_length together."""
+    roles = Roles(config)
+    _other_roles(roles, False, notes)
+    extents = [(len(g["prompt"]), [len(c) for c in g["completions"]]) for g in groups or []]
+    extents = extents or [(config.max_length // 2, [config.max_length // 2] * 8)]
+    prompt, longest = max(p for p, _ in extents), max(max(c) for _, c in extents)
+    samples = max(len(c) for _, c in extents)
+    n = min(config.micro_batch_size, math.ceil(config.prompts_per_step / roles.processes) * samples)
+    together = math.ceil(n / samples)
+    work = roles.checks()
+    tokens, width = together * prompt + n * longest, prompt + min(n, samples) * longest
+    work["forward and backward pass"] = roles.passes(tokens, width, together, n * longest)
+    each = config.prompts_per_step * sum(p + sum(c) for p, c in extents) / len(extents)
+    part = Work(int(each), int(each * width / 2), int(each))
+    flops = config.steps * config.inner_epochs * roles.sizes.cost.training(part)
+    said = f"{int(config.steps * config.inner_epochs * each):,} trained, none sampled"
+    return roles.plan(f"{config.steps:,} of {config.prompts_per_step} groups", said, work, notes, flops)
+
+
+def _other_roles(roles, value_head, notes):
+    """Add the parts of reference, reward model and value head to what is held."""
+    reference = roles.reference()
+    if reference:
+        roles.held.append(reference)
+    if roles.config.reward_model:
+        roles.held.append(_reward_model(roles, value_head, notes))
+    if value_head:  # weights, gradients and two moments
+        roles.held.append(Part("value head, with gradients and optimizer", 4 * FLOAT * (roles.sizes.width + 1)))
+
+
+def _reward_model(roles, may_share, notes):
+    """The reward model: a second adapter on the policy's backbone, where PPO can share it, or a float32 model."""
+    name, s = roles.config.reward_model, roles.sizes
+    folder = in_root(name)
+    file = folder / "adapter" / "adapter_config.json"
+    if may_share and roles.config.lora_r and (file.is_file() or not folder.exists()):
+        r = read_json(file).get("r") if file.is_file() else roles.config.lora_r
+        if not folder.exists():
+            notes.append(f"{name} is not here: an adapter of the policy's rank is assumed")
+        return Part("reward model: adapter, float32", FLOAT * s.trained * r / roles.config.lora_r, True)
+    if not folder.exists():
+        notes.append(f"{name} is not here: a model of the policy's size is assumed")
+        return Part("reward model: weights, float32", FLOAT * s.body, True)
+    own = sizes(model_config(name), "fp32", torch.float32, 0, score=True)
+    return Part("reward model: weights, float32", FLOAT * own.weights, True)
