@@ -70,25 +70,17 @@ def build_meta(config: Any, dtype: torch.dtype, lora_r: int = 0, score: bool = F
     """The model of a configuration as a run trains it, on the meta device: our layers, an adapter of rank lora_r.
 
     score: with the head of a reward model in place of the language model's.
-    Raises UserError that names the architecture if transformers has no such model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if score else AutoModelForCausalLM
     if score:
         config.num_labels = 1
-    try:
-        with torch.device("meta"):
-            model = use_matmul_attention(use_memory_efficient_layers(kind.from_config(config, dtype=dtype)))
-            if lora_r:
-                task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if score else {"task_type": "CAUSAL_LM"}
-                model = add_adapter(model, lora_r, 2 * lora_r, **task)
-    except UserError:
-        raise
-    except Exception as error:
-        if not unsupported(error):
-            raise
-        raise UserError(f"a {named(config)} cannot be planned: {type(error).__name__}: {str(error)[:200]}") from None
+    with torch.device("meta"):
+        model = use_matmul_attention(use_memory_efficient_layers(kind.from_config(config, dtype=dtype)))
+        if lora_r:
+            task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if score else {"task_type": "CAUSAL_LM"}
+            model = add_adapter(model, lora_r, 2 * lora_r, **task)
     return model
 
 
@@ -103,6 +95,17 @@ def sizes(config: Any, precision: str, dtype: torch.dtype, lora_r: int = 0, scor
     precision: of the forward passes (their autocast). dtype: of the weights. lora_r, score: see `build_meta`.
     Raises UserError that names the architecture if it cannot be built or run without data.
     """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _sizes(config, precision, dtype, lora_r, score)
+    except Exception as error:
+        if not unsupported(error) and not isinstance(error, NotImplementedError):
+            raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"a {named(config)} cannot be planned: {why}") from None
+
+
+def _sizes(config, precision, dtype, lora_r, score):
     model = build_meta(config, dtype, lora_r, score)
     inner, text = unwrapped(model), config.get_text_config()
     weights = list(model.parameters())
@@ -110,7 +113,7 @@ def sizes(config: Any, precision: str, dtype: torch.dtype, lora_r: int = 0, scor
     frozen = sum(p.numel() * p.itemsize for p in weights if not p.requires_grad)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings().weight
     own = 0 if head is None or head.weight is embedding else head.weight.numel()
-    kept, cast, state, cache = probe(model, precision, named(config))
+    kept, cast, state, cache = probe(model, precision)
     total = sum(p.numel() for p in weights)
     return Sizes(
         architecture=named(config),
@@ -133,12 +136,12 @@ def _cost(config, lora_r):
     return Cost.of_model(build_meta(config, torch.bfloat16), lora_r)
 
 
-def probe(model: Any, precision: str, name: str) -> tuple[float, float, int, int]:
+def probe(model: Any, precision: str) -> tuple[float, float, int, int]:
     """(bytes kept by each token, bytes kept by none, bytes of a number of the states, bytes of a token in the cache).
 
     The layers run on fake tensors. The fused kernel of experts takes bf16 only there: such models are run in bf16, and
-    where a run computes in float32, what they keep counts twice.
-    Raises UserError, by `name`, for layers whose shapes depend on the data.
+    where a run computes in float32, what they keep counts twice. torch raises an error for layers whose shapes depend
+    on the data.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -156,10 +159,6 @@ def probe(model: Any, precision: str, name: str) -> tuple[float, float, int, int
             one, states = _kept(model, 1, precision)
             two, _ = _kept(model, 2, precision)
             cache = _cache(model)
-    except Exception as error:
-        if not unsupported(error) and not isinstance(error, NotImplementedError):
-            raise
-        raise UserError(f"a {name} cannot be planned: its layers do not run without data ({error})") from None
     finally:
         loud.setLevel(level)
         model.train(training)

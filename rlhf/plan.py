@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from data.pairs import count_steps, pair_length
 from models.admission import MOST_IN_FLOAT32
 from models.device import PRECISIONS, frozen_dtype
 from models.flops import Part as Work
+from models.flops import rows, sampled
 from models.generation import common_prefix
 from models.loader import model_config
 from models.plan import (
@@ -91,8 +93,9 @@ def plan_pairs(config: Any, train: list[dict] | None, notes: list[str], score: b
     mine = math.ceil(config.batch_size / roles.processes)
     n = min(config.micro_batch_size, mine)
     if train is None:
-        largest, a_step, steps = (n * 2 * config.max_length, 2 * config.max_length, n), 0.0, config.max_steps
-        mean = 2.0 * config.max_length
+        largest, steps = (n * 2 * config.max_length, 2 * config.max_length, n), config.max_steps
+        each = Work(2 * config.max_length, config.max_length**2, config.max_length)
+        tokens, seen = 2.0 * config.max_length, steps * config.batch_size
     else:
         steps = count_steps(config, len(train))
         chosen = range(1, min(steps, STEPS) + 1)
@@ -102,21 +105,30 @@ def plan_pairs(config: Any, train: list[dict] | None, notes: list[str], score: b
             for batch in in_batches([train[i] for i in _indices(train, config, step)][:: roles.processes], n)
         ]
         largest = max(map(_extent, batches))
-        mean = sum(map(pair_length, train)) / len(train)
-    tokens, width, _ = largest
-    targets = 2 * tokens // 3 if train is None else tokens
+        each = _mean(rows([p["prompt"] for p in train], [[len(p["chosen"]), len(p["rejected"])] for p in train]), train)
+        tokens, seen = sum(map(pair_length, train)) / len(train), min(len(train), steps * config.batch_size)
+    most, width, _ = largest
     work = roles.checks()
     reference = None if score else roles.reference()
     if reference and config.precompute_reference:
         work["log-probs of the reference, before training"] = [reference]
     elif reference:
         roles.held.append(reference)
-    work["forward and backward pass"] = roles.passes(tokens, width, n, targets, score)
-    each = config.batch_size * mean
-    part = Work(int(each), int(each * mean / 2), 0 if score else int(each))
-    flops = steps * (roles.sizes.cost.training(part) + (0 if score else roles.sizes.cost.forward(part)))
+    work["forward and backward pass"] = roles.passes(most, width, n, most, score)
+    trained = steps * config.batch_size
+    cost = roles.sizes.cost
+    if score:
+        flops = trained * cost.training(replace(each, head=0))
+    else:  # the reference's log-probs once a pair, or in each step
+        flops = trained * cost.training(each)
+        flops += (seen if config.precompute_reference else trained) * cost.forward(each)
     said = f"{steps:,} of {config.batch_size} pairs" if steps else "not known"
-    return roles.plan(said, f"{int(steps * each):,} trained" if steps else "not known", work, notes, flops)
+    return roles.plan(said, f"{int(trained * tokens):,} trained" if steps else "not known", work, notes, flops)
+
+
+def _mean(work, items):
+    """The work of one of these items, whose sum is `work`; what they all begin with counts once a batch."""
+    return Work(*(getattr(work, key) // len(items) for key in ("tokens", "pairs", "head")))
 
 
 def _indices(train, config, step):
@@ -136,20 +148,20 @@ def _extent(pairs):
     return sum(lengths) - shared * (len(pairs) - 1), max(lengths), len(pairs)
 
 
-def plan_rollouts(config: Any, prompts: list[int] | None, notes: list[str], value_head: bool = False) -> Plan:
-    """The `Plan` of PPO or GRPO online. prompts: their lengths in tokens; None: as long as a completion.
+def plan_rollouts(config: Any, prompts: list[list[int]] | None, notes: list[str], value_head: bool = False) -> Plan:
+    """The `Plan` of PPO or GRPO online. prompts: their token ids; None: as long as a completion.
 
     Completions count with max_new_tokens tokens: what is sampled may be shorter.
     """
     roles = Roles(config)
     new, samples = config.max_new_tokens, config.samples_per_prompt
-    prompt = max(prompts) if prompts else new
+    ids = prompts or [[i, *[0] * (new - 1)] for i in range(config.prompts_per_step)]
+    prompt, shared = max(map(len, ids)), common_prefix(ids)
     mine = math.ceil(config.prompts_per_step / roles.processes)
     _other_roles(roles, value_head, notes)
-    rows = math.ceil(mine / config.minibatches) * samples
-    n = min(config.micro_batch_size, rows)
+    n = min(config.micro_batch_size, math.ceil(mine / config.minibatches) * samples)
     groups = math.ceil(n / samples)
-    tokens = groups * prompt + n * new
+    tokens = shared + groups * (prompt - shared) + n * new
     together = max(1, min(config.sampling_batch_size, mine * samples))
     copy = bool(config.lora_r) or roles.precision != "fp32"
     s = roles.sizes
@@ -157,15 +169,18 @@ def plan_rollouts(config: Any, prompts: list[int] | None, notes: list[str], valu
     work["sampling"] = sampling(s, together, prompt, new, roles.itemsize, copy, roles.target.kind)
     width = prompt + min(samples, n) * new
     work["forward and backward pass"] = roles.passes(tokens, width, groups, n * new)
-    sampled = config.prompts_per_step * samples * new
-    read = config.prompts_per_step * prompt + sampled
-    part = Work(read, sampled * (prompt + new // 2), sampled)
-    forward = 2 if value_head or config.kl_coef else 0  # old log-probs, and those of the reference
-    flops = s.cost.forward(part) * (1 + forward) + s.cost.training(part) * config.inner_epochs
+    some = [ids[i % len(ids)] for i in range(config.prompts_per_step)]
+    learned = rows(some, [[new] * samples] * len(some))
+    drawn = sampled(some, new, samples)
+    # forward passes before the updates. PPO: old log-probs, reference, scores; GRPO: what its options need of these
+    before = 3 if value_head else (config.inner_epochs * config.minibatches > 1) + bool(config.kl_coef)
+    flops = s.cost.forward(drawn) + s.cost.forward(learned) * before + s.cost.training(learned) * config.inner_epochs
     updates = config.inner_epochs * config.minibatches
     said = f"{config.steps:,} rollouts, {updates} update{'s' if updates > 1 else ''} each"
     notes = [*notes, f"completions count with max_new_tokens = {new}; the sampled ones may be shorter"]
-    tokens_said = f"{config.steps * sampled:,} sampled, {config.steps * read * config.inner_epochs:,} trained, at most"
+    made = config.prompts_per_step * samples * new
+    read = (config.prompts_per_step * prompt + made) * config.inner_epochs
+    tokens_said = f"{config.steps * made:,} sampled, {config.steps * read:,} trained, at most"
     return roles.plan(said, tokens_said, work, notes, config.steps * flops)
 
 
@@ -173,19 +188,20 @@ def plan_groups(config: Any, groups: list[dict] | None, notes: list[str]) -> Pla
     """The `Plan` of GRPO offline. groups: those of the file; None: groups of 8 completions, max_length together."""
     roles = Roles(config)
     _other_roles(roles, False, notes)
-    extents = [(len(g["prompt"]), [len(c) for c in g["completions"]]) for g in groups or []]
-    extents = extents or [(config.max_length // 2, [config.max_length // 2] * 8)]
-    prompt, longest = max(p for p, _ in extents), max(max(c) for _, c in extents)
-    samples = max(len(c) for _, c in extents)
+    half = config.max_length // 2
+    ids = [g["prompt"] for g in groups] if groups else [[i, *[0] * (half - 1)] for i in range(2)]
+    lengths = [[len(c) for c in g["completions"]] for g in groups] if groups else [[half] * 8] * 2
+    prompt, shared, longest = max(map(len, ids)), common_prefix(ids), max(map(max, lengths))
+    samples = max(map(len, lengths))
     n = min(config.micro_batch_size, math.ceil(config.prompts_per_step / roles.processes) * samples)
     together = math.ceil(n / samples)
     work = roles.checks()
-    tokens, width = together * prompt + n * longest, prompt + min(n, samples) * longest
+    tokens, width = shared + together * (prompt - shared) + n * longest, prompt + min(n, samples) * longest
     work["forward and backward pass"] = roles.passes(tokens, width, together, n * longest)
-    each = config.prompts_per_step * sum(p + sum(c) for p, c in extents) / len(extents)
-    part = Work(int(each), int(each * width / 2), int(each))
-    flops = config.steps * config.inner_epochs * roles.sizes.cost.training(part)
-    said = f"{int(config.steps * config.inner_epochs * each):,} trained, none sampled"
+    read = config.steps * config.inner_epochs * config.prompts_per_step
+    flops = read * roles.sizes.cost.training(_mean(rows(ids, lengths), ids))
+    mean = sum(len(p) + sum(c) for p, c in zip(ids, lengths, strict=True)) / len(ids)
+    said = f"{int(read * mean):,} trained, none sampled"
     return roles.plan(f"{config.steps:,} of {config.prompts_per_step} groups", said, work, notes, flops)
 
 

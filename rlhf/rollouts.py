@@ -66,19 +66,19 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
         check_warmup(self.warmup_steps, self.steps * self.inner_epochs * self.minibatches)
 
     def plan(self, data: Any = None) -> Plan:
-        """The `Plan` of this run. data: the lengths of its prompts; None: read them."""
+        """The `Plan` of this run. data: the token ids of its prompts; None: read them."""
         notes: list[str] = []
         if data is None:
             bound = "prompts count as long as completions"
-            data = known(lambda: prompt_lengths(self), notes, bound)
+            data = known(lambda: training_prompts(self), notes, bound)
         return plan_rollouts(self, data, notes, self.VALUES)
 
 
-def prompt_lengths(config):
-    """The lengths of the training prompts of a configuration, in tokens."""
+def training_prompts(config):
+    """The token ids of the training prompts of a configuration."""
     tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     rows, _ = prompts_and_hash(config.prompts, "train", False, config.prompt_column)
-    return [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]
+    return [prompt_ids(tokenizer, row["prompt"]) for row in rows]
 
 
 def inference_command(config, method):
@@ -362,7 +362,7 @@ class SampledRollouts:
         check_room(self.stream, policy.model, config.max_new_tokens)
         self.sampler = Sampler(policy.model, config, stage.precision)
         self.inputs = {config.prompts: self.stream.sha256}
-        note_plan(lambda: config.plan([len(ids) for ids in self.stream.ids]))
+        note_plan(lambda: config.plan(self.stream.ids))
 
     def at(self, step):
         """This process's part of the rollout of `step`. It depends on (seed, step) and the policy's weights only."""

@@ -169,6 +169,8 @@ def _gb(size):
 
 
 def _time(plan):
+    if not plan.flops:
+        return "not known, because the steps are not"
     if plan.seconds_of is None:
         return f"{plan.flops:.1e} FLOP in matrix products; how long they take is not known, the device is not here"
     seconds, how = plan.seconds_of(plan.flops / plan.target.processes)

@@ -128,23 +128,18 @@ def git_commit():
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
 
 
-_plans: list = []  # the last one gives the `Plan` of the run; see `note_plan`
+_planned: dict = {}  # {"planned_memory_gb": the planned peak of the run that goes on}
 
 
 def note_plan(plan):
-    """Remember a function that gives the `Plan` of the run (runtime/plan.py), for the next manifest."""
-    _plans[:] = [plan]
+    """Call `plan`, which gives the `Plan` of the run (runtime/plan.py), and remember its peak for the next manifest.
 
-
-def planned_memory_gb():
-    """{"planned_memory_gb": the planned peak} of the run whose plan was noted, {} without; None: cannot be planned."""
-    if not _plans:
-        return {}
+    It is None for a model that cannot be planned, which may well be trained.
+    """
     try:
-        planned = round(_plans.pop()().peak() / 1e9, 3)
+        _planned["planned_memory_gb"] = round(plan().peak() / 1e9, 3)
     except UserError:
-        planned = None
-    return {"planned_memory_gb": planned}
+        _planned["planned_memory_gb"] = None
 
 
 _admission: list[tuple[float, dict]] = []  # (time, result) of the checks of models since the last manifest
@@ -161,12 +156,14 @@ def provenance(seconds):
     The results of the checks of models in this time are among them. Those of earlier work that failed are not.
     """
     checks = [result for when, result in _admission if when >= time.time() - seconds]
+    planned = dict(_planned)
+    _planned.clear()
     _admission.clear()
     return {
         "command": shlex.join(["python", *sys.argv]),
         "seconds": round(seconds, 1),
         "peak_memory_gb": round(peak_memory_gb(), 3),
-        **planned_memory_gb(),
+        **planned,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git_commit(),
         "versions": versions(),
