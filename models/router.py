@@ -81,9 +81,11 @@ class RouterLoss:
 
     total: the sum over the rows of the last measured pass of weight * auxiliary loss, a scalar with gradients. 0.0 if
     the configuration asks for no such loss. Passes without gradients do not change it.
+    term: coefficient * total, to be added to a sum of losses.
     """
 
     total: Any = 0.0
+    term: Any = 0.0
 
     def __init__(self, model: torch.nn.Module):
         self._model: Any = weakref.ref(model)
@@ -93,11 +95,6 @@ class RouterLoss:
     def coefficient(self) -> float:
         """By the model's configuration; 0.0 if it asks for none."""
         return auxiliary_coefficient(self._model())
-
-    @property
-    def term(self) -> Any:
-        """coefficient * total: what the last measured pass adds to a sum of losses."""
-        return self.coefficient * self.total
 
     @property
     def value(self) -> torch.Tensor:
@@ -114,7 +111,7 @@ class RouterLoss:
         """A context for one forward pass. Without gradients, or if no loss is asked for, nothing is kept."""
         self._passes = []
         if torch.is_grad_enabled():
-            self.total = 0.0
+            self.total = self.term = 0.0
         if not (torch.is_grad_enabled() and self.coefficient):
             yield
             return
@@ -127,7 +124,7 @@ class RouterLoss:
     def measure(
         self, real: torch.Tensor, weight: torch.Tensor, at: torch.Tensor | None = None, tokens: int | None = None
     ) -> None:
-        """Set `total` from the pass that was watched.
+        """Set `total` and `term` from the pass that was watched.
 
         real, at: as of `load_balancing_losses`. weight: (B,), of the rows. tokens: of the pass; default B * T.
         Raises UserError if the pass does not give the router's logits of these tokens.
@@ -142,6 +139,7 @@ class RouterLoss:
                 "without it"
             )
         self.total = (load_balancing_losses(logits, top_k, real, at) * weight).sum()
+        self.term = self.coefficient * self.total
 
     def beside(self, loss: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The loss of the pass with the same value. Its gradients are those of the loss + `term`.
@@ -180,7 +178,7 @@ def check_router(model: Any) -> None:
     with torch.enable_grad(), router.watching():
         hidden_states(model, ids)
     router.measure(torch.ones_like(ids).bool(), torch.ones(1, device=ids.device))
-    router.total = 0.0
+    router.total = router.term = 0.0
 
 
 @contextlib.contextmanager
