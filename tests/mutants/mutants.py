@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         "token-mean", "DPO's loss is divided by the micro-batch", "rlhf/dpo_train.py",
-        "losses.sum() / config.batch_size", "losses.mean()",
+        "(losses.sum() + policy.router.term / 2) / config.batch_size", "losses.mean()",
         (f"{MICRO_BATCHES}[dpo]", f"{ORACLES}20_steps_of_dpo_have_the_losses_of_trls_dpo_trainer"),
     ),
     Mutant(
@@ -166,8 +166,7 @@ MUTANTS = [
     ),
     Mutant(
         "token-mean-ranks", "GRPO divides by the tokens of its own process", "rlhf/rollouts.py",
-        "processes.sum(torch.tensor(mine, dtype=torch.float32, device=device)).tolist()",
-        "torch.tensor(mine, dtype=torch.float32, device=device).tolist()",
+        "processes.sum(mine).tolist()", "mine.tolist()",
         (f"{UNEVEN}[grpo]",),
     ),
     Mutant(
@@ -783,7 +782,7 @@ MUTANTS = [
     # DPO
     Mutant(
         "dpo-ln-2", "dropout stays on", "rlhf/policy.py",
-        "    disable_dropout(model)\n    if aux", "    if aux",
+        "    disable_dropout(model)\n    if config", "    if config",
         (f"{TRAINERS}the_first_dpo_loss_is_ln_2_exactly_with_dropout_in_the_config",),
     ),
     Mutant(
