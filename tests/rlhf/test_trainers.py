@@ -517,3 +517,13 @@ def test_the_offline_gradient_is_that_of_the_online_step_on_the_same_data(train,
     sgd.clear()
     train("offline", out="offline", groups=tmp_path / "same.jsonl", **shape)
     close(flat(sgd), online, atol=1e-5, rtol=0)
+
+
+def test_offline_the_file_says_which_completions_were_cut(train, groups, tmp_path):
+    rows = [json.loads(line) for line in groups.read_text().splitlines()]
+    ends = [sum(ids[-1] != 2 for ids in row["completion_ids"]) for row in rows]
+    for name, reasons, cut in (("ids", None, sum(ends) / 12), ("file", ["length", "stop", "length"], 2 / 3)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({**row, "finish_reasons": reasons}) + "\n" for row in rows))
+        _, [line] = train("offline", out=name, groups=path, steps=1, prompts_per_step=4)
+        assert line["clipped_ratio"] == pytest.approx(cut)
