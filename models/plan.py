@@ -18,7 +18,7 @@ import torch
 
 from configs.config import UserError
 from models.device import PRECISIONS, autocast, pick_device, pick_precision
-from models.fast.attention import use_matmul_attention
+from models.fast.attention import causal_mask, use_matmul_attention
 from models.fast.head import HELD, PIECE, hidden_states, unsupported, unwrapped
 from models.fast.layers import use_memory_efficient_layers
 from models.fast.lora import add_adapter
@@ -42,7 +42,6 @@ class Sizes:
     weights: int  # of the model and its adapter; a tied weight counts once
     trained: int
     frozen_bytes: int  # of the weights that do not train
-    body: int  # weights without an output embedding of their own
     vocabulary: int  # rows of the output embedding
     width: int  # of the states that the head reads
     layers: int
@@ -51,6 +50,11 @@ class Sizes:
     cast: float  # for the backward pass, by no token: copies of weights in the dtype of the matmuls
     cache: int  # keys and values of one token
     cost: Cost
+
+    @property
+    def base(self) -> int:
+        """The number of weights without the adapter."""
+        return self.weights - (self.trained if self.frozen_bytes else 0)
 
 
 def planned_model(config: Any, scratch: Callable | None = None) -> Any:
@@ -112,15 +116,12 @@ def _sizes(config, precision, dtype, lora_r, score):
     trained = sum(p.numel() for p in weights if p.requires_grad)
     frozen = sum(p.numel() * p.itemsize for p in weights if not p.requires_grad)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings().weight
-    own = 0 if head is None or head.weight is embedding else head.weight.numel()
     kept, cast, state, cache = probe(model, precision)
-    total = sum(p.numel() for p in weights)
     return Sizes(
         architecture=named(config),
-        weights=total,
+        weights=sum(p.numel() for p in weights),
         trained=trained,
         frozen_bytes=frozen,
-        body=total - own,
         vocabulary=len(embedding) if head is None else len(head.weight),
         width=embedding.shape[1] if head is None else head.weight.shape[1],
         layers=text.num_hidden_layers,
@@ -152,6 +153,7 @@ def probe(model: Any, precision: str) -> tuple[float, float, int, int]:
     loud = logging.getLogger("torch._subclasses.fake_tensor")
     level, training = loud.level, model.training
     loud.setLevel(logging.CRITICAL + 1)  # it logs what is raised
+    causal_mask.cache_clear()
     try:
         with FakeTensorMode():
             fake_weights(model)
@@ -160,6 +162,7 @@ def probe(model: Any, precision: str) -> tuple[float, float, int, int]:
             two, _ = _kept(model, 2, precision)
             cache = _cache(model)
     finally:
+        causal_mask.cache_clear()  # the mask that it remembers is fake
         loud.setLevel(level)
         model.train(training)
     token = (two - one) / PROBE
@@ -272,9 +275,9 @@ def sampling(s: Sizes, rows: int, prompt: int, new: int, itemsize: int, copy: bo
     """
     parts = []
     if copy:
-        parts.append(Part("sampler: weights", s.body * itemsize))
+        parts.append(Part("sampler: weights", s.base * itemsize))
     if copy and (kind == "cuda" or itemsize < FLOAT):
-        parts.append(Part("sampler: matrices in the layout of the decoder", s.body * itemsize))
+        parts.append(Part("sampler: matrices in the layout of the decoder", s.base * itemsize))
     parts.append(Part("KV cache", rows * (prompt + min(new, ROOM)) * s.cache))
     parts.append(Part("logits of the next tokens", 3 * FLOAT * rows * s.vocabulary))
     return parts

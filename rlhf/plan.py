@@ -57,12 +57,12 @@ class Roles:
         """The weights of the reference. None with LoRA: it is the base with the adapter disabled."""
         if self.config.lora_r:
             return None
-        return Part(f"reference: weights, {self.precision}", self.sizes.weights * self.itemsize, True)
+        return Part(f"reference: weights, {self.precision}", self.sizes.base * self.itemsize, True)
 
     def checks(self) -> dict[str, list[Part]]:
         """The float32 copy of the frozen weights, bf16 or fp16, that the checks of a small model make."""
         small = self.sizes.weights <= MOST_IN_FLOAT32 and self.itemsize < FLOAT
-        copy = Part("weights in float32", FLOAT * self.sizes.body)
+        copy = Part("weights in float32", FLOAT * self.sizes.base)
         return {"loading and checks": [copy]} if small else {}
 
     def passes(self, tokens: int, width: int, rows: int, targets: int, score: bool = False) -> list[Part]:
@@ -228,6 +228,6 @@ def _reward_model(roles, may_share, notes):
         return Part("reward model: adapter, float32", FLOAT * s.trained * r / roles.config.lora_r, True)
     if not folder.exists():
         notes.append(f"{name} is not here: a model of the policy's size is assumed")
-        return Part("reward model: weights, float32", FLOAT * s.body, True)
+        return Part("reward model: weights, float32", FLOAT * s.base, True)
     own = sizes(model_config(name), "fp32", torch.float32, 0, score=True)
     return Part("reward model: weights, float32", FLOAT * own.weights, True)

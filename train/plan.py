@@ -49,7 +49,7 @@ def plan_lm(config: Any, blocks: int | None, notes: list[str]) -> Plan:
     tokens, itemsize = rows * config.max_length, PRECISIONS[precision].itemsize
     loading = []
     if lora_r:  # it is loaded in float32; the check of a small model makes it float32 once more
-        whole = FLOAT * (s.weights - s.trained)
+        whole = FLOAT * s.base
         again = whole if s.weights <= MOST_IN_FLOAT32 and dtype != torch.float32 else 0
         loading.append(Part("weights in float32", whole + again if to.kind == "cpu" else whole))
     in_passes = passes(s, tokens, config.max_length, rows, checkpointing)
