@@ -2,8 +2,9 @@
 
 A check is a pure function of the text of a completion and its arguments. It uses no tokenizer, network or model. In a
 prompt file a check is `{"name": "max_words", "n": 12}`; CHECKS maps each name to its function. A gate is a check that
-the instruction takes for granted: without it the score is 0. GATES maps their names; they read the prompt, too. `score`
-is the gold score of a completion. With `--reward module:function`, a reward function of the user replaces it.
+the instruction takes for granted: without it the score is 0. GATES maps their names; they read the prompt, too. A
+verifier, of data/procedural.py, gives the whole score of its prompt. `score` is the gold score of a completion. With
+`--reward module:function`, a reward function of the user replaces it.
 
 Before a check reads a completion, white space at both ends is dropped and curly quotes become straight quotes.
 """
@@ -18,6 +19,7 @@ from collections import Counter
 from fractions import Fraction
 
 from configs.config import ROOT
+from data.procedural import verified
 from data.rows import text_of
 
 QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "\u00a0": " "})
@@ -343,6 +345,9 @@ def real_answer(text: str, prompt: str, stems: list[str], n: int) -> bool:
 GATES = {function.__name__: function for function in (real_answer,)}
 
 
+VERIFIERS = {function.__name__: function for function in (verified,)}  # each gives the whole score of its prompt
+
+
 def asked_checks(checks: list[dict]) -> list[dict]:
     """The checks that the instruction asks for: those that are no gates."""
     return [check for check in checks if check["name"] not in GATES]
@@ -374,9 +379,15 @@ def is_degenerate(text: str) -> bool:
     return any(len(loop.group()) >= len(clean(text)) / 2 for loop in re.finditer(r"(\S{1,12}?)\1{7,}", clean(text)))
 
 
+def arguments_of(check: dict) -> dict:
+    return {key: value for key, value in check.items() if key != "name"}
+
+
 def call_check(text: str, check: dict, prompt: str | list[dict] = "") -> bool:
     """Whether one completion of a prompt passes one check. A completion without a word passes no check."""
-    arguments = {key: value for key, value in check.items() if key != "name"}
+    arguments = arguments_of(check)
+    if check["name"] in VERIFIERS:
+        return VERIFIERS[check["name"]](text, **arguments) == 1.0
     if check["name"] in GATES:
         return bool(words(text)) and GATES[check["name"]](text, text_of(prompt), **arguments)
     return bool(words(text)) and CHECKS[check["name"]](text, **arguments)
@@ -388,14 +399,17 @@ def passed(text: str, checks: list[dict], prompt: str | list[dict] = "") -> list
 
 
 def score(text: str, checks: list[dict], prompt: str | list[dict] = "") -> float:
-    """The gold score: the share of checks passed, in [0, 1], of those that are no gates.
+    """The gold score: the share of checks passed, in [0, 1], of those that are no gates; or what a verifier gives.
 
-    0.0 for a completion that has no word, that loops, or that does not pass a gate. The prompt (a text, or a list of
-    messages) is read by gates only.
+    Without a verifier, 0.0 for a completion that has no word, that loops, or that does not pass a gate. The prompt (a
+    text, or a list of messages) is read by gates only.
     Raises ValueError if there are no checks.
     """
     if not checks:
         raise ValueError("score needs at least one check, got none")
+    for check in checks:
+        if check["name"] in VERIFIERS:
+            return VERIFIERS[check["name"]](text, **arguments_of(check))
     gates = [check for check in checks if check["name"] in GATES]
     if is_degenerate(text) or not all(passed(text, gates, prompt)):
         return 0.0

@@ -1,4 +1,4 @@
-"""Prompts from a file, a folder, the hub or standard input.
+"""Prompts from a file, a folder, the hub, standard input, or a program that makes them (data/procedural.py).
 
 `.json` in the form of data/prompts.json, lines of text, or rows with columns (JSONL, CSV, Parquet, ...): data/rows.py.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from configs.config import UserError, option
 from data.checks import CHECKS, GATES, words
 from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
+from data.procedural import is_procedural, procedural_rows
 from data.rows import in_one_form, kind_of_file, read_rows, refuse_beyond, text_of
 from runtime.console import quiet_libraries
 from runtime.files import in_root, sha256_file
@@ -37,8 +38,9 @@ def read_prompts(
 ) -> list[dict]:
     """Prompts as dicts with at least "prompt" (a text, or a list of messages), in file order.
 
-    source: a `.json` file in the form of data/prompts.json (its rows with this split), rows that `read_rows` takes, any
-    other file with one prompt a line, or `-`: standard input, lines or JSONL. Blank lines are skipped.
+    source: a task of data/procedural.py or a `.json` file in the form of data/prompts.json (the rows with this split),
+    rows that `read_rows` takes, any other file with one prompt a line, or `-`: standard input, lines or JSONL. Blank
+    lines are skipped.
     column: the column that holds the prompt, in place of "prompt". The other columns stay in the dicts.
     Raises UserError that names the file and the line: for a bad row, for a column that is not there, for no prompts,
     and for missing checks if `need_checks`.
@@ -53,6 +55,11 @@ def prompts_and_hash(
     name, path = str(source), in_root(source)
     if name == "-":
         return parse_prompts(sys.stdin.buffer.read(), "standard input", need_checks, column=column), ""
+    if is_procedural(name):
+        if column != "prompt":
+            raise UserError(f"prompt_column = {column!r}: {name} makes its prompts, and has no columns")
+        made, digest = procedural_rows(name)
+        return [row for row in made if split in (None, row["split"])], digest
     if path.is_file() and (path.suffix in (".json", ".jsonl") or not kind_of_file(path)):
         return _from_bytes(path, name, split, need_checks, column), sha256_file(path)
     if not path.exists() and (kind_of_file(path) or path.suffix == ".txt" or not HUB.fullmatch(name)):

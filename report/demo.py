@@ -45,12 +45,24 @@ class Config:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. made: a file; if it exists, the stage was finished before."""
+    """One command. made: a file; if it exists, the stage was finished before.
+
+    name: its key in MEASURED. share: its work as a share of the demo's stage of this name.
+    """
 
     name: str
     title: str
     command: tuple[str, ...]
     made: str
+    share: float = 1.0
+
+    @property
+    def seconds(self):
+        """On the machine of MEASURED."""
+        return MEASURED[self.name] * self.share
+
+
+FETCH = Stage("fetch", "the pretrained model and the text", ("models/fetch.py",), "models/smollm2-135m/config.json")
 
 
 def stages(smoke=False):
@@ -68,9 +80,8 @@ def stages(smoke=False):
 
     short = () if smoke else ("--max_steps", "4", "--eval_blocks", "8")
     lm = (*short, "--out", "models/smoke/lm" if smoke else "models/lm_demo")
-    fetch = Stage("fetch", "the pretrained model and the text", ("models/fetch.py",), "models/smollm2-135m/config.json")
     return [
-        *([] if smoke else [fetch]),  # a tiny model is built where it is needed
+        *([] if smoke else [FETCH]),  # a tiny model is built where it is needed
         stage("preferences", "preference pairs", "data/generate_preferences.py", "preferences",
               f"{data}/preferences.manifest.json"),
         stage("groups", "groups with several rejections", "data/generate_preferences_multi.py", "preferences_multi",
@@ -101,8 +112,8 @@ def first_pace():
 
 
 def seconds_left(todo, pace):
-    """The seconds that these stages will take: the measured seconds times `pace`, or DONE_SECONDS if it is done."""
-    return sum(DONE_SECONDS if s.made and in_root(s.made).is_file() else MEASURED[s.name] * pace for s in todo)
+    """The seconds that these stages will take: their `seconds` times `pace`, or DONE_SECONDS if it is done."""
+    return sum(DONE_SECONDS if s.made and in_root(s.made).is_file() else s.seconds * pace for s in todo)
 
 
 def run_stage(stage):
@@ -148,7 +159,7 @@ def run_all(todo, again, pace=1.0):
                 f"What was finished stays. To go on from there: {again}"
             )
         if not already:
-            spent, expected = spent + time.time() - clock, expected + MEASURED[stage.name]
+            spent, expected = spent + time.time() - clock, expected + stage.seconds
     say(f"\nall {len(todo)} stages in {duration(time.time() - started)}")
 
 

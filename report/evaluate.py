@@ -57,11 +57,12 @@ from rlhf.utils import completion_logprobs, kl_estimate, score_completions
 from runtime.cli import cli
 from runtime.console import fold, quiet_libraries, say
 from runtime.files import in_root, read_json, sha256_file, write_atomically
-from runtime.provenance import code_read, provenance, sha256_files
+from runtime.provenance import JUDGES, code_read, provenance, sha256_files
 from runtime.run_folder import check_place
 from train.common import evaluate_lm
 
 BLOCKS_AT_ONCE = 8
+FORM = 2  # of a measurement: one of an earlier form is measured again
 
 
 @dataclass
@@ -159,10 +160,10 @@ def identity(config):
         "base": files_hash(config.base),
         "reward_model": files_hash(config.reward_model) if there else None,
         "prompts": prompts[:16],
-        "checks": sha256_files([ROOT / "data" / name for name in ("checks.py", "words.txt")], ROOT)[:16],
+        "checks": sha256_files([ROOT / "data" / name for name in JUDGES], ROOT)[:16],
         **code_read(config),
     }
-    return {"config": settings, "hashes": hashes}
+    return {"config": settings, "hashes": hashes, "form": FORM}
 
 
 def evaluate(config):
@@ -252,20 +253,19 @@ def evaluate(config):
     del model
     seconds["text"] = time.time() - clock
     clock = time.time()
-    if config.best_of > 1:
-        kls = [None] * len(completions)
-    elif who["hashes"]["model"] == who["hashes"]["base"]:
-        kls = [0.0] * len(completions)
-    else:
+    base_logprobs = generation.logprobs
+    if who["hashes"]["model"] != who["hashes"]["base"]:
         rows = (questions, completions, tokenizer.pad_token_id, config.temperature)
-        kls = completion_kls(generation.logprobs, config.base, dtype, *rows)
+        base_logprobs = logprobs_of(config.base, dtype, *rows)
+    kls = [None] * len(completions) if config.best_of > 1 else completion_kls(generation.logprobs, base_logprobs)
     seconds["kl"] = time.time() - clock
 
     # 4. the gold score (None: the reward functions give none), the checks, and the summary
     clock = time.time()
     rows = [row for row in prompts for _ in range(per_prompt)]
     answers, left_out = judged(tokenizer, rows, generation, reward, per_prompt)
-    answers = [{**answer, "proxy": x, "kl": kl} for answer, x, kl in zip(answers, scores, kls)]
+    nats = [-math.fsum(logprobs) for logprobs in base_logprobs]
+    answers = [{**a, "proxy": x, "kl": kl, "base_nats": y} for a, x, kl, y in zip(answers, scores, kls, nats)]
     firsts = judged(tokenizer, prompts, greedy, reward, 1)[0] if greedy else []
     seconds["rewards"] = time.time() - clock
     if config.best_of > 1:
@@ -353,14 +353,18 @@ def judged(tokenizer, rows, generation, reward, per_prompt):
     return answers, left_out
 
 
-def completion_kls(logprobs, base, dtype, questions, completions, pad_id, temperature):
+def logprobs_of(base, dtype, questions, completions, pad_id, temperature):
+    """The log-probs of each token of the completions under the base, in nats: one list per completion."""
+    reference = known_as(load_model(base, dtype=dtype, device=pick_device(), merge_adapter=True), "reference")
+    return completion_logprobs(reference, questions, completions, pad_id, temperature)
+
+
+def completion_kls(logprobs, base_logprobs):
     """k1 of each completion, log pi(completion) - log base(completion), in nats: an unbiased estimate of the KL.
 
-    logprobs: the sampler's log-probs, one list per completion.
+    logprobs: the sampler's log-probs, one list per completion; base_logprobs: those of the base.
     """
-    reference = known_as(load_model(base, dtype=dtype, device=pick_device(), merge_adapter=True), "reference")
-    ref_logprobs = completion_logprobs(reference, questions, completions, pad_id, temperature)
-    pairs = zip(logprobs, ref_logprobs)
+    pairs = zip(logprobs, base_logprobs)
     return [kl_estimate(torch.tensor(p), torch.tensor(q), "k1").double().sum().item() for p, q in pairs]
 
 
@@ -395,6 +399,7 @@ def show(config, result):
     se = f"  (standard error {m['kl']['se']:.3f})" if m["kl"]["se"] is not None else ""
     per_token = f", {m['kl_per_token']:.4f} a token" if m["kl_per_token"] is not None else ""
     say(f"  KL to the base       {plus_minus(m['kl'])} nats per sequence{per_token}{se}{bound}")
+    say(f"  fluency              {m['fluency']:.3f} nats per token of the completions under the base")
     say(
         f"  ended by itself      {m['finish_stop']:.0%} of completions; {m['tokens']:.1f} tokens long; "
         f"{m['looping']:.1%} loop"

@@ -6,6 +6,8 @@ import itertools
 import math
 import statistics
 
+import numpy as np
+
 from data.checks import is_degenerate, words
 from runtime.means import interval
 
@@ -57,10 +59,12 @@ def summarise(answers, unseen, best_of=1, greedy=()):
     """The summary of a list of completions, as a dict of numbers and of `interval`s.
 
     answers: completions as dicts {"id" (of the prompt), "text", "gold" or None, "proxy" or None, "kl" or None (nats),
-    "tokens", "finish_reason", "checks" (a list of [type, passed])}. unseen: types that occur in no training prompt.
+    "base_nats" (of the completion under the base), "tokens", "finish_reason", "checks" (a list of [type, passed])}.
+    unseen: types that occur in no training prompt.
     best_of: each completion is the best of so many; if it is above 1, "kl" is the upper bound `best_of_kl`.
     greedy: the greedy completions; their gold score is "greedy", None without them.
-    Gold, proxy and KL are means per completion with intervals; kl_per_token is in nats per token.
+    Gold, proxy and KL are means per completion with intervals; kl_per_token is in nats per token. So is "fluency": the
+    completions under the base.
     """
     by_check = {}
     for answer in answers:
@@ -82,12 +86,44 @@ def summarise(answers, unseen, best_of=1, greedy=()):
         "proxy": clustered(answers, lambda a: a["proxy"]) if have_proxy else None,
         "kl": kl,
         "kl_per_token": sum(a["kl"] for a in answers) / sum(a["tokens"] for a in answers) if have_kl else None,
+        "fluency": sum(a["base_nats"] for a in answers) / sum(a["tokens"] for a in answers),
         "finish_stop": statistics.fmean(a["finish_reason"] == "stop" for a in answers),
         "tokens": statistics.fmean(a["tokens"] for a in answers),
         "looping": statistics.fmean(is_degenerate(text) for text in texts),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
     }
+
+
+def bootstrap_means(by_seed, draws=2000, seed=0):
+    """{method: (draws,) means} of bootstrap draws over seeds and prompts, for the order of methods.
+
+    by_seed: {method: [{prompt id: mean score} of each seed]}. A draw takes the same prompts, with replacement, for all
+    methods, and for each method as many of its seeds as there are, with replacement.
+    """
+    rng = np.random.default_rng(seed)
+    names = sorted(set.intersection(*(set(means) for runs in by_seed.values() for means in runs)))
+    counts = rng.multinomial(len(names), [1 / len(names)] * len(names), size=draws) / len(names)  # (draws, prompts)
+    found = {}
+    for method, runs in by_seed.items():
+        scores = np.array([[means[name] for name in names] for means in runs])  # (seeds, prompts)
+        weights = rng.multinomial(len(runs), [1 / len(runs)] * len(runs), size=draws) / len(runs)  # (draws, seeds)
+        found[method] = (counts @ scores.T * weights).sum(1)
+    return found
+
+
+def share_above(a, b):
+    """The share of draws in which a is above b; equal ones count half."""
+    return float(np.mean(a > b) + np.mean(a == b) / 2)
+
+
+def parts(points, count=12):
+    """[(mean of x, `interval` of y)] of (x, y) points in `count` equal parts by x; of fewer if there are few points."""
+    points = sorted(points)
+    many = min(count, max(1, len(points) // 2))
+    cuts = [len(points) * i // many for i in range(many + 1)]
+    found = (points[a:b] for a, b in zip(cuts, cuts[1:]))
+    return [(statistics.fmean(x for x, _ in part), interval([y for _, y in part])) for part in found if part]
 
 
 def pair_accuracy(answers):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import statistics
 import sys
 from collections import Counter
 
+from configs.config import ROOT
+from data.prompts import TASKS
 from data.rows import text_of
 from models.fetch import EMBEDDED_MODELS
-from report.intervals import number_or_dash, plus_minus
+from report.intervals import interval, number_or_dash, plus_minus
 from report.plots import checks_figure, curves_figure, gold_is, scores_figure
 from report.sentences import (
     checks_sentence,
     cost_sentence,
     curves_sentence,
+    fluency_sentence,
     gain,
     greedy_sentence,
     headline,
@@ -24,13 +28,14 @@ from report.sentences import (
     reward_sentence,
     split_base,
 )
+from report.targets import missed_sentence, targets
 from runtime.console import duration, fold
-from runtime.files import in_root, write_atomically
+from runtime.files import in_root, read_manifest, write_atomically
 from runtime.provenance import git_commit, machine, versions
 
 COLUMNS = (
     "method", "gold", "greedy", "gain on base", "unseen types", "proxy", "KL, nats/sequence", "KL/token", "ended",
-    "tokens", "distinct-2", "text, nats/token", "training", "before it", "memory, GB",
+    "tokens", "fluency", "distinct-2", "text, nats/token", "training", "before it", "memory, GB",
 )  # fmt: skip
 NARROW = ("method", "gold", "proxy", "KL, nats/sequence", "training")  # the columns that fit a terminal
 
@@ -55,6 +60,7 @@ def table(rows):
                 "-" if m["kl_per_token"] is None else f"{m['kl_per_token']:.3f}",
                 f"{m['finish_stop']:.0%}",
                 f"{m['tokens']:.1f}",
+                f"{m['fluency']:.2f}",
                 f"{m['distinct_2']:.3f}",
                 f"{row.text():.3f}",
                 "-" if row.seconds is None else duration(row.seconds),
@@ -132,13 +138,26 @@ def spread_section(rows, config):
     """The gold score by seed if there are several seeds, else a sentence."""
     if len(config.seed_list()) < 2:
         return "One training seed: the intervals hold for these checkpoints, not for another run of the same recipe."
-    lines = [["method", *[f"seed {seed}" for seed in config.seed_list()], "mean", "standard deviation"]]
+    lines = [
+        ["method", *[f"seed {seed}" for seed in config.seed_list()], "standard deviation", "mean, 95 % over seeds"]
+    ]
     for row in rows:
         values = [run["measured"]["gold"]["mean"] for run in row.runs]
         each = [f"{value:.3f}" for value in values]
-        lines.append([row.label, *each, f"{statistics.fmean(values):.3f}", f"{statistics.stdev(values):.3f}"])
+        lines.append([row.label, *each, f"{statistics.stdev(values):.3f}", plus_minus(interval(values))])
     note = "Gold score by training seed. Above, the completions of all seeds are pooled and clustered by prompt."
     return note + "\n\n" + markdown_table(lines)
+
+
+def targets_section(config, rows):
+    """What the shipped tasks were to show, and what was missed. Empty for other prompts."""
+    if config.prompts not in TASKS or len(rows) < 2:
+        return ""
+    found = targets(rows, read_manifest(config.reward_model) if config.reward_model else None)
+    lines = [["target", "found", "reached"]]
+    lines += [[target.what, target.found, "yes" if target.reached else "**no**"] for target in found]
+    table_text = markdown_table(lines).replace("---:", "---")
+    return f"## Targets\n\n{missed_sentence(found)}\n\n{table_text}\n\n"
 
 
 def starts_sentence(rows):
@@ -199,6 +218,7 @@ def write_report(config, rows, notes=()):
     start = f"`{config.base}`"
     if config.base in EMBEDDED_MODELS:
         start += ", de-quantised from 4-bit (Q4_1): a little worse than the original weights"
+    proof = os.path.relpath(ROOT / "proof", out.resolve())
     gpu = ", " + ", ".join(where["gpu"]) if where["gpu"] else ", no GPU"
     hashes = [["method", "run", "weights"]]
     for row in rows:
@@ -216,8 +236,9 @@ Gold: {gold_is(rows)}, the mean over completions that were sampled. Greedy: the 
 is the most probable one. Proxy: the reward model's score. Intervals (+-) hold 95 %: Student's, over the means of the
 {base.gold["n"]} {part} prompts. Gain on base: the difference prompt by prompt. Unseen types: those that occur in no
 training prompt. KL: k1, the mean of log pi(completion) - log base(completion); of best-of-n the upper bound
-log n - (n - 1) / n. Ended: completions that stopped by themselves within {setting["max_new_tokens"]} tokens. Text:
-loss on held-out {setting["text"]}. Training: the run alone; before it: making the preferences, groups and reward model
+log n - (n - 1) / n. Ended: completions that stopped by themselves within {setting["max_new_tokens"]} tokens. Fluency:
+nats a token of the completions under the base: what it finds more natural costs less. Text: loss on held-out
+{setting["text"]}. Training: the run alone; before it: making the preferences, groups and reward model
 that it needs. Memory: the training process at its peak. Distinct-2: different word pairs over all, in the first
 completions to each prompt, as many of each method.
 
@@ -242,19 +263,19 @@ Patterns that are known to mean something, looked for in the log of each run by
 
 {doctor_section(rows)}
 
-{checks_section}## What alignment cost
+{checks_section}{targets_section(config, rows)}## What alignment cost
 
-{cost_sentence(rows)}
+{cost_sentence(rows)} {fluency_sentence(rows)}
 
 ## What each method does in expectation
 
-On a policy small enough to enumerate, every expectation is a finite sum; [EXACT.md](../proof/EXACT.md) has the tables
-and more figures: [the gradient of each KL estimator](../proof/figures/exact_estimators.png), which is that of the whole
+On a policy small enough to enumerate, every expectation is a finite sum; [EXACT.md]({proof}/EXACT.md) has the tables
+and more figures: [the gradient of each KL estimator]({proof}/figures/exact_estimators.png), which is that of the whole
 completions' KL only with k1 in the reward, and [what an aggregation gives each
-completion](../proof/figures/exact_gradients.png): per-sequence means favour completions of one token, and the standard
+completion]({proof}/figures/exact_gradients.png): per-sequence means favour completions of one token, and the standard
 deviation prompts that are almost never or almost always solved.
 
-![KL to the optimum against steps, and where each method ends](../proof/figures/exact_fixed_points.png)
+![KL to the optimum against steps, and where each method ends]({proof}/figures/exact_fixed_points.png)
 
 DPO and PPO fall to the optimum of the KL-regularised objective; IPO, GRPO and offline GRPO come to rest at a distance.
 

@@ -181,7 +181,11 @@ def checks_sentence(rows):
 
 def unseen_gain(row, base):
     """`gain` on the types that no training prompt has."""
-    types = base.runs[0]["unseen_types"]
+    return type_gain(row, base, base.runs[0]["unseen_types"])
+
+
+def type_gain(row, base, types):
+    """`gain` of the share of completions that pass, on these types."""
 
     def asked(answers):
         return [{"id": a["id"], "good": good} for a in answers for name, good in a["checks"] if name in types]
@@ -205,4 +209,46 @@ def cost_sentence(rows):
         f"{worst.text():.3f} ({difference:+.3f}; perplexity {share:+.1%}). The fewest different word pairs are "
         f"{narrow.label}'s: distinct-2 {narrow.measured['distinct_2']:.3f}, the base's "
         f"{base.measured['distinct_2']:.3f}."
+    )
+
+
+def fluency_sentence(rows):
+    """How natural the completions are to the base, in nats per token: of the base, the least and the most natural."""
+    base, others = split_base(rows)
+    if not others:
+        return ""
+    start = base.measured["fluency"]
+    odd, plain = (pick(others, key=lambda row: row.measured["fluency"]) for pick in (max, min))
+    return (
+        f"To the base its own completions cost {start:.2f} nats per token; the least natural are {odd.label}'s "
+        f"({odd.measured['fluency']:.2f}), the most natural {plain.label}'s ({plain.measured['fluency']:.2f})."
+    )
+
+
+def learned_sentence(rows):
+    """For each method, the types on which it gained beyond the interval of the difference; unseen types have a star."""
+    base, others = split_base(rows)
+    unseen, said = base.runs[0]["unseen_types"], []
+    for row in others:
+        signs = {name: sure(type_gain(row, base, [name])) for name in base.measured["checks"]}
+        rose, fell = (listed(name + "*" * (name in unseen) for name in signs if signs[name] == k) for k in (1, -1))
+        said.append(f"{row.label}: {rose}" + (f" (fell: {fell})" if fell != "none" else ""))
+    what = "Types that rose beyond the 95 % interval of the difference to the base (*: in no training prompt)"
+    return f"{what}: {'; '.join(said) or 'no method was measured'}."
+
+
+def minutes_sentence(rows):
+    """What each trained method took in all, and which gained most a minute."""
+    base, others = split_base(rows)
+    trained = [row for row in others if row.seconds]
+    if not trained:
+        return "No trained method was measured."
+    minutes = {row.label: (row.seconds + (row.seconds_before or 0)) / 60 for row in trained}
+    cheap, dear = min(minutes, key=minutes.get), max(minutes, key=minutes.get)
+    rate = {row.label: (row.gold["mean"] - base.gold["mean"]) / minutes[row.label] for row in trained}
+    best, most = max(rate, key=rate.get), max(trained, key=lambda row: row.memory)
+    return (
+        f"From the base, with the data and models that it needs, {cheap} took least, {minutes[cheap]:.1f} minutes, and "
+        f"{dear} most, {minutes[dear]:.1f}. {best} gained most a minute ({rate[best]:+.3f} of gold score). "
+        f"{most.label} took the most memory: {most.memory:.2f} GB."
     )

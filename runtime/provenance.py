@@ -17,6 +17,8 @@ from pathlib import Path
 from configs.config import ROOT, UserError, names_with
 from runtime.files import in_root, sha256_file
 
+JUDGES = ("checks.py", "procedural.py", "words.txt")  # the files of data/ that decide the gold score
+
 
 def named_inputs(config):
     """{key: path} of the data and models that a configuration names (`option(reads=True)`).
@@ -42,7 +44,7 @@ def files_read(config):
         found[key] = sha256_files([path] if path.is_file() else inside, path)
     code = code_read(config)
     if "prompts" in vars(config) and not any(vars(config)[key] for key in names_with(config, reads="code")):
-        found["checks"] = sha256_files([ROOT / "data" / name for name in ("checks.py", "words.txt")], ROOT)
+        found["checks"] = sha256_files([ROOT / "data" / name for name in JUDGES], ROOT)
     return found | code
 
 

@@ -93,7 +93,9 @@ STATEMENTS = {
     "decimals and whatever stands around it.",
     "real-answer": "An instruction's gold score is 0 for nonsense that fits the form: nothing, an echo, a refusal, key "
     "words, invented words, what is off topic; plain good answers score 1.",
-    "splits-apart": "No question is in two parts of a prompt file, in whatever order its numbers stand.",
+    "splits-apart": "No question is in two parts of a prompt file, in whatever order its numbers stand; nor of prompts "
+    "that a program makes.",
+    "verifier": "On prompts that a program makes, the gold score is what the task's own verifier gives, in every stage.",
     "chosen-ended": "Where a run asks for it, no completion that was cut is chosen for a pair.",
     # LoRA, checkpoints
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",

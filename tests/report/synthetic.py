@@ -29,6 +29,7 @@ def measurement(key, gold, proxy, kl, nats, prompts=54, samples=2, seed=0):
             answers.append(
                 {"id": f"p{i}", "prompt": f"Do thing {i}.", "text": f"{key} says *word{rng.randrange(50)}* | thing {i}",
                  "gold": float(good), "proxy": proxy + rng.gauss(0, 0.5), "kl": kl and kl + rng.gauss(0, 2),
+                 "base_nats": 40.0 + kl,
                  "tokens": rng.randrange(10, 48), "finish_reason": "stop" if rng.random() < 0.7 else "length",
                  "checks": [[name, good]]}
             )  # fmt: skip

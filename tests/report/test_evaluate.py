@@ -9,7 +9,15 @@ import torch
 
 from configs.config import ROOT, UserError
 from models.loader import load_model, load_tokenizer
-from report.evaluate import Config, completion_kls, evaluate, measured_prompts, measurement_path, types_of
+from report.evaluate import (
+    Config,
+    completion_kls,
+    evaluate,
+    logprobs_of,
+    measured_prompts,
+    measurement_path,
+    types_of,
+)
 from report.intervals import best_of_measured, pair_accuracy
 from rlhf.utils import completion_logprobs
 
@@ -104,7 +112,8 @@ def test_kl_of_completions_against_a_sum_in_float64(adapter):
     questions, completions = [[5, 6, 7], [8, 9]], [[10, 11, 12, 13], [14, 2]]
     model = load_model(str(adapter), merge_adapter=True)
     sampled = completion_logprobs(model, questions, completions, 2, temperature=0.7)
-    found = completion_kls(sampled, "tiny-llama", torch.float32, questions, completions, 2, temperature=0.7)
+    base_logprobs = logprobs_of("tiny-llama", torch.float32, questions, completions, 2, temperature=0.7)
+    found = completion_kls(sampled, base_logprobs)
     exact = [load_model(name, dtype=torch.float64, merge_adapter=True) for name in (str(adapter), "tiny-llama")]
     for question, completion, kl in zip(questions, completions, found):
         ids = torch.tensor([question + completion])
@@ -119,7 +128,14 @@ def test_kl_of_completions_against_a_sum_in_float64(adapter):
 def test_best_of_keeps_of_each_group_the_completion_with_the_highest_score():
     def answer(prompt, gold, proxy):
         words = f"answer {gold} {proxy}"
-        same = {"text": words, "kl": 0.0, "tokens": 3, "finish_reason": "stop", "checks": [["lowercase", gold == 1.0]]}
+        same = {
+            "text": words,
+            "kl": 0.0,
+            "base_nats": 6.0,
+            "tokens": 3,
+            "finish_reason": "stop",
+            "checks": [["lowercase", gold == 1.0]],
+        }
         return {"id": prompt, "gold": gold, "proxy": proxy, **same}
 
     of_a = [answer("a", gold, proxy) for gold, proxy in ((0.0, 0.1), (1.0, 0.3), (1.0, -1.0), (0.0, 2.0))]

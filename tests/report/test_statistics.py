@@ -14,8 +14,8 @@ from runtime.means import interval, t975
 
 def answer(key, text="a bee hums", gold=1.0, proxy=0.0, kl=0.0, tokens=4, finish="stop", checks=(("lowercase", True),)):
     checks = [list(check) for check in checks]
-    return {"id": key, "text": text, "gold": gold, "proxy": proxy, "kl": kl, "tokens": tokens,
-            "finish_reason": finish, "checks": checks}  # fmt: skip
+    return {"id": key, "text": text, "gold": gold, "proxy": proxy, "kl": kl, "base_nats": 2.0 * tokens,
+            "tokens": tokens, "finish_reason": finish, "checks": checks}  # fmt: skip
 
 
 @pytest.mark.parametrize("df, table", [(3, 3.182), (5, 2.571), (15, 2.131), (30, 2.042), (119, 1.980), (10**6, 1.960)])
