@@ -23,7 +23,7 @@ from data.rows import in_one_form, kind_of_file, read_rows, refuse_beyond, text_
 from runtime.console import quiet_libraries
 from runtime.files import in_root, sha256_file
 
-HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # the id of a dataset, maybe with a configuration
+HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?")  # the id of a dataset, maybe a configuration, a split
 
 
 @dataclass

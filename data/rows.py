@@ -41,7 +41,9 @@ def kind_of_file(path: str | Path) -> str | None:
 
 
 def read_rows(source: str | Path, made_by: str | None = None) -> tuple[Collection[dict], str]:
-    """(rows, hash) of a file, a folder of `save_to_disk`, or a hub dataset (NAME or NAME:CONFIGURATION, split train).
+    """(rows, hash) of a file, a folder of `save_to_disk`, or a hub dataset.
+
+    A hub dataset is NAME, NAME:CONFIGURATION, and for another split than train NAME@SPLIT or NAME:CONFIGURATION@SPLIT.
 
     Each row is a dict with its place, "pairs.jsonl line 12", under "where". made_by: the command that makes the file.
     Raises UserError, which names the place, for what cannot be read.
@@ -97,9 +99,10 @@ def _from_disk(path):
 def _from_hub(name):
     import datasets
 
-    hub_id, _, configuration = name.partition(":")
+    place, _, split = name.partition("@")
+    hub_id, _, configuration = place.partition(":")
     try:
-        return datasets.load_dataset(hub_id, configuration or None, split="train")
+        return datasets.load_dataset(hub_id, configuration or None, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data = {name!r} is no local file, and the hub gave no such dataset ({_reason(error)})"

@@ -195,14 +195,15 @@ def measurement(folder):
 def task_runs(config, name):
     """What the page reads of one task."""
     place, seed = f"{config.models}/{name}", config.seed_list()[0]
+    folders = {key: [(x, variant(place, key, option, x)) for x in xs] for key, (option, xs) in COEFFICIENTS.items()}
     varied = {
-        key: [(variant(place, key, option, value), f"{option} {value:g}") for value in values]
-        for key, (option, values) in COEFFICIENTS.items()
+        key: (COEFFICIENTS[key][0], [(value, folder, measurement(folder)) for value, folder in found])
+        for key, found in folders.items()
     }
+    long = f"{place}/ppo-long"
     given = ("--config", "configs/smoke/compare.yaml") if config.smoke else ()
-    where = (*given, *words(compare_options(config, name)))
-    return TaskRuns(name, where, {k: [(f, measurement(f), w) for f, w in v] for k, v in varied.items()},
-                    (f"{place}/ppo-long", measurement(f"{place}/ppo-long")), seed)  # fmt: skip
+    options = (*given, *words(compare_options(config, name)))
+    return TaskRuns(name, options, varied, (long, measurement(long)), seed)
 
 
 def main(config):

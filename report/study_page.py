@@ -46,7 +46,7 @@ from runtime.provenance import git_commit, machine, versions
 class TaskRuns:
     """Where the runs of one task lie.
 
-    options: of report/compare.py. varied: {key of a method: [(folder, measurement, such as "kl_coef 0.05")]}.
+    options: of report/compare.py. varied: {key of a method: (option, [(its value, folder, measurement)])}.
     long: (folder, measurement) of the long PPO. seed: of the runs of `varied` and `long`.
     """
 
@@ -62,6 +62,7 @@ class Point:
     """One run in the figure of KL coefficients: its log lines, and its measurement on held-out prompts."""
 
     key: str
+    coefficient: float
     what: str
     lines: list
     measured: dict
@@ -81,14 +82,19 @@ class TaskStudy:
                          for seed in self.config.seed_list()]
             for method in methods if method.script
         }  # fmt: skip
-        self.points = [
-            Point(key, what, read_lines(in_root(folder) / "metrics.jsonl"), read_measurement(in_root(path))["measured"])
-            for key, found in runs.varied.items() for folder, path, what in found
-        ]  # fmt: skip
-        own = results["dpo"][0]  # of the same seed
-        settings = self.row("dpo").settings
-        self.points.append(Point("dpo", f"beta {settings['beta']:g}", self.lines["dpo"][0], own["measured"]))
-        self.points.sort(key=lambda point: (point.key, float(point.what.split()[1])))
+        self.points = []
+        for key, (option, found) in runs.varied.items():  # beside the method's own run of the same seed
+            settings, own = self.row(key).settings, results[key][0]["measured"]
+            longer = f", {settings['steps']} steps" if "steps" in settings else ""
+            what = f"{option} {settings[option]:g}{longer}"
+            self.points.append(Point(key, settings[option], what, self.lines[key][0], own))
+            for value, folder, path in found:
+                lines, measured = (
+                    read_lines(in_root(folder) / "metrics.jsonl"),
+                    read_measurement(in_root(path))["measured"],
+                )
+                self.points.append(Point(key, value, f"{option} {value:g}", lines, measured))
+        self.points.sort(key=lambda point: (point.key, point.coefficient))
         folder, path = runs.long
         self.long = read_lines(in_root(folder) / "metrics.jsonl")
         self.long_coef = read_yaml(in_root(folder) / "config.yaml")["kl_coef"]

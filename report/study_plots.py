@@ -50,7 +50,7 @@ def curves_figure(study, path):
         (axes[1], "DPO on its pairs", "accuracy: chosen above rejected", "pairs"),
     ):
         ax.set(title=title, ylabel=label, xlabel=f"training {seen} seen")
-    axes[0].set_ylim(bottom=0)
+        ax.set_ylim(0, min(1.02, ax.get_ylim()[1]))
     finish(figure, axes, f"Training prompts, {len(study.config.seed_list())} seeds; bands are 95 % intervals", path)
 
 
@@ -76,7 +76,7 @@ def coefficients_figure(study, path):
             xlabel="KL to the base, nats per sequence",
             ylabel=f"gold score: {gold_is(study.rows)}",
         )
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, min(1.02, ax.get_ylim()[1]))
     title = f"Points: held-out, 95 % intervals. Lines: along the training, training prompts. Seed {study.runs.seed}"
     finish(figure, axes, title, path)
 
@@ -102,6 +102,7 @@ def optimisation_figure(study, path):
         ax.set(xlabel="KL to the base, nats per sequence", ylabel=label)
     axes[0].set_title("What is wanted")
     axes[1].set_title("What PPO is paid for")
-    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylim(0, min(1.02, axes[0].get_ylim()[1]))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     title = f"PPO for long at kl_coef {study.long_coef:g}; bands and bars are 95 % intervals"
-    finish(figure, axes, title, path)
+    finish(figure, (), title, path)

@@ -37,6 +37,8 @@ STATEMENTS = {
     "cost-follows-work": "Memory and time of sampling follow the sampled tokens, not the limits that were set.",
     "shared-cores": "Threads wait shortly while other programs need the cores; the number of threads stays the same.",
     "resume-precision": "A run that goes on in another precision says so, and its numbers are of that precision.",
+    "order-of-methods": "The order of methods comes with the share of draws over seeds and prompts in which it holds; "
+    "a fall of the gold score is named only beyond its interval.",
     "starts": "The comparison follows each run's start back to the base, and refuses another one before it measures.",
     "held-out": "A held-out split exists wherever two documents differ, and does not change with chance.",
     "left-padding": "A row of a left-padded batch gets what it gets alone, in forward and generation, with learned and "
@@ -95,7 +97,7 @@ STATEMENTS = {
     "words, invented words, what is off topic; plain good answers score 1.",
     "splits-apart": "No question is in two parts of a prompt file, in whatever order its numbers stand; nor of prompts "
     "that a program makes.",
-    "verifier": "On prompts that a program makes, the gold score is what the task's own verifier gives, in every stage.",
+    "verifier": "On prompts that a program makes, the gold score is what the task's own verifier gives.",
     "chosen-ended": "Where a run asks for it, no completion that was cut is chosen for a pair.",
     # LoRA, checkpoints
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",

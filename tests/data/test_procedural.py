@@ -110,13 +110,15 @@ def test_the_gold_score_is_what_the_tasks_own_verifier_gives(gym):
     row = read_prompts(SOURCE)[0]
     answer, [check] = row["answer"], row["checks"]
     own = gym.create_dataset("chain_sum", size=1, seed=0)
+    part, again = f"It is {answer}.", f"No: <answer>-</answer> but <answer> {answer} </answer>."
+    partly = own.score_answer(part, check["entry"])
     for said, value in (
-        (answer, 1.0), (f"<answer>{answer}</answer>", 1.0), (f"No: <answer>-</answer> but <answer> {answer} </answer>.", 1.0),
-        ("", 0.0), ("...", 0.0), ("<answer></answer>", 0.0), (f"It is {answer}.", own.score_answer(f"It is {answer}.", check["entry"])),
+        (answer, 1.0), (f"<answer>{answer}</answer>", 1.0), (again, 1.0), (part, partly), ("", 0.0), ("...", 0.0),
+        ("<answer></answer>", 0.0),
     ):  # fmt: skip
         assert score(said, row["checks"], row["prompt"]) == value, said
         assert passed(said, row["checks"], row["prompt"]) == [value == 1.0]
-    assert 0 < own.score_answer(f"It is {answer}.", check["entry"]) < 1  # a verifier may give a part
+    assert 0 < partly < 1  # a verifier may give a part
 
 
 @pytest.mark.statement("verifier")
