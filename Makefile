@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo verify architectures bench test test-fast mutants chaos lint docs clean
+.PHONY: demo study verify architectures bench test test-fast mutants chaos lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
+
+study: $(VENV)/installed
+	$(BIN)/python report/study.py
 
 test: lint
 	$(BIN)/python models/fetch.py

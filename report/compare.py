@@ -1,4 +1,4 @@
-"""Compare the methods: same start, same prompts, same seeds. Writes report/REPORT.md and its figures.
+"""Compare the methods: same start, same prompts, same seeds. Writes report/demo/REPORT.md and its figures.
 
     python report/compare.py
     python report/compare.py --allow_missing true       # only the runs that are there
@@ -45,7 +45,7 @@ class Config(Measure, Tracking):
     seeds: str | None = option(None, "training seeds, such as 0,1,2: seed 0 in models/dpo, seed 1 in models/dpo-seed1")
     allow_missing: bool = option(False, "compare the runs that are there")
     runs: str = option("report/runs", "the folder of the measurements")
-    out: str = option("report", "the folder that receives REPORT.md and figures/")
+    out: str = option("report/demo", "the folder that receives REPORT.md and figures/")
 
     def check(self):
         super().check()

@@ -168,7 +168,7 @@ def main(config):
     hold_output(place, lambda: place.mkdir(exist_ok=True), 0, "it is this demo; wait until it has ended")
     again = "python report/demo.py --smoke true" if config.smoke else "make demo (or python report/demo.py)"
     run_all(stages(config.smoke), again, SMOKE_PACE if config.smoke else first_pace())
-    report = "report/runs/smoke/REPORT.md" if config.smoke else "report/REPORT.md"
+    report = "report/runs/smoke/REPORT.md" if config.smoke else "report/demo/REPORT.md"
     say(f"the comparison above, with figures and sample completions: {report}")
 
 

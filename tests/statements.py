@@ -39,6 +39,7 @@ STATEMENTS = {
     "resume-precision": "A run that goes on in another precision says so, and its numbers are of that precision.",
     "order-of-methods": "The order of methods comes with the share of draws over seeds and prompts in which it holds; "
     "a fall of the gold score is named only beyond its interval.",
+    "targets": "Each target that was missed is named with its figure, and none that was reached.",
     "starts": "The comparison follows each run's start back to the base, and refuses another one before it measures.",
     "held-out": "A held-out split exists wherever two documents differ, and does not change with chance.",
     "left-padding": "A row of a left-padded batch gets what it gets alone, in forward and generation, with learned and "

@@ -90,6 +90,8 @@ LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
 REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("data", "rlhf"))
 CHECKS = "tests/data/test_checks.py::test_"
 ANSWER = "tests/data/test_real_answer.py::test_"
+COMPARE, STUDY = (f"tests/report/test_{name}.py::test_" for name in ("compare", "study"))
+PROCEDURAL, GSM8K = (f"tests/data/test_{name}.py::test_" for name in ("procedural", "gsm8k"))
 CHECKPOINT = "tests/runtime/test_checkpoint.py::test_"
 CONSOLE = "tests/runtime/test_console.py::test_"
 CTRL_C = "tests/runtime/test_ctrl_c.py::test_"
@@ -577,6 +579,55 @@ MUTANTS = [
         "resume-precision", "log-probs of the reference stay in the precision before", "rlhf/dpo_train.py",
         'if state.get("precision", self.stage.precision) == self.stage.precision:', "if True:",
         ("tests/rlhf/test_precision.py::test_dpo_compares_the_policy_with_a_reference_of_its_own_precision[fp32-True]",),
+    ),
+    Mutant(
+        "targets", "the number of completions is not looked at", "report/targets.py",
+        "apart and count >= ANSWERS", "apart",
+        (f"{COMPARE}each_target_is_missed_alone_and_named_with_its_figure",),
+    ),
+    Mutant(
+        "targets", "the number of pairs is not looked at", "report/targets.py",
+        "right >= RIGHT and pairs >= PAIRS", "right >= RIGHT",
+        (f"{COMPARE}each_target_is_missed_alone_and_named_with_its_figure",),
+    ),
+    Mutant(
+        "order-of-methods", "each method has other prompts in a draw", "report/intervals.py",
+        "found[method] = (counts @ scores.T * weights).sum(1)",
+        "found[method] = (rng.permutation(counts) @ scores.T * weights).sum(1)",
+        (f"{STUDY}bootstrap_means_spread_as_seeds_and_prompts_do",),
+    ),
+    Mutant(
+        "order-of-methods", "seeds are not drawn", "report/intervals.py",
+        "(counts @ scores.T * weights).sum(1)", "(counts @ scores.T).mean(1)",
+        (f"{STUDY}bootstrap_means_spread_as_seeds_and_prompts_do",),
+    ),
+    Mutant(
+        "order-of-methods", "any fall is a break", "report/study_page.py", "if sure(fall) < 0:", "if fall['mean'] < 0:",
+        (f"{STUDY}over_optimisation_is_seen_only_where_gold_falls_beyond_its_interval",),
+    ),
+    Mutant(
+        "splits-apart", "the parts of a made task have seeds side by side", "data/procedural.py",
+        "APART = 1_000_000", "APART = 1",
+        (f"{PROCEDURAL}no_question_is_in_two_parts_though_near_seeds_share_questions",),
+    ),
+    Mutant(
+        "splits-apart", "questions that come again are kept", "data/procedural.py",
+        "if text not in seen:", "if True:", (f"{PROCEDURAL}questions_that_come_again_are_left_out",),
+    ),
+    Mutant(
+        "verifier", "the rules for instructions come before the verifier", "data/checks.py",
+        'if check["name"] in VERIFIERS:', 'if check["name"] in VERIFIERS and words(text) and not is_degenerate(text):',
+        (f"{PROCEDURAL}a_verifier_judges_what_has_no_word_and_what_repeats",), "score",
+    ),
+    Mutant(
+        "verifier", "the whole completion is judged, tags or not", "data/procedural.py",
+        "text.strip() if answer is None else answer", "text.strip()",
+        (f"{PROCEDURAL}the_gold_score_is_what_the_tasks_own_verifier_gives",),
+    ),
+    Mutant(
+        "last-number", "GSM8K: the first number after the mark of the whole answer", "data/gsm8k.py",
+        "numbers(final)[-1:]", "numbers(answer)[:1]", (f"{GSM8K}the_last_number_decides[72-#### 720-False]",
+        f"{GSM8K}the_last_number_decides[72-The answer is \\\\boxed{{72}}.-True]"),
     ),
     Mutant(
         "starts", "starts are looked at after measuring", "report/compare.py",

@@ -18,15 +18,19 @@ from report.sentences import (
     checks_sentence,
     cost_sentence,
     curves_sentence,
+    fluency_sentence,
     gain,
     greedy_sentence,
     headline,
     kl_sentence,
+    learned_sentence,
     listed,
+    minutes_sentence,
     proxy_sentence,
     reward_sentence,
     sure,
 )
+from report.targets import missed_sentence, targets
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +261,71 @@ def test_several_seeds_are_pooled_and_their_spread_is_shown(tmp_path):
     (tmp_path / "grpo" / "config.yaml").write_text("model_name: gpt2\n")
     with pytest.raises(UserError, match="gpt2"):
         compare.make_rows(config, methods, results)
+
+
+RIGHT = {"result": {"heldout_accuracy": 0.9, "heldout_pairs": 120}}
+
+
+def reaching():
+    """Rows that reach every target."""
+    levels = dict.fromkeys(("sft", "best_of", "grpo_offline"))
+    rows = synthetic_rows(
+        **levels, base=(0.05, 0, 0, 3.8), dpo=(0.5, 2, 5, 3.8), ppo=(0.5, 2, 5, 3.8), grpo=(0.6, 2, 5, 3.8)
+    )
+    for row in rows:
+        row.measured = row.measured | {"answers": 300, "finish_stop": 0.95}
+    return rows
+
+
+@pytest.mark.statement("targets")
+def test_each_target_is_missed_alone_and_named_with_its_figure():
+    rows = reaching()
+    assert missed_sentence(targets(rows, RIGHT)) == "7 of 7 targets were reached."
+    by_key = {row.key: row for row in rows}
+    grpo, base = by_key["grpo"].measured, by_key["base"].measured
+    for key, name, value, words in (
+        ("grpo", "finish_stop", 0.949, "94.9%"),
+        ("dpo", "answers", 299, "299 completions"),
+        ("ppo", "gold", base["gold"], "PPO above the base"),
+        ("grpo", "gold", grpo["gold"] | {"mean": base["gold"]["mean"] * 4.9}, "4.90 times"),
+        ("grpo", "greedy", base["greedy"] | {"mean": base["greedy"]["mean"] * 1.96}, "1.96 times"),
+    ):
+        rows = reaching()
+        row = next(row for row in rows if row.key == key)
+        row.measured = row.measured | {name: value}
+        missed = [target for target in targets(rows, RIGHT) if not target.reached]
+        assert len(missed) == 1 and words in missed_sentence(missed), (name, missed)
+    for right, pairs, words in ((0.79, 120, "79.0% of 120"), (0.9, 99, "90.0% of 99"), (None, None, "not measured")):
+        result = {"heldout_accuracy": right, "heldout_pairs": pairs} if right else {}
+        [missed] = [target for target in targets(reaching(), {"result": result}) if not target.reached]
+        assert words in missed.found
+    few = [row for row in reaching() if row.key != "grpo"]
+    assert sum(target.found == "not measured" for target in targets(few, None)) == 5  # four of GRPO, the reward model
+
+
+@pytest.mark.statement("targets")
+def test_targets_stand_on_the_page_of_the_shipped_tasks_alone(tmp_path):
+    assert "## Targets" in write_report(Config(out=str(tmp_path)), reaching()).read_text()
+    assert "## Targets" not in write_report(Config(out=str(tmp_path), prompts="my.json"), reaching()).read_text()
+
+
+def test_fluency_types_and_minutes_follow_the_numbers():
+    rows = synthetic_rows()
+    rows[1].measured = rows[1].measured | {"fluency": 9.0}
+    rows[2].measured = rows[2].measured | {"fluency": 0.5}
+    text = fluency_sentence(rows)
+    assert f"the least natural are {rows[1].label}'s (9.00), the most natural {rows[2].label}'s (0.50)" in text
+    for answer in rows[-1].answers():  # GRPO always passes one seen and one unseen type, and never a third
+        name = answer["checks"][0][0]
+        passes = {"lowercase": True, "numbered": True, "starts_with": False}
+        answer["checks"] = [[name, passes[name]]] if name in passes else []
+    said = learned_sentence(rows).split("GRPO online: ")[1]
+    assert "numbered*" in said and "lowercase" in said.split("(fell")[0]
+    for row in rows:
+        row.seconds = {"dpo": 60.0, "ppo": 600.0}.get(row.key, row.seconds and 300.0)
+        row.seconds_before, row.memory = (0.0 if row.seconds else None), (row.key == "ppo" and 3.5) or 2.0
+    text = minutes_sentence(rows)
+    assert "DPO took least, 1.0 minutes, and PPO most, 10.0" in text and "PPO took the most memory: 3.50 GB" in text
 
 
 def test_time_of_what_a_run_needs_is_counted_once(tmp_path):

@@ -1,6 +1,7 @@
 """One checkpoint measured as a command: on random weights, in seconds."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -123,6 +124,7 @@ def test_kl_of_completions_against_a_sum_in_float64(adapter):
             sums.append(logprobs.gather(-1, ids[0, 1:, None])[-len(completion) :].sum().item())
         assert kl == pytest.approx(sums[0] - sums[1], abs=1e-4)
         assert abs(kl) > 1e-3
+        assert math.fsum(base_logprobs[completions.index(completion)]) == pytest.approx(sums[1], abs=1e-4)
 
 
 def test_best_of_keeps_of_each_group_the_completion_with_the_highest_score():

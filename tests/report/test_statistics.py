@@ -37,6 +37,12 @@ def test_one_value_has_no_interval():
     assert interval([0.7]) == {"mean": 0.7, "se": None, "half": None, "n": 1}
 
 
+def test_fluency_is_nats_over_tokens_not_a_mean_of_means():
+    # 8 nats of 4 tokens and 6 nats of 1: 14 / 5, not (2 + 6) / 2
+    answers = [answer("a", tokens=4), answer("b", tokens=1) | {"base_nats": 6.0}]
+    assert summarise(answers, [])["fluency"] == pytest.approx(2.8)
+
+
 def test_completions_to_one_prompt_count_once():
     # two prompts, means 0.5 and 1.0: mean 0.75, stdev 0.35355, se 0.25, whatever the number of copies of a completion
     few = [answer("p", gold=0.0), answer("p", gold=1.0), answer("q"), answer("q")]
