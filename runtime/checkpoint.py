@@ -15,6 +15,9 @@ A checkpoint has the weights that train, the state of each other part (updates, 
 loop carries over (`carried`), the clock and counters of the run, and the random state of every process. Data order and
 rollouts are functions of (seed, step), so they need no state. Process 0 writes and reads, and sends the others what
 they need. Their number may be different from before.
+
+A weight that is sharded over the processes is never gathered: each process writes its part of it into `shards`, a
+subfolder of the checkpoint (runtime/shards.py). Then all processes must see the run's folder.
 """
 
 from __future__ import annotations
@@ -40,15 +43,17 @@ from safetensors.torch import load_file, save_file
 from configs.config import UserError, option, shown
 from runtime.console import clock, command, rank, say
 from runtime.failures import reason
-from runtime.files import sha256_file, synced, write_atomically
+from runtime.files import described, sha256_file, synced, write_atomically
 from runtime.plan import Planning
 from runtime.processes import communication_device, gather, largest_over_processes, on_main, several
 from runtime.run import CHECKPOINTS
+from runtime.shards import read_shards, sharded_tensors, with_marks, write_shards
 from runtime.signals import WISHES
 from runtime.tracking import Tracking
 
 FIRST_PAUSE = 20.0  # seconds of steps before the first checkpoint by time; each pause is twice as long as the last
 FILES = ("tensors.safetensors", "state.json")
+SHARDS = "shards"  # subfolder of a checkpoint
 
 
 @dataclass
@@ -104,6 +109,7 @@ class Checkpoints:
         else:
             if state["parts"].keys() != self.parts.keys():
                 raise UserError("the checkpoint is of another version of this script. --overwrite true begins again")
+            state["parts"] = self._with_shards(state["step"], state["parts"])
             for name, part in self.parts.items():
                 put_back(part, state["parts"][name])
             self.done = state["step"]
@@ -161,7 +167,9 @@ class Checkpoints:
         began = time.time()
         states = gather(random_state())
         parts = {name: state_of(part) for name, part in self.parts.items()}  # in all processes: a meter sums over them
-        on_main(lambda: self._write(step, parts, carried or {}, states))
+        sharded = sharded_tensors(parts, "parts")
+        shards = self._write_shards(step, sharded) if sharded else {}
+        on_main(lambda: self._write(step, with_marks(parts, "parts"), carried or {}, states, shards))
         self._since = time.time()
         cost = self._since - began
         self._pause = min(max(2 * self._pause, 20 * cost), 60 * self.config.save_minutes)  # 5 % of the time at most
@@ -172,37 +180,76 @@ class Checkpoints:
             say(f"\n{name}: stopped after step {step} of {self.run.total_steps}, which is saved. To go on: {command()}")
             sys.exit(128 + self._signal)
 
-    def _write(self, step, parts, carried, states):
+    def _write(self, step, parts, carried, states, shards):
         state = {"script": self.run.script, "step": step, "carried": carried, "parts": parts, "random": states}
         state |= {"run": self.run.state(), "files": self.run.files}
         temporary, path = self.folder / "saving.tmp", self.folder / f"step-{step:08d}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.folder.mkdir(exist_ok=True)  # not its parent: without the run's folder, its configuration is lost
-            temporary.mkdir()
+        with self._writing(step):
+            if not shards:
+                self._make_temporary()
             tensors = {}
             tree = flatten(state, tensors)
             save_file(tensors, temporary / FILES[0])
             (temporary / FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
-            files = {n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)} for n in FILES}
+            files = {name: described(temporary / name) for name in FILES} | shards
             manifest = {"step": step, "written": time.strftime("%Y-%m-%d %H:%M:%S"), "files": files}
             write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             synced(temporary / FILES[0], temporary / FILES[1], temporary)
             shutil.rmtree(path, ignore_errors=True)
             os.rename(temporary, path)
             synced(self.folder)
+        self.run.checkpoint = path
+        mine = [p for p in self._all() if p <= path]  # later ones are damaged: the run continued from before them
+        for old in {*self._all()} - {*mine[-self.config.keep_checkpoints :]}:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _make_temporary(self):
+        temporary = self.folder / "saving.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)  # not its parent: without the run's folder, its configuration is lost
+        temporary.mkdir()
+
+    @contextlib.contextmanager
+    def _writing(self, step):
+        """A context for writing the checkpoint of `step`. If the disk refuses, a UserError says what stays."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(self.folder / "saving.tmp", ignore_errors=True)
             last = self.run.checkpoint
             stays = f"that of {shown(last)} stays" if last and last.is_dir() else "there is none before it"
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {shown(self.folder)}: {reason(error)}; {stays}. "
                 f"Once there is room to write, go on with: {command()}"
             ) from None
-        self.run.checkpoint = path
-        mine = [p for p in self._all() if p <= path]  # later ones are damaged: the run continued from before them
-        for old in {*self._all()} - {*mine[-self.config.keep_checkpoints :]}:
-            shutil.rmtree(old, ignore_errors=True)
+
+    def _write_shards(self, step, sharded):
+        """Write the sharded tensors into the temporary folder, all processes together. Returns their files."""
+        temporary, unseen = self.folder / "saving.tmp", []
+
+        def make():
+            with self._writing(step):
+                self._make_temporary()
+
+        on_main(make)
+        with self._writing(step):
+            files = write_shards(sharded, temporary / SHARDS)
+        files = {f"{SHARDS}/{name}": size for name, size in files.items()}
+        on_main(lambda: unseen.extend(name for name in files if not (temporary / name).is_file()))
+        if any(gather(bool(unseen))):
+            raise UserError(
+                f"out = {shown(self.run.folder)}: process 0 does not see what the other processes write there. A model "
+                "that is sharded over several machines needs a folder that all of them share"
+            )
+        return files
+
+    def _with_shards(self, step, state):
+        modules = [trained_weights(part) for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        mine = sharded_tensors(modules, "parts")
+        if not mine:
+            return state
+        mesh = next(iter(mine.values())).device_mesh
+        return read_shards(state, self.folder / f"step-{step:08d}" / SHARDS, mesh)
 
     def _all(self):
         return sorted(self.folder.glob("step-*"))
@@ -259,7 +306,7 @@ def find_damage(folder):
     """A text that says what is wrong with the files of a checkpoint; None if they are complete and unchanged."""
     try:
         expected = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name in FILES:
+        for name in [*FILES, *(expected.keys() - {*FILES})]:
             size = (folder / name).stat().st_size
             if size != expected[name]["bytes"]:
                 return f"{name} has {size:,} of {expected[name]['bytes']:,} bytes"

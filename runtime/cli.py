@@ -71,7 +71,8 @@ def refuse_several():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
             f"{Path(sys.argv[0]).name} runs in one process, and {os.environ['WORLD_SIZE']} were started. Start it with "
-            "python; train/train_lm_ddp.py and the training scripts of rlhf/ take torchrun"
+            "python; train/train_lm_ddp.py, train_lm_fsdp.py, train_lm_tp.py and the training scripts of rlhf/ take "
+            "torchrun"
         )
 
 

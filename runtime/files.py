@@ -31,6 +31,11 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
+def described(path):
+    """{"bytes", "sha256"} of a file, for a manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 def synced(*paths):
     """Flush files, and the entries of folders, to the disk (fsync)."""
     for path in paths:

@@ -42,6 +42,15 @@ class Processes:
         """This process's part of a list: every world_size-th item, starting at its rank. No item is left out."""
         return items[self.rank :: self.world_size]
 
+    def equal_share(self, items):
+        """This process's part of a list, as (item, weight) pairs. All processes get the same number of pairs.
+
+        The weight is 1, or 0 for an item that only makes up the number. A pass whose processes exchange weights or
+        activations needs all of them.
+        """
+        missing = -len(items) % self.world_size
+        return self.share([(item, 1) for item in items] + [(items[0], 0)] * missing)
+
     def sum(self, x):
         """Sum a tensor over all processes, in place. Returns the tensor."""
         if self.world_size > 1:

@@ -17,6 +17,7 @@ import resource
 import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from safetensors.torch import load_file
 from models import resumable
 
 TRAIN = ("train_lm", "train_lm_ddp", "train_lm_amp_ckpt", "train_lm_lora", "train_lm_wandb")
+TRAIN += ("train_lm_fsdp", "train_lm_tp")
 SCRIPTS = [f"train.{name}" for name in TRAIN]
 SCRIPTS += [f"rlhf.{name}" for name in ("train_reward_model", "dpo_train", "ppo_train", "grpo_train")]
 SCRIPTS += ["data.generate_preferences", "data.generate_preferences_multi", "report.evaluate"]
@@ -50,6 +52,27 @@ def start(script, words, out, die_at=0, die_by=signal.SIGKILL, largest_file=None
     return _start(_child, out, script, words, out, die_at, die_by, largest_file, spoil_from, environment or {})
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(script, words, out, count, last=None, **environment):
+    """`count` connected processes as a launcher would start them. last: how the last of them dies, as in `start`."""
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), **environment}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
+    dies = [{}] * (count - 1) + [last or {}]
+    return [start(script, words, out, environment=environment, **die) for environment, die in zip(ranks, dies)]
+
+
+def finish(processes, out):
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * len(processes), said(out)
+
+
 def start_demo(stages, out, die_in=None, die_at=0):
     """A process, and a process group, that runs these stages as `python report/demo.py` does; it prints to OUT.said.
 
@@ -62,11 +85,12 @@ def start_demo(stages, out, die_in=None, die_at=0):
 def _start(function, out, *arguments):
     Path(out).parent.mkdir(exist_ok=True)
     Path(f"{out}.said").touch()
-    Path(f"{out}.phase").write_bytes(b"\0")
-    return _fork(function, *arguments)
+    if not Path(f"{out}.phase").exists():  # another process of the run may have it open
+        Path(f"{out}.phase").write_bytes(b"\0")
+    return fork(function, *arguments)
 
 
-def _fork(function, *arguments):
+def fork(function, *arguments):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, *LIBRARIES])
     process = context.Process(target=function, args=arguments)
@@ -76,7 +100,7 @@ def _fork(function, *arguments):
 
 def start_server():
     """Have the server import the libraries now, not when the first process is started and its time is taken."""
-    _fork(int).join()
+    fork(int).join()
 
 
 def run(script, words, out, **options):

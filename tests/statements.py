@@ -11,6 +11,8 @@ STATEMENTS = {
     "token-mean-ranks": "The same over processes with unequal shares: they take the step of one, with clipping on.",
     "ranks-equal": "After each optimizer step all processes hold equal parameters, in every trainer.",
     "one-all-reduce": "Gradients are reduced once an optimizer step, not once a micro-batch.",
+    "sharded": "With weights sharded (FSDP) or layers split (TP) over two or three processes, a run takes the steps of "
+    "one, goes on with any number of them, and saves a plain model; what cannot be split is refused by name.",
     "data-order": "The order is another in each epoch, the same for equal seed and epoch; all processes together see "
     "each row once, and an evaluation counts each sample once.",
     "schedule": "The learning rate follows optimizer steps, whatever the accumulation; it stands still on a step that "

@@ -195,40 +195,50 @@ def step_rows(step, rows, config):
     """
     epoch, place = divmod(step - 1, steps_in_epoch(rows, config))
     size, piece = config.batch_size, config.micro_batch_size
-    mine = epoch_order(rows, config.seed, epoch)[place * size : (place + 1) * size]
-    return [mine[i : i + piece] for i in range(0, len(mine), piece)]
+    return in_batches(epoch_order(rows, config.seed, epoch)[place * size : (place + 1) * size], piece)
 
 
-def lm_loss(model, batch, compiled=False):
+def in_batches(rows, size):
+    """A list in pieces of `size`; the last one may be shorter."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def lm_loss(model, batch, compiled=False, nll=head_nll):
     """(sum of -log p in nats over the counted tokens, their number) of a batch of packed blocks.
 
-    compiled: that of `head_nll`. Samples that share a row do not see each other: see train/packed.py. The gradients
-    include those of the router's auxiliary loss, if the model asks for it; the value does not: see models/router.py.
+    compiled: that of `head_nll`. nll: a function with its arguments that takes its place. Samples that share a row do
+    not see each other: see train/packed.py. The gradients include those of the router's auxiliary loss, if the model
+    asks for it; the value does not: see models/router.py.
     """
     input_ids, at = batch["input_ids"], batch["mask"]  # (B, T), (B, T-1)
     head, router = output_head(model), router_of(model)  # before the states: it may run the model in eval mode
     with router.watching():
         hidden = block_states(model, input_ids, batch["position_ids"])[:, :-1]  # (B, T-1, H)
-    nats = head_nll(head, hidden[at], input_ids[:, 1:][at], compiled)
+    nats = nll(head, hidden[at], input_ids[:, 1:][at], compiled)
     return router.beside(nats, at), at.sum()
 
 
 @torch.no_grad()
-def evaluate_lm(model, blocks, batch_size, processes=Processes()):  # noqa: B008 - it is frozen
+def evaluate_lm(model, blocks, batch_size, processes=Processes(), loss=lm_loss, in_step=False):  # noqa: B008 - frozen
     """{"nats_per_token", "bits_per_byte"} over all counted tokens of `blocks`. Each block is read by one process.
 
-    Does not change the parameters or the random state.
+    loss: a function with the arguments and the result of `lm_loss`. in_step: all processes make the same number of
+    passes, because their passes communicate. Does not change the parameters or the random state.
     """
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    mine = processes.share(list(range(len(blocks))))
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    progress = Progress({"batch": len(batches)}, name="batches of held-out text")
-    for rows in batches:
-        nats, tokens = lm_loss(model, blocks.batch(rows, device))
-        total += torch.tensor([nats.item(), tokens.item(), blocks.bytes[rows].sum().item()], dtype=torch.float64)
+    rows = list(range(len(blocks)))
+    if in_step:
+        passes = processes.equal_share(in_batches(rows, batch_size))
+    else:
+        passes = [(batch, 1) for batch in in_batches(processes.share(rows), batch_size)]
+    progress = Progress({"batch": len(passes)}, name="batches of held-out text")
+    for mine, weight in passes:
+        nats, tokens = loss(model, blocks.batch(mine, device))
+        found = [nats.item(), tokens.item(), blocks.bytes[mine].sum().item()]
+        total += torch.tensor(found, dtype=torch.float64) * weight
         progress.tell("batch")
     model.train(was_training)
     nats, tokens, sizes = processes.sum(total.to(device)).tolist()

@@ -22,9 +22,16 @@ COSTS = {
 
 def block_states(model, input_ids, position_ids):
     """The hidden states (B, T, H) of blocks. input_ids, position_ids: (B, T); positions restart with each sample."""
+    return _states(model, input_ids, position_ids, packed_way(model, input_ids.shape[1]))
+
+
+def packed_way(model, longest):
+    """The way in which this model computes packed blocks of `longest` tokens. The first call checks the ways.
+
+    The check needs all weights. Call it before the weights are spread over processes.
+    """
     ways = (POSITIONS, MASK, *([LAYERS] if kinds_of_layers(model) else []), APART)
-    way = admit(model, "samples packed into one row", ways, lambda *a: _check(model, *a), input_ids.shape[1], COSTS)
-    return _states(model, input_ids, position_ids, way)
+    return admit(model, "samples packed into one row", ways, lambda *a: _check(model, *a), longest, COSTS)
 
 
 def _states(model, input_ids, position_ids, way):

@@ -50,18 +50,18 @@ def compile_if_asked(model, config):
 
 
 class SummedLoss(torch.nn.Module):
-    """`lm_loss` as the forward pass of a module, in the precision of `updates`.
+    """`lm_loss` as the forward pass of a module, in a context that `precision()` makes.
 
-    DistributedDataParallel prepares its all-reduce in the forward pass of the module that it wraps. A loss function
-    that calls the inner model directly would skip this.
+    DistributedDataParallel and FSDP prepare their communication in the forward pass of the module that they wrap. A
+    loss function that calls the inner model directly would skip this.
     """
 
-    def __init__(self, model, updates, compiled=False):
+    def __init__(self, model, precision, compiled=False):
         super().__init__()
-        self.model, self.updates, self.compiled = model, updates, compiled
+        self.model, self.precision, self.compiled = model, precision, compiled
 
     def forward(self, batch):
-        with self.updates.forward():
+        with self.precision():
             return lm_loss(self.model, batch, self.compiled)
 
 

@@ -56,7 +56,7 @@ def train(config, change_model=None, save=save_model):
         check_shares(config, processes)  # DDP: raise UserError if a process would have no work
     model, blocks, router = start.model, start.blocks, router_of(start.model)
     updates = Updates(model.parameters(), config, run, precision=precision)  # DDP: for real sizes
-    summed_loss = SummedLoss(model, updates, config.compile)  # DDP: the loss as a module, for the wrapper
+    summed_loss = SummedLoss(model, updates.forward, config.compile)  # DDP: the loss as a module, for the wrapper
     summed_loss = DistributedDataParallel(summed_loss)  # DDP: copies the weights of process 0 to all processes
     torch.manual_seed(config.seed + processes.rank)  # DDP: each process draws its own dropout masks
     evaluation = Evaluation(start, config, updates, processes)  # DDP: each block is read by one process

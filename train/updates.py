@@ -48,6 +48,8 @@ class Updates:
     parameters: the parameters to train. config: lr, warmup_steps, min_lr_ratio, weight_decay, max_grad_norm.
     run: the length of the schedule is run.total_steps * per_step. per_step: updates per step of the run.
     processes: `step` sums the gradients over these processes; None if DistributedDataParallel has done so.
+    norm: a function of the parameters that gives the norm of their gradients, a scalar that is equal in all processes;
+    None if each process has all of them.
     precision: with "fp16" the loss is scaled up before the backward pass, because small gradients would be 0 in fp16
     (Micikevicius et al. 2018, section 3.2). With other precisions nothing is scaled.
 
@@ -55,9 +57,9 @@ class Updates:
     and `overflows` is the number of steps that were repeated because fp16 gradients overflowed.
     """
 
-    def __init__(self, parameters, config, run, processes=None, precision="fp32", per_step=1):
+    def __init__(self, parameters, config, run, processes=None, precision="fp32", per_step=1, norm=None):
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.config, self.run, self.processes, self.per_step = config, run, processes, per_step
+        self.config, self.run, self.processes, self.per_step, self.norm = config, run, processes, per_step, norm
         self.optimizer = make_optimizer(self.parameters, config.lr, config.weight_decay)
         self.device, self.precision = self.parameters[0].device, precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -88,7 +90,11 @@ class Updates:
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         scaler.unscale_(optimizer)  # clipping must see the true gradients
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        if self.norm:
+            norm = self.norm(self.parameters)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.max_grad_norm, norm)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
         self.grad_norm, scale = norm.item(), scaler.get_scale()
         if not scaler.is_enabled():  # with a scaler, the scaler handles a norm that is not finite
             seen["grad_norm"] = norm

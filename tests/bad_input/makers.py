@@ -11,6 +11,8 @@ from runtime.cli import cli
 SCRIPTS = {  # short name: (script, the configuration that it is given or None)
     "lm": ("train/train_lm.py", "smoke/train_base.yaml"),
     "ddp": ("train/train_lm_ddp.py", "smoke/train_base.yaml"),
+    "fsdp": ("train/train_lm_fsdp.py", "smoke/train_base.yaml"),
+    "tp": ("train/train_lm_tp.py", "smoke/train_base.yaml"),
     "amp": ("train/train_lm_amp_ckpt.py", "smoke/train_base.yaml"),
     "lora": ("train/train_lm_lora.py", "smoke/train_base.yaml"),
     "wandb": ("train/train_lm_wandb.py", "smoke/train_base.yaml"),
@@ -58,7 +60,8 @@ def words_of(name, options, good, here):
         "ppo_inference": {"model_name": good / "ppo"},
         "grpo_inference": {"model_name": good / "dpo"},
     }
-    like = {"ddp": "lm", "amp": "lm", "lora": "lm", "wandb": "lm", "scratch": "lm", "groups": "pairs", "dpo": "reward"}
+    like = dict.fromkeys(("ddp", "fsdp", "tp", "amp", "lora", "wandb", "scratch"), "lm")
+    like |= {"groups": "pairs", "dpo": "reward"}
     given = {key: value(here) if callable(value) else value for key, value in options.items()}
     settings = {"config": ROOT / "configs" / config} if config else {}
     settings |= works[like.get(name, name)] | given

@@ -124,7 +124,7 @@ KEYS = [
 
 OLD_NAMES = [  # (scripts, the old name of a key, what a message says of it)
     (
-        ("lm", "ddp", "amp", "lora", "wandb"),
+        ("lm", "ddp", "fsdp", "tp", "amp", "lora", "wandb"),
         "accumulation_steps",
         "batch_size (blocks an optimizer step) and micro_batch_size (blocks in one pass)",
     ),

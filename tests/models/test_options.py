@@ -16,7 +16,7 @@ SCRIPTS = [
 
 
 def test_all_scripts_are_looked_at():
-    assert len(SCRIPTS) == 17
+    assert len(SCRIPTS) == 19
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

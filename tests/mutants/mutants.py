@@ -68,6 +68,7 @@ def extent(text, symbol):
 
 
 COMMON, STEPS, DDP, AMP = (f"tests/train/test_{name}.py::test_" for name in ("common", "steps", "ddp", "amp"))
+SHARDED = "tests/train/test_sharded.py::test_"
 BLOCKS = "tests/train/test_blocks.py::test_"
 TWICE = "tests/runtime/test_twice.py::test_"
 INFERENCE = "tests/inference/test_resume.py::test_"
@@ -183,6 +184,65 @@ MUTANTS = [
         (f"{TRAINERS}parameters_are_equal_on_all_ranks_after_each_step",),
     ),
     Mutant(
+        "sharded", "FSDP's average is taken for a sum", "train/train_lm_fsdp.py",
+        "nats * processes.world_size", "nats",
+        (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[fsdp-2-tied]",),
+    ),
+    Mutant(
+        "sharded", "the norm is that of this process's shards", "train/sharded.py",
+        ".full_tensor()", ".to_local()",
+        (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[fsdp-2-tied]",),
+        "norm",
+    ),
+    Mutant(
+        "sharded", "a pass that only makes up the number counts", "runtime/processes.py",
+        "(items[0], 0)", "(items[0], 1)",
+        (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[fsdp-2-tied]",),
+    ),
+    Mutant(
+        "sharded", "a tied head gets a group of its own", "train/train_lm_fsdp.py",
+        "    for layer in layers:", "    for layer in [*layers, model.get_output_embeddings()]:",
+        (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[fsdp-2-tied]",),
+    ),
+    Mutant(
+        "sharded", "the parts of the weights are those of the oldest checkpoint", "runtime/checkpoint.py",
+        'self.folder / f"step-{step:08d}" / SHARDS, mesh)', "self._all()[0] / SHARDS, mesh)",
+        (f"{SHARDED}killed_in_a_step_or_while_it_saves_it_ends_bitwise_as_if_it_never_had_been[fsdp]",),
+    ),
+    Mutant(
+        "sharded", "the gradient at the border of a block is that of one process", "train/tensor_parallel.py",
+        "return _summed(gradient)", "return gradient",
+        (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[tp-2-tied]",),
+    ),
+    Mutant(
+        "sharded", "the norm counts a whole weight once for each process", "train/tensor_parallel.py",
+        "(self.processes.sum(of_parts.square()) + of_whole.square())",
+        "self.processes.sum(of_parts.square() + of_whole.square())",
+        (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[tp-2-tied]",),
+    ),
+    Mutant(
+        "sharded", "query heads are divided without regard to their key-value heads", "train/tensor_parallel.py",
+        "                self._split(linear, 0, groups)  # a group",
+        "                self._split(linear, 0, linear.out_features // attention.head_dim)  # a group",
+        (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[tp-2-tied]",),
+    ),
+    Mutant(
+        "sharded", "an unknown attention is split like Llama's", "train/tensor_parallel.py",
+        "if type(layer.self_attn).__name__ not in ATTENTIONS:", "if False:",
+        (f"{SHARDED}tensor_parallelism_refuses_an_unknown_model_by_name[granite-attention is a GraniteAttention]",),
+    ),
+    Mutant(
+        "sharded", "moments that go on are views, which the fused AdamW of a CPU takes for contiguous",
+        "train/tensor_parallel.py",
+        ".of(whole).contiguous()", ".of(whole)",
+        (f"{SHARDED}killed_in_a_step_or_while_it_saves_it_ends_bitwise_as_if_it_never_had_been[tp]",),
+    ),
+    Mutant(
+        "sharded", "the moments of AdamW are not put together for a checkpoint", "train/tensor_parallel.py",
+        "return _kept(self.split.joined(x, weight))", "return x",
+        (f"{SHARDED}a_run_whose_processes_die_goes_on_with_three_and_then_with_one[tp]",),
+    ),
+    Mutant(
         "one-all-reduce", "every micro-batch reduces", "train/train_lm_ddp.py",
         "with nullcontext() if last else", "with nullcontext() if True else",
         (f"{DDP}one_all_reduce_set_per_optimizer_step",),
@@ -207,8 +267,8 @@ MUTANTS = [
     ),
     Mutant(
         "data-order", "every process evaluates everything", "train/common.py",
-        "processes.share(list(range(len(blocks))))",
-        "list(range(len(blocks)))",
+        "in_batches(processes.share(rows), batch_size)",
+        "in_batches(rows, batch_size)",
         (f"{COMMON}evaluation_counts_each_token_once_whatever_the_batch_and_the_number_of_ranks",),
     ),
     Mutant(

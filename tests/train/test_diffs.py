@@ -7,7 +7,12 @@ import pytest
 
 from configs.config import ROOT
 
-MARKS = {"train_lm_ddp": ("DDP:",), "train_lm_amp_ckpt": ("AMP:", "CKPT:", "COMPILE:")}
+MARKS = {
+    "train_lm_ddp": ("DDP:",),
+    "train_lm_amp_ckpt": ("AMP:", "CKPT:", "COMPILE:"),
+    "train_lm_fsdp": ("FSDP:",),
+    "train_lm_tp": ("TP:",),
+}
 
 
 def code(name):

@@ -5,14 +5,13 @@ Who dies does so by itself in a given step, so that nothing depends on who is qu
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from datetime import timedelta
 
 import pytest
-from interrupted import lines, run, run_whole, said, start
+from interrupted import finish, free_port, lines, run, run_whole, said, start, start_ranks
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
@@ -24,27 +23,6 @@ pytestmark = pytest.mark.slow
 DDP = ["train.train_lm_ddp", ["--config", "configs/smoke/train_base.yaml", "--sample_tokens", 2, "--save_every", 1]]
 GRPO = ["rlhf.grpo_train", ["--config", "configs/smoke/grpo.yaml", "--steps", 3, "--save_every", 1, "--max_grad_norm",
         0.05]]  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_ranks(script, words, out, count, last=None, **environment):
-    """`count` connected processes as a launcher would start them. last: how the last of them dies, as in `start`."""
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), **environment}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
-    dies = [{}] * (count - 1) + [last or {}]
-    return [start(script, words, out, environment=environment, **die) for environment, die in zip(ranks, dies)]
-
-
-def finish(processes, out):
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * len(processes), said(out)
 
 
 def run_on_two_machines(script, words, out, die_at=0, restarts=0):
@@ -143,8 +121,9 @@ def test_processes_that_are_started_again_do_not_look_for_those_that_died(one, t
     assert_equal(one(script, words), out)
 
 
-def test_two_machines_go_on_by_themselves_when_a_worker_is_killed(one, tmp_path):
-    script, words = DDP
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])
+def test_two_machines_go_on_by_themselves_when_a_worker_is_killed(one, tmp_path, name):
+    script, words = f"train.train_lm_{name}", DDP[1]
     out = tmp_path / "run"
     run_on_two_machines(script, words, out, die_at=4, restarts=1)
     assert "continuing from step 3 of 6" in said(out)

@@ -10,7 +10,16 @@ import torch
 
 from configs.config import ROOT, UserError, load_config
 from models.loader import load_model, load_tokenizer
-from train import amp_savings, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, train_lm_wandb
+from train import (
+    amp_savings,
+    train_lm,
+    train_lm_amp_ckpt,
+    train_lm_ddp,
+    train_lm_fsdp,
+    train_lm_lora,
+    train_lm_tp,
+    train_lm_wandb,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +29,8 @@ SCRIPTS = {
     "train_lm": ["train/train_lm.py"],
     "train_lm_scratch": ["train/train_lm.py", "--config", "configs/smoke/train_scratch.yaml"],
     "train_lm_ddp": [*TORCHRUN, "train/train_lm_ddp.py"],
+    "train_lm_fsdp": [*TORCHRUN, "train/train_lm_fsdp.py"],
+    "train_lm_tp": [*TORCHRUN, "train/train_lm_tp.py"],
     "train_lm_amp_ckpt": ["train/train_lm_amp_ckpt.py", "--precision", "bf16", "--measure_steps", "0"],
     "train_lm_lora": ["train/train_lm_lora.py", "--merge", "true"],
     "train_lm_wandb": ["train/train_lm_wandb.py", "--wandb_model", "true"],
@@ -83,6 +94,13 @@ def test_ddp_on_two_processes_reaches_what_one_process_does(runs):
     results = [json.loads((runs[n][0] / "manifest.json").read_text())["result"] for n in ("train_lm", "train_lm_ddp")]
     assert results[0]["nats_per_token"] == pytest.approx(results[1]["nats_per_token"], abs=1e-4)
     assert runs["train_lm_ddp"][2].count("step     6/6 | loss") == 1  # one rank speaks
+
+
+@pytest.mark.parametrize("name", ["train_lm_fsdp", "train_lm_tp"])
+def test_with_its_weights_over_two_processes_a_run_reaches_what_one_process_does(runs, name):
+    results = [json.loads((runs[n][0] / "manifest.json").read_text())["result"] for n in ("train_lm", name)]
+    assert results[0] == pytest.approx(results[1], abs=1e-4)
+    assert "2 processes on cpu (gloo)" in runs[name][2] and runs[name][2].count("step     6/6 | loss") == 1
 
 
 def test_amp_and_checkpointing_are_measured_each_in_its_own_process(tmp_path, capsys, monkeypatch):
@@ -150,7 +168,7 @@ def test_lora_refuses_what_it_cannot_do(words):
 
 def test_every_yaml_of_this_stage_loads():
     for path in ("train_base", "train_scratch", "smoke/train_base", "smoke/train_scratch", "gpu/train_base"):
-        for module in (train_lm, train_lm_ddp, train_lm_amp_ckpt, train_lm_wandb):
+        for module in (train_lm, train_lm_ddp, train_lm_fsdp, train_lm_tp, train_lm_amp_ckpt, train_lm_wandb):
             load_config(module.Config, ["--config", f"configs/{path}.yaml"])
     for path in ("train_base", "sft", "smoke/train_base", "smoke/sft", "gpu/train_base"):
         load_config(train_lm_lora.Config, ["--config", f"configs/{path}.yaml"])
