@@ -413,14 +413,29 @@ def accumulation_is_full_batch(lab, name, dtype):
 def two_processes_are_one(lab, name, dtype):
     """Whole runs on two processes that talk over gloo, against one process with the batch in one micro-batch. The
     shares of a step's tokens are unequal, and its gradient is clipped."""
-    found = {}
-    for trainer in ("DDP",) if dtype == "float64" else ("DDP", *RLHF):
-        one = run(lab.folder, trainer, name, "whole", exact=dtype, **TRAINERS[trainer].whole)
-        two = run(lab.folder, trainer, name, "two processes", processes=2, exact=dtype)
-        norms = [line["grad_norm"] for line in metrics(one) if "grad_norm" in line]
-        assert max(norms) > TRAINERS[trainer].options["max_grad_norm"], f"{trainer}: no step was clipped"
-        found[trainer] = apart(two, one, lab.folder / name, dtype)
-    return found
+    trainers = ("DDP",) if dtype == "float64" else ("DDP", *RLHF)
+    return {trainer: _two_from_one(lab, name, dtype, trainer, trainer) for trainer in trainers}
+
+
+def sharded_is_one_process(lab, name, dtype):
+    """Whole runs of train_lm_fsdp.py on two processes that talk over gloo, each with half of every weight, against
+    train_lm.py with the batch in one micro-batch. The gradient of each step is clipped by the norm over all shards."""
+    return {"FSDP": _two_from_one(lab, name, dtype, "LM", "FSDP")}
+
+
+def tensor_parallel_is_one_process(lab, name, dtype):
+    """Whole runs of train_lm_tp.py on two processes that talk over gloo, each with half of the heads, of the MLP and of
+    the vocabulary, against train_lm.py. The norm counts what is split once, and what is not split once."""
+    return {"TP": _two_from_one(lab, name, dtype, "LM", "TP")}
+
+
+def _two_from_one(lab, name, dtype, plain, trainer):
+    """How far runs of `trainer` on two processes are from those of `plain` on one, with the batch in one piece."""
+    one = run(lab.folder, plain, name, "whole", exact=dtype, **TRAINERS[plain].whole)
+    two = run(lab.folder, trainer, name, "two processes", processes=2, exact=dtype)
+    norms = [line["grad_norm"] for line in metrics(one) if "grad_norm" in line]
+    assert max(norms) > TRAINERS[plain].options["max_grad_norm"], f"{plain}: no step was clipped"
+    return apart(two, one, lab.folder / name, dtype)
 
 
 def checkpointing_changes_nothing(lab, name, dtype):

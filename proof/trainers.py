@@ -37,7 +37,7 @@ from proof.architectures import build
 from report.methods import METHODS
 from rlhf import train_reward_model
 from runtime.cli import cli
-from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, updates
+from train import common, train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_fsdp, train_lm_lora, train_lm_tp, updates
 
 MODELS = ("tiny-gpt2", "tiny-llama")  # learned positions, rotary positions
 WINDOW = 4  # tokens: the claims' longer prompts, and their rows, exceed it
@@ -112,6 +112,8 @@ TRAINERS = {
     "LoRA": _lm(train_lm_lora, 0.05, precision="fp32", lora_r=4),
     **RLHF,
 }
+SPREAD = {"FSDP": _lm(train_lm_fsdp), "TP": _lm(train_lm_tp)}  # their weights are spread over the processes
+RUNS = TRAINERS | SPREAD
 
 
 def prepare(folder):
@@ -168,7 +170,7 @@ def _write(path, rows):
 
 
 def run(folder, trainer, model, name="left alone", processes=1, exact=None, **changes):
-    """The folder of a finished run of `trainer`, a key of TRAINERS, on `model`. Runs it if the folder is not there yet.
+    """The folder of a finished run of `trainer`, a key of RUNS, on `model`. Runs it if the folder is not there yet.
 
     changes: options that differ from the trainer's own. exact: None for the script as it is; "float32" or "float64" for
     steps that can be compared, see `_exact`. Raises AssertionError if the run fails, with the end of what it printed.
@@ -211,14 +213,14 @@ def _folder(folder, trainer, model, name, exact):
 def start(folder, trainer, model, out, processes=1, exact=None, **changes):
     """Start the processes of a run into the folder `out`, and return them; see `run`."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    options = TRAINERS[trainer].options | {"model_name": folder / model, "out": out}
+    options = RUNS[trainer].options | {"model_name": folder / model, "out": out}
     if exact:  # few steps, because rounding grows from step to step
-        options |= {"lr": TRAINERS[trainer].sgd_lr} | ({"max_steps": 4} if "max_steps" in options else {"steps": 2})
+        options |= {"lr": RUNS[trainer].sgd_lr} | ({"max_steps": 4} if "max_steps" in options else {"steps": 2})
     options |= changes
-    script = TRAINERS[trainer].script.__name__
+    script = RUNS[trainer].script.__name__
     if script.startswith("rlhf") and model.startswith("tiny-gpt2"):  # all its weights train; tiny-llama gets an adapter
         options = {"lora_r": 0} | options
-    if TRAINERS[trainer].reward_model and "reward" not in options:
+    if RUNS[trainer].reward_model and "reward" not in options:
         options["reward_model"] = run(folder, "reward", model)
     options["config"] = ROOT / "configs" / f"{options['config']}.yaml"
     for key in ("data", "prompts", "groups"):
