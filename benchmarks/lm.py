@@ -9,6 +9,8 @@ are compiled again, and that is timed. TRL runs as its users get it.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from benchmarks import baselines, measure
@@ -88,12 +90,25 @@ def ours(size, folder):
 
 def ddp(size, folder):
     """Ours as one of several processes, train/train_lm_ddp.py; for scaling.py."""
-    from train.train_lm_ddp import Config, train
+    return _one_of_several("train_lm_ddp", size, folder)
 
+
+def fsdp(size, folder):
+    """The same with sharded weights, train/train_lm_fsdp.py."""
+    return _one_of_several("train_lm_fsdp", size, folder)
+
+
+def tp(size, folder):
+    """The same with split layers, train/train_lm_tp.py: each process reads all rows."""
+    return _one_of_several("train_lm_tp", size, folder)
+
+
+def _one_of_several(name, size, folder):
+    script = importlib.import_module(f"train.{name}")
     same = vars(settings(size, folder))
-    config = Config(**{k: same[k] for k in same.keys() & vars(Config()).keys()})
+    config = script.Config(**{k: same[k] for k in same.keys() & vars(script.Config()).keys()})
     with measure.Clock() as clock:
-        train(config)
+        script.train(config)
     return clock.measured(work(size))
 
 

@@ -295,6 +295,28 @@ def ddp_part(ddp):
         f"| two independent processes (ideal) | {apart:.3f} | |",
         f"| two processes, DDP | {joined:.3f} | {joined / apart - 1:+.1%} |",
         f"| one process, two threads | {threads:.3f} | {threads / apart - 1:+.1%} |",
+        *spread_part(ddp),
+    ]
+
+
+SPREAD = {"ddp": "DDP: all weights in each", "fsdp": "FSDP: half of each weight", "tp": "TP: half of each layer"}
+
+
+def spread_part(ddp):
+    """Rows on weights that are spread over the processes, beside DDP. [] if they were not measured."""
+    if "fsdp" not in ddp:
+        return []
+    rows = [
+        f"| {title} | {ddp[key]['seconds']:.3f} | {ddp[key]['peak_memory_gb']:.2f} |" for key, title in SPREAD.items()
+    ]
+    return [
+        "",
+        "The same steps with weights that are spread over the two processes (`train_lm_fsdp.py`, `train_lm_tp.py`), "
+        "and the peak memory of a process:",
+        "",
+        "| | seconds a step | GB |",
+        "|---|---|---|",
+        *rows,
     ]
 
 

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --rounds 3     # each point in three processes, one after the other
 
 The sweep over the sequence length keeps the number of tokens a step; each other sweep changes one size alone. The part
-on two processes needs two cores. It compares DDP with two processes that do the same work independently.
+on two processes needs two cores. It compares DDP, FSDP and TP with two processes that do the same work independently.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ SMOKE = (
 TWO_PROCESSES = {  # what is compared, by its name in the JSON
     "apart": "two independent processes",
     "ddp": "two processes, DDP",
+    "fsdp": "two processes, FSDP",
+    "tp": "two processes, TP",
     "threads": "one process on the whole batch",
 }
 
@@ -162,33 +164,37 @@ def run_sweep(sweep, config, peak, folder, progress):
 
 
 def run_ddp(config, folder, progress):
-    """Seconds a step of two independent processes, of two under DDP, and of one process with as many threads."""
+    """Seconds a step, and peak memory, of two independent processes, of two under DDP, FSDP and TP, and of one process
+    with as many threads."""
     threads = max(1, (os.cpu_count() or 2) // 2)
     size = lm.SMOKE if config.smoke else lm.SIZE
     half = size | one_pass(size["batch_size"] // 2)
     whole = half | {"batch_size": size["batch_size"]}
     few, many = {"OMP_NUM_THREADS": str(threads)}, {"OMP_NUM_THREADS": str(2 * threads)}
     say(f"\ntwo processes, {threads} threads each, {half['batch_size']} x {half['length']} tokens in each:")
-    seconds = {key: [] for key in TWO_PROCESSES}
+    seconds, memory = ({key: [] for key in TWO_PROCESSES} for _ in range(2))
     for i in range(config.rounds):
         for key in TWO_PROCESSES:
             started, place = time.time(), folder / f"{key}-{i}"
             if key == "apart":
                 both = [measure.start_side("lm", "ours", half, place / str(r), few) for r in range(2)]
-            elif key == "ddp":
-                ranks = environments()
-                both = [measure.start_side("lm", "ddp", whole, place / str(r), few | ranks[r]) for r in range(2)]
-            else:
+            elif key == "threads":
                 both = [measure.start_side("lm", "ours", whole, place, many)]
-            steps = slower([wait() for wait in both])
+            else:
+                ranks = environments()
+                both = [measure.start_side("lm", key, whole, place / str(r), few | ranks[r]) for r in range(2)]
+            runs = [wait() for wait in both]
+            steps = slower(runs)
             seconds[key] += steps
+            memory[key].append(max(run["peak_memory_gb"] for run in runs))
             done = progress.done(("ddp", key), time.time() - started)
             words = " ".join(f"{s:.2f}" for s in steps)
             say(fold(f"  round {i + 1}/{config.rounds}, {TWO_PROCESSES[key]}: {words} s a step | {done}", "    "))
     found = {key: measure.spread(values) | {"seconds": statistics.median(values)} for key, values in seconds.items()}
-    apart, joined, alone = (found[key]["seconds"] for key in TWO_PROCESSES)
-    say(f"  two independent processes {apart:.3f} s a step, DDP {joined:.3f} ({joined / apart - 1:+.1%})")
-    say(f"  one process of {2 * threads} threads on the whole batch {alone:.3f}")
+    for key, title in TWO_PROCESSES.items():
+        found[key]["peak_memory_gb"] = statistics.median(memory[key])
+        step, gb = found[key]["seconds"], found[key]["peak_memory_gb"]
+        say(f"  {title}: {step:.3f} s a step ({step / found['apart']['seconds'] - 1:+.1%}), {gb:.2f} GB each")
     return found | {"batch_size": half["batch_size"], "length": half["length"], "processes": 2, "threads_each": threads}
 
 

@@ -310,6 +310,10 @@ def test_the_page_shows_every_part(monkeypatch, tmp_path):
     page.update(scaling={"sweeps": [{"title": "LM", "key": "rows", "peak": 1e10, "points": points}] * 3})
     page.update(ddp={k: {"seconds": s} for k, s in (("apart", 2.0), ("ddp", 2.5), ("threads", 3.0))}
                 | {"batch_size": 2, "length": 512})  # fmt: skip
+    assert page.spread_part({}) == []
+    spread = {key: {"seconds": 2.5, "peak_memory_gb": gb} for key, gb in (("ddp", 3.0), ("fsdp", 1.5), ("tp", 1.75))}
+    assert page.spread_part(spread)[-3:] == ["| DDP: all weights in each | 2.500 | 3.00 |",
+        "| FSDP: half of each weight | 2.500 | 1.50 |", "| TP: half of each layer | 2.500 | 1.75 |"]  # fmt: skip
     job = {"seconds": 4.0, "flops": 1e10, "peak": 1e10, "precision": "bf16", "git_commit": "abc"}
     page.update(operations={"lm": job | {"kinds": {"softmax": [1.0, 5], "matmuls": [2.0, 7], "rest": [1.0, 0]}},
                             "dpo": job | {"kinds": {"copies": [3.0, 9], "rest": [1.0, 0]}}})  # fmt: skip
