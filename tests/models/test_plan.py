@@ -1,4 +1,4 @@
-"""The sizes of a plan, part by part, beside what torch allocates, what published models have, and arithmetic by hand."""
+"""The sizes of a plan, part by part, beside what torch allocates, what published models have, and sums by hand."""
 
 import pytest
 import torch
