@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 train/train_lm_fsdp.py        # two CPU cores (gloo) or two GPUs (nccl)
     python train/train_lm_fsdp.py                             # one process: the steps of train_lm.py
-    torchrun --nproc_per_node=8 train/train_lm_fsdp.py --model_name BIG --precision bf16 --gradient_checkpointing true
+    torchrun --nproc_per_node=8 train/train_lm_fsdp.py --batch_size 64 --micro_batch_size 8 --precision bf16
 
 As in train_lm_ddp.py, the micro-batches of a step are divided among the processes, and the steps are those of one
 process. But of N processes each keeps only 1/N of the weights, gradients and moments of AdamW (Rajbhandari et al. 2020,
