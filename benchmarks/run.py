@@ -33,7 +33,7 @@ from benchmarks import lm, measure, page
 from configs.config import UserError, option, shown
 from models.device import pick_device
 from runtime.cli import cli
-from runtime.console import duration, fold, say
+from runtime.console import beside, duration, fold, say
 from runtime.files import in_root, write_atomically
 from runtime.progress import Progress
 from runtime.provenance import git_commit, machine, versions
@@ -146,7 +146,7 @@ def run_job(name, config, progress):
                 started = time.time()
                 found.append(measure.measure_side(job.module, side, size, folder / f"{side}-{i}"))
                 done = progress.done((name, side), time.time() - started)
-                say(fold(f"  round {i + 1}/{config.rounds}, {side}: {in_words(found[-1])} | {done}", "    "))
+                say(beside(f"  round {i + 1}/{config.rounds}, {side}: {in_words(found[-1])}", done))
             if name == "generate":
                 module.settle(rounds["ours"][-1], rounds["baseline"][-1])
         peaks.append(measure.measure_peak(config.smoke, folder / "peak-after"))

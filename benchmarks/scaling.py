@@ -25,7 +25,7 @@ import torch
 from benchmarks import grpo, lm, measure, page
 from configs.config import UserError, option
 from runtime.cli import cli
-from runtime.console import fold, say
+from runtime.console import beside, say
 from runtime.progress import Progress
 from runtime.provenance import git_commit, machine, versions
 
@@ -159,7 +159,7 @@ def run_sweep(sweep, config, peak, folder, progress):
         points.append({"value": value, "seconds": seconds, **point})
         share = point["flops"] / seconds / peak
         per_token = f"{1e3 * seconds / point['tokens']:.2f} ms a token"
-        say(fold(f"  {value:>5}: {seconds:.3f} s a step, {per_token}, {share:.1%} of peak | {done}", 9 * " "))
+        say(beside(f"  {value:>5}: {seconds:.3f} s a step, {per_token}, {share:.1%} of peak", done))
     return {"title": sweep.title, "key": sweep.key, "peak": peak, "points": points}
 
 
@@ -189,7 +189,7 @@ def run_ddp(config, folder, progress):
             memory[key].append(max(run["peak_memory_gb"] for run in runs))
             done = progress.done(("ddp", key), time.time() - started)
             words = " ".join(f"{s:.2f}" for s in steps)
-            say(fold(f"  round {i + 1}/{config.rounds}, {TWO_PROCESSES[key]}: {words} s a step | {done}", "    "))
+            say(beside(f"  round {i + 1}/{config.rounds}, {TWO_PROCESSES[key]}: {words} s a step", done))
     found = {key: measure.spread(values) | {"seconds": statistics.median(values)} for key, values in seconds.items()}
     for key, title in TWO_PROCESSES.items():
         found[key]["peak_memory_gb"] = statistics.median(memory[key])

@@ -61,6 +61,12 @@ def fold(text, indent="  "):
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
+def beside(text, more, indent=8):
+    """'text | more' as one line if it has at most 80 columns; else `more` stands in an indented line below."""
+    line = f"{text} | {more}"
+    return line if len(line) <= WIDTH else f"{text}\n{indent * ' '}{more}"
+
+
 def clip(text, width):
     """A text as one line of at most `width` columns; what is cut ends in '...'."""
     text = " ".join(text.split())

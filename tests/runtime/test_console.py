@@ -13,7 +13,7 @@ from rlhf import dpo_train, grpo_train, ppo_train, train_reward_model
 from rlhf.rollouts import Rollout
 from runtime import run_folder
 from runtime.checkpoint import Saving
-from runtime.console import LABELS, WIDTH, clip, fold, log_line
+from runtime.console import LABELS, WIDTH, beside, clip, fold, log_line
 from runtime.progress import Progress
 from runtime.run import Run
 from train import train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, train_lm_wandb
@@ -115,6 +115,7 @@ def test_a_text_is_folded_at_words_and_clipped_to_one_line():
     text = "a " * 30 + "x" * 90 + " b-c" * 10
     assert fold(text).split() == text.split() and max(map(len, fold(text).splitlines())) == 2 + 90
     assert [len(line) <= WIDTH for line in fold(text).splitlines()].count(False) == 1
+    assert beside("a" * 70, "b" * 7) == "a" * 70 + " | " + "b" * 7 and "\n" in beside("a" * 70, "b" * 8)
     assert clip("a\nb  c", 5) == "a b c" and clip("abcdefgh", 5) == "ab..."
 
 
