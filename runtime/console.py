@@ -29,6 +29,7 @@ LABELS = {  # of a log line, the most important first: what a number is called, 
     "grad_norm": ("grad", ".2f"),
     "tok/s": ("tok/s", ",.0f"),
 }
+CONTROL = {c: "\N{REPLACEMENT CHARACTER}" for c in [*range(32), *range(127, 160)] if chr(c) not in "\n\t"}
 ETA = len(" | eta 59m59s")
 
 
@@ -39,12 +40,13 @@ def rank():
 def say(*words, end="\n"):
     """Print in process 0 only, and flush, because a pipe would buffer the lines.
 
-    A terminal that cannot show a character gets a question mark in its place. If nobody reads any more (a pipe that was
-    closed), the lines are dropped and the work goes on.
+    A terminal that cannot show a character gets a question mark in its place. A control character of a text (a model may
+    write one) is not sent to it. If nobody reads any more (a pipe that was closed), the lines are dropped and the work goes
+    on.
     """
     if rank() != 0:
         return
-    text = " ".join(map(str, words)) + end
+    text = (" ".join(map(str, words)) + end).translate(CONTROL)
     try:
         try:
             sys.stdout.write(text)

@@ -107,7 +107,8 @@ STATEMENTS = {
     "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",
     "resume": "Interrupted and resumed is uninterrupted, bit by bit, in every trainer.",
     "given-back": "After a Ctrl-C before the first log line the run's folder is absent, or the old run is there.",
-    "log-line": "A log line has the important numbers in 80 columns; with --verbose true, all of them.",
+    "log-line": "A log line has the important numbers in 80 columns; with --verbose true, all of them. No control "
+    "character is printed.",
     "curves": "curves.png shows what metrics.jsonl holds, at a small share of the time, and ends no run.",
     "twice-at-once": "Of two equal commands at once, one does the work; the other says so and overwrites nothing.",
     "inference-resumes": "Inference that is killed goes on after its last finished batch and writes the very file of a "

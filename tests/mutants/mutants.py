@@ -1458,6 +1458,11 @@ MUTANTS = [
         (f"{CONSOLE}with_verbose_each_number_is_there_once_and_no_line_is_longer",),
     ),
     Mutant(
+        "log-line", "a model writes control characters to the terminal", "runtime/console.py",
+        " + end).translate(CONTROL)", " + end)",
+        (f"{CONSOLE}control_characters_of_a_completion_are_not_sent_to_the_terminal",),
+    ),
+    Mutant(
         "curves", "the band is that of one step", "runtime/curves.py",
         "math.sqrt(variance / count)", "math.sqrt(variance)",
         (f"{CURVES}points_means_and_bands_are_those_of_the_lines",),

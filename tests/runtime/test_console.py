@@ -13,7 +13,7 @@ from rlhf import dpo_train, grpo_train, ppo_train, train_reward_model
 from rlhf.rollouts import Rollout
 from runtime import run_folder
 from runtime.checkpoint import Saving
-from runtime.console import LABELS, WIDTH, beside, clip, fold, log_line
+from runtime.console import LABELS, WIDTH, beside, clip, fold, log_line, say
 from runtime.progress import Progress
 from runtime.run import Run
 from train import train_lm, train_lm_amp_ckpt, train_lm_ddp, train_lm_lora, train_lm_wandb
@@ -137,6 +137,12 @@ def test_progress_is_told_now_and_then(monkeypatch, capsys):
         now[0] += seconds
         progress.tell("a")
     assert capsys.readouterr().out == "  2/4 parts | 6s | eta 6s\n  4/4 parts | 12s | eta 0s\n"
+
+
+@pytest.mark.statement("log-line")
+def test_control_characters_of_a_completion_are_not_sent_to_the_terminal(capsys):
+    say("a\x1b[31mb\rc\x9bd\te\nf")
+    assert capsys.readouterr().out == "a\ufffd[31mb\ufffdc\ufffdd\te\nf\n"
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch):
