@@ -40,9 +40,8 @@ def rank():
 def say(*words, end="\n"):
     """Print in process 0 only, and flush, because a pipe would buffer the lines.
 
-    A terminal that cannot show a character gets a question mark in its place. A control character of a text (a model may
-    write one) is not sent to it. If nobody reads any more (a pipe that was closed), the lines are dropped and the work goes
-    on.
+    A terminal that cannot show a character gets a question mark in its place. Control characters are not sent to it: a
+    model may write some. If nobody reads any more (a pipe that was closed), the lines are dropped and the work goes on.
     """
     if rank() != 0:
         return
