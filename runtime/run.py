@@ -238,11 +238,11 @@ class Run:
                     f.write(as_lines(rows))
         self._samples += len(samples)
         self.tracker.line(self._lines - 1, recorded, samples)
-        self.curves.draw_if_due()
         left = None
         if self.total_steps and self._first and step > self._first[1]:
             left = (now - self._first[0]) / (step - self._first[1]) * (self.total_steps - step)
         say(log_line(record, self.total_steps, left, self.config.verbose))
+        self.curves.draw_if_due()
 
     def keep_tokens(self, step, groups):
         """Append dicts to tokens.jsonl, each with its `step`. Only process 0 calls it; see train/token_records.py."""
