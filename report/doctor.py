@@ -4,7 +4,7 @@
     python report/doctor.py models/ppo models/dpo --json true
     python report/doctor.py --patterns true              # the table of the patterns, which docs/doctor.md shows
 
-It also says at most three lines at the end of each training run. The patterns are in runtime/doctor.py.
+It also says at most three lines at the end of each training run. The patterns are in runtime/patterns.py.
 """
 
 from __future__ import annotations

@@ -1526,22 +1526,22 @@ MUTANTS = [
         (f"{DOCTOR}a_short_run_is_not_judged",), "diagnose",
     ),
     Mutant(
-        "doctor", "a pattern that nothing triggers", "runtime/doctor.py",
+        "doctor", "a pattern that nothing triggers", "runtime/patterns.py",
         "if equal.mean < share:", "if equal.mean < 2:",
         (f"{DOCTOR}a_log_that_has_the_pattern[no_signal-0]",), "no_signal",
     ),
     Mutant(
-        "doctor", "stored rewards are judged as those of the policy", "runtime/doctor.py",
+        "doctor", "stored rewards are judged as those of the policy", "runtime/patterns.py",
         "if run.stored:", "if False:",
         (f"{DOCTOR}a_log_that_nearly_has_the_pattern[rate_too_high-2]",), "rate_too_high",
     ),
     Mutant(
-        "doctor", "rounding is taken for a move of the policy", "runtime/doctor.py",
+        "doctor", "rounding is taken for a move of the policy", "runtime/patterns.py",
         "reached < max(kl, 2 * rounding)", "reached < kl",
         (f"{DOCTOR}a_log_that_has_the_pattern[rate_did_nothing-4]",),
     ),
     Mutant(
-        "doctor", "a fall of the chosen completions is always normal", "runtime/doctor.py",
+        "doctor", "a fall of the chosen completions is always normal", "runtime/patterns.py",
         'level = "act" if not grows else "normal" if -chosen.mean <= share * margin.mean else "look"',
         'level = "normal"',
         (f"{DOCTOR}a_log_that_has_the_pattern[chosen_falls-1]", f"{DOCTOR}a_log_that_has_the_pattern[chosen_falls-2]"),

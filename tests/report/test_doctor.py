@@ -12,7 +12,8 @@ from configs.config import ROOT, UserError, format_config, load_config
 from report import doctor
 from report.compare import checkups
 from report.page import doctor_section
-from runtime.doctor import Diagnosis, Finding, patterns_table
+from runtime.doctor import Diagnosis, patterns_table
+from runtime.patterns import Finding
 
 spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).with_name("synthetic.py"))
 synthetic = importlib.util.module_from_spec(spec)

@@ -7,8 +7,9 @@ import statistics
 import pytest
 
 from configs.config import ROOT, UserError
-from runtime.doctor import PATTERNS, WIDTH, closing_lines, diagnose, full_text, patterns_table
+from runtime.doctor import WIDTH, closing_lines, diagnose, full_text, patterns_table
 from runtime.means import interval
+from runtime.patterns import PATTERNS
 from runtime.readings import LEAST, NOT_SPEED, Readings, change, fell, read_readings, rose
 
 LINES = 18  # of a log, six in each third
