@@ -163,7 +163,7 @@ def rate_too_high(run, share):
     return Finding(
         "act",
         f"{kind} {verb}: {number(first.mean)} to {number(last.mean)}",
-        f"The {kind} {verb} from {first} ({first.steps}) to {last}  ({last.steps}).",
+        f"The {kind} {verb} from {first} ({first.steps}) to {last} ({last.steps}).",
         "Training makes the model worse. Mostly the learning rate is too high; or the data change along the way.",
         advice(run.scaled("lr", 1 / 3), run.scaled("warmup_steps", 3, at_zero=10)),
     )
