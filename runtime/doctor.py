@@ -35,7 +35,7 @@ def diagnose(run: Readings) -> Diagnosis:
     """Look for all patterns of the table in one run."""
     found = Diagnosis(len(run.lines))
     for entry in PATTERNS:
-        there = {key: LEAST if key in run.result else len(run.series(key)) for key in entry.needs}
+        there = {key: run.count(key) for key in entry.needs}
         if not all(there.values()):
             continue
         if any(there[key] < count for key, count in entry.needs.items()):

@@ -32,7 +32,7 @@ class Finding:
 class Pattern:
     """An entry of the table.
 
-    needs: {metric, or key of the manifest's result: the number of lines with it that the pattern takes}.
+    needs: {metric, or `result.NAME` of the manifest: the number of lines with it that the pattern takes}.
     limits: its thresholds by name. when: what is compared with them. source: where they come from.
     """
 
@@ -310,7 +310,7 @@ def chosen_falls(run, share):
 
 
 @pattern(
-    "a reward model that has learned length", "length_correlation heldout_accuracy heldout_pairs length_rule_accuracy",
+    "a reward model that has learned length", "result.length_correlation result.heldout_accuracy result.length_rule_accuracy result.heldout_pairs",
     "over held-out pairs, the difference in score and the difference in length correlate by {look:g} or more, and the "
     "accuracy is not above that of the best rule by length, beyond 1.96 standard errors: `act`; by {strong:g} or more: "
     "`look` in any case",

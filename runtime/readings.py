@@ -77,6 +77,12 @@ class Readings:
         """[(step, value)] of the lines that have this metric."""
         return [(line["step"], line[key]) for line in self.lines if key in line]
 
+    def count(self, key):
+        """The number of lines with a metric. `result.NAME` is the entry NAME of the manifest's result: LEAST or 0."""
+        if key.startswith("result."):
+            return LEAST if key.removeprefix("result.") in self.result else 0
+        return len(self.series(key))
+
     def values(self, key):
         return [value for _, value in self.series(key)]
 

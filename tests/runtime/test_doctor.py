@@ -302,6 +302,10 @@ def test_a_short_run_is_not_judged():
     run = log(lr=1e-4, loss=thirds(2.0, 3.0, 4.0), grad_norm=1.0, clipped_ratio=0.9, reward=0.1, **ONLINE)
     for count in range(1, LEAST):
         found = diagnose(Readings(run.lines[:count]))
+        ended = Readings(
+            run.lines[:count], manifest={"result": {"steps": count, "reward": 0.1, "gold": 0.1, "kl": 2.0}}
+        )
+        assert diagnose(ended) == found
         assert not found.findings and {"completions_cut", "rate_did_nothing"} <= set(found.too_short)
     assert diagnose(Readings(run.lines[:LEAST])).worries
     found = diagnose(Readings([{"step": 1, "loss": 2.0, "lr": 1.0}, {"step": 2, "loss": 9.0, "lr": 1.0}]))
