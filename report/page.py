@@ -182,7 +182,7 @@ def doctor_section(rows):
     lines = [["run", "worry", "what is seen", "what to try"]]
     for folder, found in {folder: found for row in rows for folder, found in row.checkups.items()}.items():
         said = [[f.level, f.seen, "" if f.level == "normal" else f.advice] for f in found.findings]
-        if not found.worries:
+        if not found.worries and found.judged:
             said.append(["none", f"logged lines {found.lines}, patterns looked for {len(found.looked_for)}", ""])
         if found.too_short:
             said.append(["-", f"too short to tell of: {', '.join(found.too_short)}", ""])

@@ -27,6 +27,11 @@ class Diagnosis:
     too_short: list[str] = field(default_factory=list)
 
     @property
+    def judged(self):
+        """Whether most patterns could be looked for."""
+        return len(self.looked_for) > len(self.too_short)
+
+    @property
     def worries(self):
         return [finding for finding in self.findings if finding.level != "normal"]
 
@@ -62,11 +67,11 @@ def closing_lines(found: Diagnosis, path) -> list[str]:
         lines = [f"{finding.level}: {finding.short}" for finding in worries[:2]]
         left = f"{len(worries) - 2} more; " if len(worries) > 2 else ""
         return [f"doctor: {line}" for line in (*lines, f"{left}what to try: {more}")]
-    if found.too_short and not found.looked_for:
-        return [f"doctor: too short to tell; logged lines: {found.lines}, a trend takes {LEAST}"]
-    lines = [f"no worry in {found.lines} lines; patterns looked for: {len(found.looked_for)}"]
+    lines = [f"no worry in {found.lines} lines; patterns looked for: {len(found.looked_for)}"] * found.judged
     if found.too_short:
-        lines.append(f"too short to tell of {len(found.too_short)} more: a trend takes {LEAST} lines")
+        lines.append(
+            f"{found.lines} lines, too short to tell of {len(found.too_short)} patterns: a trend takes {LEAST}"
+        )
     lines += [f"normal: {finding.short}" for finding in rest]
     return [f"doctor: {line}" for line in lines[:3]]
 
@@ -78,7 +83,7 @@ def full_text(found: Diagnosis, name) -> str:
     if found.too_short:
         said = f"Too short to tell of: {', '.join(found.too_short)}. A trend takes {LEAST} lines with its metrics."
         parts.append(_wrapped("", said))
-    if not found.worries and found.looked_for:
+    if not found.worries and found.judged:
         parts.append(_wrapped("", "Nothing to worry about."))
     for finding in found.findings:
         title = next(entry.title for entry in PATTERNS if entry.key == finding.pattern)

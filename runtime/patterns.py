@@ -310,7 +310,8 @@ def chosen_falls(run, share):
 
 
 @pattern(
-    "a reward model that has learned length", "result.length_correlation result.heldout_accuracy result.length_rule_accuracy result.heldout_pairs",
+    "a reward model that has learned length",
+    "result.length_correlation result.heldout_accuracy result.heldout_pairs result.length_rule_accuracy",
     "over held-out pairs, the difference in score and the difference in length correlate by {look:g} or more, and the "
     "accuracy is not above that of the best rule by length, beyond 1.96 standard errors: `act`; by {strong:g} or more: "
     "`look` in any case",

@@ -1526,6 +1526,11 @@ MUTANTS = [
         (f"{DOCTOR}a_short_run_is_not_judged",), "diagnose",
     ),
     Mutant(
+        "doctor", "the last reward in a manifest is taken for lines with a reward", "runtime/readings.py",
+        "return len(self.series(key))", "return LEAST if key in self.result else len(self.series(key))",
+        (f"{DOCTOR}a_short_run_is_not_judged",), "Readings.count",
+    ),
+    Mutant(
         "doctor", "a pattern that nothing triggers", "runtime/patterns.py",
         "if equal.mean < share:", "if equal.mean < 2:",
         (f"{DOCTOR}a_log_that_has_the_pattern[no_signal-0]",), "no_signal",

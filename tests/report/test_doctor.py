@@ -104,12 +104,12 @@ def test_the_report_says_what_the_doctor_says(ill, tmp_path):
     by_key = {row.key: row for row in rows}
     by_key["grpo"].checkups = checkups([str(ill), str(tmp_path / "nowhere")])
     fine = Finding("normal", "near 0", "The mean loss is 0.", "It is near 0.", "Nothing.", "grpo_loss")
-    by_key["dpo"].checkups = {"models/dpo": Diagnosis(30, [fine], ["grpo_loss"], ["slow"])}
+    by_key["dpo"].checkups = {"models/dpo": Diagnosis(30, [fine], ["grpo_loss", "clipped"], ["slow"])}
     text = doctor_section(rows)
     assert (
         f"| `{ill}` | act | In steps 9 to 12 the length limit cut 90% +- 0%" in text and "--max_new_tokens 32" in text
     )
     assert "| `models/dpo` | normal | The mean loss is 0. |  |" in text
-    assert "| `models/dpo` | none | logged lines 30, patterns looked for 1 |  |" in text
+    assert "| `models/dpo` | none | logged lines 30, patterns looked for 2 |  |" in text
     assert "| `models/dpo` | - | too short to tell of: slow |  |" in text
     assert "nowhere" not in text and f"| `{ill}` | none" not in text

@@ -72,7 +72,7 @@ def test_the_reward_model_keeps_its_correlation_with_length(reward):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, said_of_it", [(2, "too short to tell; logged lines: 2"), (10, "no worry in 10 lines")])
+@pytest.mark.parametrize("count, said_of_it", [(2, "2 lines, too short to tell of"), (10, "no worry in 10 lines")])
 def test_a_run_ends_with_what_the_doctor_says(module, words, tmp_path, capsys, count, said_of_it):
     script = module("dpo")
     script.main(load_config(script.Config, words("dpo", tmp_path / "run", max_steps=count, epochs=4, lr=1e-3)))

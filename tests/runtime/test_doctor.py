@@ -309,7 +309,9 @@ def test_a_short_run_is_not_judged():
         assert not found.findings and {"completions_cut", "rate_did_nothing"} <= set(found.too_short)
     assert diagnose(Readings(run.lines[:LEAST])).worries
     found = diagnose(Readings([{"step": 1, "loss": 2.0, "lr": 1.0}, {"step": 2, "loss": 9.0, "lr": 1.0}]))
-    assert closing_lines(found, ROOT / "models/lm") == ["doctor: too short to tell; logged lines: 2, a trend takes 9"]
+    assert closing_lines(found, ROOT / "models/lm") == [
+        "doctor: 2 lines, too short to tell of 3 patterns: a trend takes 9"
+    ]
     assert "Too short to tell of: loss_spikes" in full_text(found, "models/lm")
 
 
