@@ -1517,8 +1517,12 @@ MUTANTS = [
     Mutant(
         "doctor", "a difference within noise counts", "runtime/readings.py",
         "return difference > half", "return difference > 0",
-        (f"{DOCTOR}a_log_that_nearly_has_the_pattern[rate_too_high-1]",
-         f"{DOCTOR}noise_alone_is_seldom_taken_for_a_pattern"),
+        (f"{DOCTOR}a_log_that_nearly_has_the_pattern[overoptimised-0]",),
+    ),
+    Mutant(
+        "doctor", "noise is a rate that is too high", "runtime/patterns.py",
+        "max(times * half, share * abs(first.mean))", "share * abs(first.mean)",
+        (f"{DOCTOR}noise_alone_is_seldom_taken_for_a_pattern",),
     ),
     Mutant(
         "doctor", "a run of two lines is judged", "runtime/doctor.py",
@@ -1538,7 +1542,7 @@ MUTANTS = [
     Mutant(
         "doctor", "stored rewards are judged as those of the policy", "runtime/patterns.py",
         "if run.stored:", "if False:",
-        (f"{DOCTOR}a_log_that_nearly_has_the_pattern[rate_too_high-2]",), "rate_too_high",
+        (f"{DOCTOR}a_log_that_nearly_has_the_pattern[rate_too_high-3]",), "rate_too_high",
     ),
     Mutant(
         "doctor", "rounding is taken for a move of the policy", "runtime/patterns.py",

@@ -85,6 +85,7 @@ CASES = {
         [
             log(loss=thirds(2.0, 2.05, 2.08, 0.01), lr=1e-4),  # by 4 %
             log(loss=thirds(2.0, 2.0, 2.3, 0.5), lr=1e-4),  # within noise
+            log(loss=thirds(2.0, 2.0, 2.3, 0.17), lr=1e-4),  # beyond the 95 % interval of 0.24, under 1.5 times that
             log(loss=0.0, lr=1e-4, reward=thirds(0.5, 0.4, 0.3, 0.03)),  # stored rewards: not of this policy
             log(loss=0.0, lr=1e-4, reward=thirds(0.5, 0.5, 0.4, 0.2), **ONLINE),
         ],
@@ -276,7 +277,7 @@ def test_a_change_is_welchs_difference_with_students_interval():
 
 @pytest.mark.statement("doctor")
 def test_noise_alone_is_seldom_taken_for_a_pattern():
-    """300 healthy runs of normal noise: fewer than one in twenty is said to be ill."""
+    """300 healthy runs of normal noise: fewer than one in fifty is said to be ill."""
     rng, ill = random.Random(0), 0
     for _ in range(300):
 
@@ -291,7 +292,7 @@ def test_noise_alone_is_seldom_taken_for_a_pattern():
             explained_variance=noise(0.4, 0.2), clipfrac=noise(0.1, 0.03), tok_s=noise(300, 50),
         )  # fmt: skip
         ill += bool(diagnose(run).worries)
-    assert ill < 15
+    assert ill < 6
 
 
 # what a run that ends here says
