@@ -1,5 +1,6 @@
 """Token records of DPO, the reward model, PPO and GRPO, beside transformers on each sequence alone."""
 
+import importlib
 import json
 import math
 
@@ -10,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from configs.config import ROOT, load_config
+from configs.config import ROOT, names_with
 from models.loader import load_tokenizer
 from rlhf.rollouts import Rollout
 from rlhf.token_records import chosen_rows
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 CONSTANT = {"min_lr_ratio": 1, "lr": 1e-2}  # so a run of one step ends where a longer one begins its second step
 CLOSE = {"abs": 2e-4, "rel": 1e-3}
-PROMPTS = ROOT / "data/arithmetic.json"
+SCRIPTS = [f"train.train_lm{name}" for name in ("", "_ddp", "_amp_ckpt", "_lora", "_wandb")]
+SCRIPTS += [f"rlhf.{name}" for name in ("train_reward_model", "dpo_train", "ppo_train", "grpo_train")]
 
 
 def records(folder):
@@ -225,7 +227,7 @@ def test_the_texts_of_a_run_are_those_of_its_tokenizer(train):
         assert len(sequence["texts"]) == len(sequence["ids"]) == sequence["length"] and prompt
 
 
-def test_keep_tokens_is_no_part_of_what_a_run_is(module, words, tmp_path):
-    for name in ("reward", "dpo", "ppo", "grpo", "offline"):
-        script = module(name)
-        assert load_config(script.Config, words(name, tmp_path, keep_tokens=3)).keep_tokens == 3
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_training_script_has_the_option_and_it_is_no_part_of_what_a_run_is(script):
+    found = importlib.import_module(script).Config
+    assert "keep_tokens" in names_with(found, identity=False) and found.keep_tokens == 0
