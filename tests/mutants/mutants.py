@@ -611,8 +611,8 @@ MUTANTS = [
     ),
     Mutant(
         "kl-gradients", "ratio * k3 as a difference of two huge numbers", "rlhf/grpo_train.py",
-        "kl = torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()",
-        "kl = ratio * kl_estimate(d, torch.zeros_like(d), \"k3\")",
+        "return torch.where(counted, ref_logprobs - old_logprobs, 0.0).expm1() + ratio * d - log_ratio.expm1()",
+        "return ratio * kl_estimate(d, torch.zeros_like(d), \"k3\")",
         (f"{LOSSES}ratio_k3_has_its_gradient_far_from_the_reference",),
     ),
     Mutant(
