@@ -77,11 +77,11 @@ def as_completions(
     return [answers[i : i + samples_per_prompt] for i in range(0, len(answers), samples_per_prompt)]
 
 
-def progress_line(every: float = 5.0) -> Callable:
+def progress_line(every: float = 5.0, what: str = "completions") -> Callable:
     """A `progress` function for `generate`. It prints the completions done, the time passed and the time left.
 
-    every: the least number of seconds between two lines. The returned function also takes `kept`: how many of the
-    completions done were read from a file and took no time.
+    every: the least number of seconds between two lines. what: is counted.
+    The returned function also takes `kept`: how many of the completions done were read from a file and took no time.
     """
     started = last = time.time()
 
@@ -91,7 +91,7 @@ def progress_line(every: float = 5.0) -> Callable:
         if now - last >= every:
             last = now
             left = (now - started) / (done - kept) * (of - done)
-            say(f"completions {done:>6,}/{of:,} | {duration(now - started)} | eta {duration(left)}")
+            say(f"{what} {done:>6,}/{of:,} | {duration(now - started)} | eta {duration(left)}")
 
     return show
 

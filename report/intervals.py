@@ -12,6 +12,23 @@ from data.checks import is_degenerate, words
 from runtime.means import interval
 
 
+def share(values):
+    """{"mean", "se", "low", "high", "n"} of independent yes-or-no values: the share of yes and Wilson's 95 % interval.
+
+    Unlike Student's interval, it has a width where all values are equal: none of 50 is 0 to 0.071 (Wilson 1927).
+    """
+    n, mean, z = len(values), statistics.fmean(values), 1.959964
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    low, high = centre - half if mean > 0 else 0.0, centre + half if mean < 1 else 1.0  # exact at the ends
+    return {"mean": mean, "se": math.sqrt(mean * (1 - mean) / n), "low": low, "high": high, "n": n}
+
+
+def share_text(x, digits=3):
+    """A `share` as a text, `0.120 (0.056 to 0.238)`; a dash for None."""
+    return "-" if x is None else f"{x['mean']:.{digits}f} ({x['low']:.{digits}f} to {x['high']:.{digits}f})"
+
+
 def prompt_means(answers, value):
     """{prompt id: mean of value(completion) over the completions of the prompt whose value is not None}."""
     groups = {}

@@ -125,4 +125,11 @@ STATEMENTS = {
     "by pointer and keyboard, colours with a legend, readable light and dark, wide and narrow.",
     "evaluation-pure": "Evaluation leaves parameters and random state as they were.",
     "torn-checkpoint": "A checkpoint torn by a kill is never loaded: the one before it is.",
+    # measures beside the task
+    "stereoset": "StereoSet's lms, ss and icat have the values of their definition: for an oracle, for chance, for "
+    "swapped columns, over targets and over rows.",
+    "crows-pairs": "CrowS-Pairs counts how often the stereotype is above, by kind of bias.",
+    "bbq": "BBQ counts right options, apart for passages that tell and that do not.",
+    "bias-scores": "The score of each row is that of lm-eval, and of a plain forward pass.",
+    "refusals": "A refusal is found in many wordings, and an answer that contains 'sorry' or 'cannot' is none.",
 }

@@ -34,8 +34,8 @@ def imports():
     """{module: the project's modules that it imports}."""
     files = {}
     for room in ROOMS:
-        for path in sorted((ROOT / room.replace(".", "/")).glob("*.py")):
-            files[f"{room}.{path.stem}"] = path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / room.replace(".", "/")).rglob("*.py")):  # report/measures/ is in the room of report/
+            files[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path.read_text(encoding="utf-8")
     return {module: imported(source, files.keys()) for module, source in files.items()}
 
 

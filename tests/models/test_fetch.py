@@ -158,6 +158,19 @@ def test_fetches_checks_and_unpacks_the_named_files_only(toy, tmp_path, capsys):
     assert "fetching toy_text-1.0-py3-none-any.whl" in said and "made" in said
 
 
+def test_several_patterns_name_files_of_one_package(toy, tmp_path, monkeypatch):
+    here(monkeypatch, tmp_path, source_of(toy, folder="toy", members="texts/b.* code.py"))
+    folder = fetch.fetch_source("toy")
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == ["code.py", "texts/b.txt"]
+
+
+def test_data_sets_are_fetched_as_texts_are(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "EMBEDDED_TEXTS", ())
+    monkeypatch.setattr(fetch, "EMBEDDED_DATA", ("toy",))
+    assert (fetch.fetch_source("toy") / "a.txt").read_text() == "one\n"
+    assert set(fetch.SOURCES) == {"toy"} and not set(fetch.EMBEDDED_TEXTS)
+
+
 def test_a_second_call_starts_nothing(toy, monkeypatch, capsys):
     fetch.fetch_source("toy")
     capsys.readouterr()

@@ -89,6 +89,7 @@ LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
 REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("data", "rlhf"))
+BIAS, REFUSALS = (f"tests/report/test_{name}.py::test_" for name in ("bias", "refusals"))
 CHECKS = "tests/data/test_checks.py::test_"
 ANSWER = "tests/data/test_real_answer.py::test_"
 COMPARE, STUDY = (f"tests/report/test_{name}.py::test_" for name in ("compare", "study"))
@@ -1690,5 +1691,41 @@ MUTANTS = [
         "token-view", "what training lowered looks raised", "report/token_view.py",
         "round(pair[0] - pair[1], 6)", "round(pair[1] - pair[0], 6)",
         (f"{PAGE}what_follows_from_the_kept_numbers", f"{PAGE}pointing_at_a_token_shows_its_numbers"),
+    ),
+    Mutant(
+        "stereoset", "the anti-stereotype counts as unrelated", "report/measures/choices.py",
+        "above(stereotype, unrelated) + above(anti, unrelated)", "2 * above(stereotype, unrelated)",
+        (f"{BIAS}macro_is_the_mean_over_targets_and_micro_over_rows",),
+    ),
+    Mutant(
+        "stereoset", "equal scores are no stereotype", "report/measures/choices.py",
+        "float(a > b) + 0.5 * (a == b)", "float(a > b)",
+        (f"{BIAS}an_oracle_is_ideal_and_chance_is_fifty",),
+    ),
+    Mutant(
+        "crows-pairs", "the other sentence is the stereotype", "report/measures/choices.py",
+        "values = [above(*row) for row in scores]", "values = [above(*row[::-1]) for row in scores]",
+        (f"{BIAS}crows_pairs_by_hand",), "crows_pairs",
+    ),
+    Mutant(
+        "bbq", "the first of equal options is chosen", "report/measures/choices.py",
+        "best = [i for i, score in enumerate(of_row) if score == max(of_row)]", "best = [of_row.index(max(of_row))]",
+        (f"{BIAS}bbq_by_hand_and_by_chance",), "bbq",
+    ),
+    Mutant(
+        "bias-scores", "the first token of a text is not scored", "report/measures/bias.py",
+        "[sum(tokens) for tokens in row]", "[sum(tokens[1:]) for tokens in row]",
+        (f"{BIAS}a_uniform_model_scores_each_token_minus_log_v",),
+    ),
+    Mutant(
+        "refusals", "what somebody says in quotation marks counts", "report/measures/refusals.py",
+        'QUOTED.sub(" ", opening)', "opening",
+        (f"{REFUSALS}answers_that_sound_like_refusals",), "is_refusal",
+    ),
+    Mutant(
+        "refusals", "the subject does not matter", "report/measures/refusals.py",
+        'rf"\\b(?:i|we)(?: (?:really|simply|just|also|still))*(?: |(?=\'))(?:{NOT}){BETWEEN} {DO}",',
+        'rf"\\b(?:{NOT}){BETWEEN} {DO}",',
+        (f"{REFUSALS}answers_that_sound_like_refusals",),
     ),
 ]  # fmt: skip
