@@ -72,7 +72,8 @@ class Plan:
 
     held: parts that stay for the whole run. work: {kind of work: its parts}, one after the other. base: bytes of Python
     and the libraries; on a GPU they are not in its memory. notes: sentences on how it was planned. flops: of all
-    processes. seconds_of: seconds for so many FLOP on the target; None if it is not here.
+    processes. seconds_of: seconds for so many FLOP on the target; None if it is not here. shards: processes among which
+    the run divides the parts that can be; 1: each process holds all of them.
     """
 
     target: Target
@@ -85,14 +86,16 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     flops: float = 0.0
     seconds_of: Callable | None = None
+    shards: int = 1
 
     def part(self, name: str) -> float:
         """The bytes of all parts with this name."""
         parts = [*self.held, *(part for parts in self.work.values() for part in parts)]
         return sum(part.bytes for part in parts if part.name == name)
 
-    def peak(self, shards: int = 1) -> float:
-        """The predicted peak in bytes. shards: devices among which the parts that can be are divided."""
+    def peak(self, shards: int | None = None) -> float:
+        """The predicted peak in bytes. shards: in place of those of the run."""
+        shards = shards or self.shards
         kinds = [_sum(parts, shards) for parts in self.work.values()]
         both = sum if self.target.kind == "cpu" else max
         base = self.base if self.target.kind == "cpu" else 0.0
@@ -106,14 +109,17 @@ class Plan:
     def lines(self) -> list[str]:
         """The table of the parts, in GB."""
         rows = [("Python and torch", self.base)] if self.target.kind == "cpu" else []
-        rows += [(part.name, part.bytes) for part in self.held]
+        rows += [(part.name + self._of(part), _sum([part], self.shards)) for part in self.held]
         found = [_row(name, size) for name, size in rows]
-        largest = max(self.work, key=lambda kind: _sum(self.work[kind], 1))
+        largest = max(self.work, key=lambda kind: _sum(self.work[kind], self.shards))
         for kind, parts in self.work.items():
             counts = self.target.kind == "cpu" or kind == largest
             found.append(f"  {kind}:" if counts else f"  {kind}, which needs less:")
-            found += [_row("  " + part.name, part.bytes) for part in parts]
+            found += [_row("  " + part.name + self._of(part), _sum([part], self.shards)) for part in parts]
         return [*found, _row("predicted peak", self.peak())]
+
+    def _of(self, part):
+        return f", 1/{self.shards} of it" if part.sharded and self.shards > 1 else ""
 
 
 def _sum(parts, shards):
@@ -143,8 +149,8 @@ def report(config: Any, plan: Plan) -> str:
     for name, text in (("model", plan.model), ("device", where), ("steps", plan.steps), ("tokens", plan.tokens)):
         lines += textwrap.wrap(f"{name:<8}{text}", WIDTH, subsequent_indent=" " * 8)
     lines += ["memory of one process" + (", the kinds of work add up" if target.kind == "cpu" else ""), *plan.lines()]
-    if target.processes > 1:
-        n = target.processes
+    n = target.processes
+    if plan.shards == 1 < n:
         lines += _wrapped(
             "",
             f"{n} processes share the work, not the memory: each holds all of this, and adds the gradients again for "
@@ -189,7 +195,7 @@ def _verdict(config, plan):
         less = dataclasses.replace(config, **{key: value}).plan()
         found.append(f"  --{key} {_shown(value)}: saves {_gb(peak - less.peak())}, {_gb(less.peak())} remain")
     n = plan.target.processes
-    if n > 1:
+    if plan.shards == 1 < n:
         found.append(f"  sharded over the {n} devices: {_gb(plan.peak(n))} on each")
     return [*found, "  a smaller --model_name"]
 

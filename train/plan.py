@@ -61,6 +61,9 @@ def plan_lm(config: Any, blocks: int | None, notes: list[str]) -> Plan:
         steps = config.epochs * math.ceil(blocks / config.batch_size)
     if config.max_steps:
         steps = min(steps or config.max_steps, config.max_steps)
+    shards = to.processes if config.SHARDED else 1
+    if shards > 1:
+        notes.append("the layer that is computed is gathered, in whole or in part: a little more than this")
     each = config.batch_size * config.max_length
     work_a_step = Work(each, each * config.max_length // 2, each)
     return Plan(
@@ -73,6 +76,7 @@ def plan_lm(config: Any, blocks: int | None, notes: list[str]) -> Plan:
         notes=notes,
         flops=s.cost.training(work_a_step) * (steps or 0),
         seconds_of=pace(s, precision, to),
+        shards=shards,
     )
 
 

@@ -1,18 +1,33 @@
-"""Of train_lm_fsdp.py and train_lm_tp.py, whose weights are spread over processes: what needs the whole model."""
+"""Of train_lm_fsdp.py and train_lm_tp.py, whose weights are spread over processes: options, and work on all weights."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from configs.config import UserError
+from configs.config import UserError, option, refuse_unused
 from models.device import pick_precision
 from models.fast.head import name_of, unwrapped
 from runtime.console import rank
-from train.common import Evaluation, evaluate_lm, show_sample
+from train.common import Evaluation, LMConfig, evaluate_lm, show_sample
+
+
+@dataclass
+class ShardedConfig(LMConfig):
+    """The configuration of train_lm.py, and what real sizes need."""
+
+    SHARDED: ClassVar[bool] = True
+    precision: Literal["auto", "fp32", "bf16"] = option("fp32", "dtype of the matmuls, and of what is gathered")
+    gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them")
+
+    def check(self):
+        super().check()
+        refuse_unused(self, ["keep_tokens"], "weights that are spread over processes")
 
 
 def without_scaler(precision, device):

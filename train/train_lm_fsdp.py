@@ -14,14 +14,13 @@ gradients. docs/sharding.md counts the bytes. Each line added to train_lm.py is 
 
 from dataclasses import dataclass
 from functools import partial  # FSDP: for contexts and calls that are made later
-from typing import Literal  # FSDP: of the option below
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh  # FSDP: names the processes that share the weights
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # FSDP: the technique, as torch has it
 
-from configs.config import option  # FSDP: of the options below
 from models.device import PRECISIONS, autocast, checkpoint_activations, pick_device  # FSDP: for real sizes
+from models.router import router_of
 from models.save import save_model
 from runtime.checkpoint import Checkpoints
 from runtime.cli import cli
@@ -29,18 +28,16 @@ from runtime.console import quiet_libraries
 from runtime.processes import all_or_none, join_processes, on_main  # FSDP: to act as one
 from runtime.run import Run
 from train import sharded  # FSDP: what torch leaves to us
-from train.common import LMConfig, Start, count_steps, next_command, step_rows, summary  # FSDP: fewer
+from train.common import Start, count_steps, next_command, step_rows, summary  # FSDP: fewer
 from train.packed import packed_way  # FSDP: a check that needs the whole model
 from train.real_size import SummedLoss, check_shares  # FSDP: the loss as a module; each process needs work
-from train.sharded import ShardedEvaluation, WholeModel  # FSDP: for work that needs all weights
+from train.sharded import ShardedConfig, ShardedEvaluation, WholeModel  # FSDP: for work that needs all weights
 from train.updates import Updates
 
 
 @dataclass
-class Config(LMConfig):
+class Config(ShardedConfig):  # FSDP: precision and checkpointing are options
     out: str = "models/lm_fsdp"  # FSDP: a folder of its own
-    precision: Literal["auto", "fp32", "bf16"] = option("fp32", "dtype of the matmuls")  # FSDP: and of what is gathered
-    gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them")  # FSDP: as well
 
 
 def train(config, change_model=None, save=save_model):
@@ -64,7 +61,7 @@ def train(config, change_model=None, save=save_model):
         check_shares(config, processes)  # FSDP: raise UserError if a process would have no work
         packed_way(start.model, config.max_length)  # FSDP: while each process has the whole model
         layers = sharded.layers_of(start.model)  # FSDP: what is gathered, computed and freed at a time
-    model, blocks = start.model, start.blocks
+    model, blocks, router = start.model, start.blocks, router_of(start.model)
     whole = WholeModel(model)  # FSDP: takes no memory until the end
     if config.gradient_checkpointing:  # FSDP: else activations soon take more than the weights
         checkpoint_activations(model)  # FSDP: the layer is still gathered when it is computed again
@@ -93,19 +90,22 @@ def train(config, change_model=None, save=save_model):
     for step in updates.remaining():
         micro_batches = step_rows(step, len(blocks), config)
         count = sum(blocks.counted(rows) for rows in micro_batches)  # tokens that count, in the whole step
-        loss = torch.zeros((), device=device)
+        loss, aux_loss = torch.zeros(2, device=device)
         for rows, weight in processes.equal_share(micro_batches):  # FSDP: all gather together: as many passes in each
             nats, _ = summed_loss(blocks.batch(rows, device))  # FSDP: through the root, which gathers
             nats = nats / count * weight  # FSDP: of the whole step, over all processes; 0 if another process reads it
             updates.backward(nats * processes.world_size)  # FSDP: gradients are averaged; we need the sum
             loss += nats.detach()
+            aux_loss += router.value / count * weight  # FSDP: 0 if another process reads it
         processes.sum(loss)  # FSDP: each process has the loss of its own tokens
+        processes.sum(aux_loss)  # FSDP: and that of its own blocks
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # repeat the step; this never happens in float32
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
-            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm)
+            more = {"aux_loss": aux_loss.item()} if router.coefficient else {}
+            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm, **more)
         if due:
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)

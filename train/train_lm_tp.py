@@ -12,30 +12,27 @@ Each line added to train_lm.py is marked with its reason: `diff train/train_lm.p
 
 from dataclasses import dataclass
 from functools import partial  # TP: for the loss
-from typing import Literal  # TP: of the option below
 
 import torch
 
-from configs.config import option  # TP: of the options below
 from models.device import checkpoint_activations, pick_device  # TP: for real sizes
+from models.router import router_of
 from models.save import save_model
 from runtime.checkpoint import Checkpoints
 from runtime.cli import cli
 from runtime.console import quiet_libraries
 from runtime.processes import all_or_none, join_processes, on_main  # TP: to act as one
 from runtime.run import Run
-from train.common import LMConfig, Start, count_steps, lm_loss, next_command, step_rows, summary  # TP: fewer
+from train.common import Start, count_steps, lm_loss, next_command, step_rows, summary  # TP: fewer
 from train.packed import packed_way  # TP: a check that needs the whole model
-from train.sharded import ShardedEvaluation, WholeModel, without_scaler  # TP: for work that needs all weights
+from train.sharded import ShardedConfig, ShardedEvaluation, WholeModel, without_scaler  # TP: for all weights
 from train.tensor_parallel import TensorParallel, WholeState  # TP: the technique
 from train.updates import Updates
 
 
 @dataclass
-class Config(LMConfig):
+class Config(ShardedConfig):  # TP: precision and checkpointing are options
     out: str = "models/lm_tp"  # TP: a folder of its own
-    precision: Literal["auto", "fp32", "bf16"] = option("fp32", "dtype of the matmuls")  # TP: for real sizes
-    gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them")  # TP: as well
 
 
 def train(config, change_model=None, save=save_model):
@@ -55,7 +52,7 @@ def train(config, change_model=None, save=save_model):
     # 1. the model, and the text as blocks of tokens
     with all_or_none():  # TP: a UserError in one process ends all processes
         start = Start(config, device, change_model)  # TP: in the block
-        model, blocks = start.model, start.blocks  # TP: in the block
+        model, blocks, router = start.model, start.blocks, router_of(start.model)  # TP: in the block
         run.total_steps = count_steps(len(blocks), config)  # TP: in the block
         packed_way(model, config.max_length)  # TP: while each process has the whole model
         whole = WholeModel(model)  # TP: takes no memory until it is filled
@@ -78,19 +75,21 @@ def train(config, change_model=None, save=save_model):
     for step in updates.remaining():
         micro_batches = step_rows(step, len(blocks), config)
         count = sum(blocks.counted(rows) for rows in micro_batches)  # tokens that count, in the whole step
-        loss = torch.zeros((), device=device)
+        loss, aux_loss = torch.zeros(2, device=device)
         for rows in micro_batches:
             with updates.forward():  # TP: only the forward pass; the backward pass uses the same dtypes
                 nats, _ = loss_of(model, blocks.batch(rows, device))  # TP: the same rows in all processes
             nats = nats / count  # each token has the same weight in every micro-batch
             updates.backward(nats)
             loss += nats.detach()
+            aux_loss += router.value / count  # of a mixture of experts that asks for it; else 0
         if not updates.step(step, blocks.named(micro_batches), loss=loss):
             continue  # repeat the step; this never happens in float32
         run.count_tokens(sum(blocks.tokens[rows].sum() for rows in micro_batches))
         due = evaluation.due(step, run.total_steps)
         if step % config.log_every == 0 or step == run.total_steps or due:
-            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm)
+            more = {"aux_loss": aux_loss.item()} if router.coefficient else {}
+            run.log(step, loss=loss.item(), lr=updates.lr, grad_norm=updates.grad_norm, **more)
         if due:
             run.log(step, **evaluation.loss())
         checkpoints.save_if_due(step, carried)
