@@ -819,7 +819,7 @@ MUTANTS = [
     Mutant(
         "tracked-once", "an error of wandb's service is a traceback", "runtime/tracking.py",
         "    except Exception as error:\n        why", "    except ValueError as error:\n        why",
-        (f"{TRACKING}a_service_that_has_ended_is_one_sentence[3-unix-/tmp/ended.sock]",),
+        (f"{TRACKING}a_service_that_has_ended_is_one_sentence[3-12345-unix-/tmp/ended.sock]",),
     ),
     Mutant(
         "left-padding", "a layer without keys of its own is moved and grown", "models/generation.py",

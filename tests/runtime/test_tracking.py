@@ -332,7 +332,7 @@ def test_modes_that_cannot_be(wanted, environment, message, fresh):
         find_mode(wanted)
 
 
-@pytest.mark.parametrize("service", ["3-unix-/tmp/ended.sock", "no token"])
+@pytest.mark.parametrize("service", ["3-12345-unix-/tmp/ended.sock", "no token"])
 def test_a_service_that_has_ended_is_one_sentence(service, fresh):
     fresh.setenv("WANDB_SERVICE", service)
     with pytest.raises(UserError, match="^wandb cannot start .*unset it, or train without it: --wandb off$") as refusal:
