@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from configs.config import ROOT, UserError, load_config
+from configs.config import ROOT, UserError, load_config, shown
 from models.loader import load_tokenizer
 from models.tokens import token_texts
 from report.token_view import QUANTITIES, SCORES, Config, main, page, page_data, visible
@@ -226,9 +226,9 @@ def background(token):
 
 @pytest.mark.slow
 @pytest.mark.statement("token-view")
-def test_pointing_at_a_token_shows_its_numbers(opened):
+def test_pointing_at_a_token_shows_its_numbers(opened, folder):
     tab = opened()
-    assert tab.title() == f"Tokens of {tab.url.removeprefix('file://').removesuffix('/tokens.html')}"
+    assert tab.title() == f"Tokens of {shown(folder)}"
     assert "Point at a token" in tab.locator("#panel").inner_text()
     cards = tab.locator("article.card")
     assert cards.count() == 2 and cards.nth(0).bounding_box()["y"] == cards.nth(1).bounding_box()["y"]
