@@ -13,7 +13,7 @@ def chosen_rows(rollout, count):
     Groups whose rewards differ come first, because only they say which completion is better. Of a group with more rows
     than there is room for, those with the highest and the lowest rewards are kept.
     """
-    groups = [rows for rows in rollout.grouped(range(len(rollout.prompts))) if rows]
+    groups = [rows for rows in rollout.grouped(list(range(len(rollout.prompts)))) if rows]
     found, room = [], count
     for rows in sorted(groups, key=lambda rows: len({rollout.rewards[i] for i in rows}) == 1):
         best_first = sorted(rows, key=lambda i: -rollout.rewards[i])
