@@ -943,17 +943,17 @@ MUTANTS = [
     ),
     Mutant(
         "cached-reference", "the cache exchanges chosen and rejected", "rlhf/dpo_train.py",
-        'pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected\n        done',
-        'pair["ref_rejected"], pair["ref_chosen"] = chosen, rejected\n        done',
+        'pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected\n        progress',
+        'pair["ref_rejected"], pair["ref_chosen"] = chosen, rejected\n        progress',
         (f"{SCRIPTS}cached_reference_equals_fresh",),
     ),
     Mutant(
         "cached-reference", "the cache outlives the run, known by the data alone", "rlhf/dpo_train.py",
-        "    done = 0\n    for number",
+        "    batches = [] if known",
         "    known = known if known is not None else globals().setdefault('KEPT', "
         "{}).get(pairs[0]['where'])\n    if known is None:\n        both = [[x.tolist() for x "
         "in reference_logps([pair])] for pair in pairs]\n        KEPT[pairs[0]['where']] = "
-        "torch.tensor(both, dtype=torch.float64)[..., 0]\n    done = 0\n    for number",
+        "torch.tensor(both, dtype=torch.float64)[..., 0]\n    batches = [] if known",
         (f"{TRAINERS}what_one_run_cached_is_of_no_use_to_another",),
     ),
     Mutant(
@@ -1400,7 +1400,8 @@ MUTANTS = [
     ),
     Mutant(
         "twice-at-once", "a refused run takes the folder above away", "runtime/run_folder.py",
-        "shutil.rmtree(self.path)\n            for parent", "shutil.rmtree(self.made[-1])\n            for parent",
+        "shutil.rmtree(self.path)\n                for parent",
+        "shutil.rmtree(self.made[-1])\n                for parent",
         (f"{TWICE}a_run_that_is_refused_leaves_the_one_beside_it",),
     ),
     Mutant(
