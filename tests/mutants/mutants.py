@@ -191,7 +191,8 @@ MUTANTS = [
     ),
     Mutant(
         "sharded", "the norm is that of this process's shards", "train/sharded.py",
-        ".full_tensor()", ".to_local()",
+        "[p.grad for p in parameters if p.grad is not None]).full_tensor()",
+        "[p.grad.to_local() for p in parameters if p.grad is not None])",
         (f"{SHARDED}five_adamw_steps_with_clipping_are_those_of_one_process[fsdp-2-tied]",),
         "norm",
     ),
