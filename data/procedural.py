@@ -42,7 +42,8 @@ def procedural_rows(source: str) -> tuple[list[dict], str]:
     rows: list[dict] = []
     seen: set[str] = set()
     for part in ("heldout", "validation", "train"):  # what is held out is the same for any size of the others
-        wanted, mine = sizes[SIZES[part]], []
+        wanted = sizes[SIZES[part]]
+        mine: list[dict] = []
         seed = (len(SIZES) * sizes["seed"] + list(SIZES).index(part)) * APART
         for entry in drawn(task, options, wanted * TRIES, seed, source):
             if len(mine) == wanted:

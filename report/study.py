@@ -111,8 +111,7 @@ def stages(config, name):
     where = "configs/smoke" if smoke else "configs"
     sampling = {} if smoke else task.sampling
     pairs, groups, reward = f"{place}/preferences.jsonl", f"{place}/groups.jsonl", f"{place}/reward"
-    reads = {"sft": {"data": pairs}, "dpo": {"data": pairs}, "ppo": {"reward_model": reward, **sampling},
-             "grpo_offline": {"groups": groups}, "grpo": sampling}  # fmt: skip
+    data = {"text": {"data": pairs}, "pairs": {"data": pairs}, "groups": {"groups": groups}, "rollouts": sampling}
 
     def stage(key, title, script, yaml, made, options, share):
         given = ("--config", f"{where}/{yaml}.yaml") if smoke or yaml in NAMED else ()
@@ -124,9 +123,12 @@ def stages(config, name):
         before = read_yaml(ROOT / where / f"{key}.yaml")
         longer = [options[k] / before.get(k, options[k]) for k in ("steps", "epochs") if k in options]
         share = (longer or [1.0])[0] * task.cost
-        if key == "grpo_offline" and "temperature" in sampling:  # that of the stored log-probs
-            options = {"temperature": sampling["temperature"], **options}
-        options = {**reads[key], **options, **({"seed": seed} if seed else {}), "out": folder}
+        reads = dict(data[method.learns_from])
+        if "reward_model" in before:
+            reads["reward_model"] = reward
+        if method.learns_from == "groups" and "temperature" in sampling:  # that of the stored log-probs
+            reads["temperature"] = sampling["temperature"]
+        options = {**reads, **options, **({"seed": seed} if seed else {}), "out": folder}
         title = f"{method.label}{what}, seed {seed}"
         return stage(key, title, method.script, key, f"{folder}/manifest.json", options, share)
 

@@ -157,7 +157,7 @@ def test_the_order_follows_the_scores_and_its_shares_are_those_of_the_draws():
 @pytest.mark.statement("order-of-methods")
 def test_over_optimisation_is_seen_only_where_gold_falls_beyond_its_interval():
     broke = optimisation_sentence(made_up(gold=lambda step: 0.5 - abs(step - 20) * 0.01))
-    assert "while the proxy rose: it broke." in broke and "highest in part 5" in broke or "part 6" in broke
+    assert "while the proxy rose: it broke." in broke and re.search("highest in part [56],", broke)
     rising = optimisation_sentence(made_up())
     assert "within these steps it did not break" in rising and "it broke" not in rising
     flat = optimisation_sentence(made_up(gold=lambda step: 0.3))
@@ -190,8 +190,9 @@ def test_the_page_of_a_task_has_its_figures_targets_and_sentences(tmp_path):
     assert "kl_coef 0.01: " in coefficients_sentence(study) and "GRPO online from 0." in curves_sentence(study)
 
 
-def test_all_of_it_on_a_tiny_model_killed_in_the_middle(tmp_path):
+def test_all_of_it_on_a_tiny_model_killed_in_the_middle(tmp_path, monkeypatch):
     """It goes on where it was killed, runs nothing again that was finished, and writes the page."""
+    monkeypatch.setattr(study, "COEFFICIENTS", {"grpo": ("kl_coef", (0.05,)), "dpo": ("beta", (0.3,))})
     config = configured(smoke="true", seeds="0", models=tmp_path / "m", out=tmp_path / "o")
     todo = stages(config, "arithmetic")
     killed = start_demo(todo, tmp_path / "study", "rlhf/ppo_train.py", die_at=4)
