@@ -129,9 +129,10 @@ def test_the_prompt_is_taken_off_the_conversations_of_ultrafeedback(ultrafeedbac
 @pytest.mark.slow
 def test_dpo_on_ultrafeedback_by_its_yaml_with_another_model_and_file(ultrafeedback, tmp_path):
     dpo_train = importlib.import_module("rlhf.dpo_train")
-    words = ["--config", str(ROOT / "configs/gpu/ultrafeedback_dpo.yaml"), "--model_name", "tiny-llama", "--data",
-             str(ultrafeedback), "--precision", "fp32", "--warmup_steps", "0", "--batch_size", "8",
-             "--heldout_fraction", "0.2", "--out", str(tmp_path / "out")]  # fmt: skip
+    small = {"model_name": "tiny-llama", "data": ultrafeedback, "precision": "fp32", "warmup_steps": 0, "batch_size": 8,
+             "max_length": 512, "heldout_fraction": 0.2, "out": tmp_path / "out"}  # fmt: skip
+    words = ["--config", str(ROOT / "configs/gpu/ultrafeedback_dpo.yaml")]
+    words += [str(word) for key, value in small.items() for word in (f"--{key}", value)]
     dpo_train.main(load_config(dpo_train.Config, words))
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
