@@ -11,7 +11,7 @@ SCRIPTS = [
     f"{room}.{path.stem}"
     for room in ("train", "rlhf", "data", "inference", "report")
     for path in sorted((ROOT / room).glob("*.py"))
-    if "cli(" in path.read_text() and path.stem not in ("demo", "make_arithmetic")  # they load no model
+    if "cli(" in path.read_text() and path.stem not in ("demo", "study", "make_arithmetic")  # they load no model
 ]
 
 
