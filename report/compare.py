@@ -3,6 +3,7 @@
     python report/compare.py
     python report/compare.py --allow_missing true       # only the runs that are there
     python report/compare.py --seeds 0,1,2              # models/dpo, models/dpo-seed1, models/dpo-seed2, ...
+    python report/compare.py --suite task,bias,toxicity,refusals,text      # also what changed beside the task
 
 report/evaluate.py measures each method; measurements that already exist are read. The data on training come from the
 metrics.jsonl and manifest.json of each run. Every sentence of the report is computed from the numbers in the report.
@@ -29,6 +30,7 @@ from report.intervals import best_of_measured, distinct, summarise
 from report.methods import METHODS, REWARD_MODEL, method_of
 from report.page import COLUMNS, NARROW, samples_text, table, text_table, write_report
 from report.sentences import greedy_sentence, headline
+from report.suite import TASK, read_suite
 from runtime.cli import cli
 from runtime.console import duration, fold, say
 from runtime.doctor import Diagnosis, examine
@@ -50,6 +52,8 @@ class Config(Measure, Tracking):
     def check(self):
         super().check()
         self.seed_list()
+        if TASK not in read_suite(self.suite):
+            raise UserError(f"suite = {self.suite!r}: the comparison needs {TASK}")
 
     def seed_list(self):
         words = [word.strip() for word in (self.seeds or "0").split(",")]

@@ -13,6 +13,7 @@ from configs.config import ROOT
 from data.prompts import TASKS
 from data.rows import text_of
 from models.fetch import EMBEDDED_MODELS
+from report.beside import beside_section
 from report.intervals import interval, number_or_dash, plus_minus
 from report.plots import checks_figure, curves_figure, gold_is, scores_figure
 from report.sentences import (
@@ -263,7 +264,7 @@ Patterns that are known to mean something, looked for in the log of each run by
 
 {doctor_section(rows)}
 
-{checks_section}{targets_section(config, rows)}## What alignment cost
+{checks_section}{beside_section(rows, out / "figures", markdown_table)}{targets_section(config, rows)}## What alignment cost
 
 {cost_sentence(rows)} {fluency_sentence(rows)}
 

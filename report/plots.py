@@ -132,3 +132,32 @@ def checks_figure(rows, path):
     bar.set_label("share of completions that pass")
     figure.supxlabel("type (number of prompts)", fontsize=9)
     figure.savefig(path)
+
+
+def beside_figure(rows, panels, path):
+    """Draw one panel per value: the change of each method against the base with its interval, one line a method.
+
+    panels: (label, one {"mean", "half"} for each row). The first one is the gain on the task.
+    """
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(3.1 * across, 0.9 + (0.9 + 0.27 * len(rows)) * down), dpi=130, layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for k, (ax, (label, changes)) in enumerate(zip(axes, panels)):
+        for i, (row, x) in enumerate(zip(rows, changes)):
+            method = method_of(row.key)
+            ax.errorbar(
+                x["mean"], -i, xerr=x["half"] or 0, fmt=method.marker, color=method.color,
+                ms=SIZE.get(method.marker, 8) - 2, mec="white", mew=0.6, elinewidth=1.2, capsize=2.5,
+            )  # fmt: skip
+        ax.axvline(0, color="0.6", lw=0.8, ls=":", zorder=0)
+        ax.set_yticks([-i for i in range(len(rows))], [row.label for row in rows] if k % across == 0 else [])
+        ax.set_ylim(-len(rows) + 0.4, 0.6)
+        ax.set_title(label, fontsize=10, fontweight="bold" if k == 0 else "normal")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.92", axis="x")
+        ax.set_axisbelow(True)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    figure.suptitle("Change against the base; bars are 95 % intervals", fontsize=10, color="0.35")
+    figure.savefig(path)

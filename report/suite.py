@@ -23,7 +23,7 @@ from models.fast.head import check_head
 from models.fetch import SOURCES
 from models.loader import load_model, load_tokenizer
 from models.resumable import discard
-from report.measures import bias, refusals
+from report.measures import bias, refusals, text_quality, toxicity
 from report.measures.subject import Subject
 from runtime.console import duration, quiet_libraries, say
 from runtime.files import write_atomically
@@ -48,7 +48,14 @@ class Member:
 
 MEASURES = {
     "bias": Member("bias", bias, ("report/measures/bias.py", "report/measures/choices.py"), 60),
+    "toxicity": Member("toxicity", toxicity, ("report/measures/toxicity.py",), 15),
     "refusals": Member("refusals", refusals, ("report/measures/refusals.py", refusals.PROMPTS), 10),
+    "text": Member(
+        "text_quality",
+        text_quality,
+        tuple(f"report/measures/{x}.py" for x in ("text_quality", "mauve", "bertscore")),
+        100,
+    ),
 }
 
 KEYS = tuple(measure.key for measure in MEASURES.values())

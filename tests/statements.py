@@ -132,4 +132,10 @@ STATEMENTS = {
     "bbq": "BBQ counts right options, apart for passages that tell and that do not.",
     "bias-scores": "The score of each row is that of lm-eval, and of a plain forward pass.",
     "refusals": "A refusal is found in many wordings, and an answer that contains 'sorry' or 'cannot' is none.",
+    "toxicity": "The toxic fraction counts each continuation once; the errors of the classifier stand beside it.",
+    "mauve": "MAUVE has the closed values of its equations and sees what the base's states of single texts say.",
+    "bertscore": "BERTScore is that of the package bert-score.",
+    "self-repetition": "Self-repetition counts the word 4-grams of a text that stood in it before.",
+    "beside": "The report's changes beside the task are differences to the base with both intervals, and it names "
+    "those alone that are outside theirs.",
 }

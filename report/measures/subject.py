@@ -52,16 +52,22 @@ class Subject:
         self.parts.append(partial_path(self.out.with_name(f"{self.out.name}.{part}")))
         return self.parts[-1]
 
-    def sample(self, part: str, prompts: list[list[int]], max_new_tokens: int, **options) -> Generation:
+    def sample(
+        self, part: str, prompts: list[list[int]], max_new_tokens: int, ends: bool = True, **options
+    ) -> Generation:
         """Completions of prompts (token ids), kept in the file of `part` until the measure is finished.
 
+        ends: whether a completion may stop by itself; else each has `max_new_tokens`.
         options: temperature, samples_per_prompt, top_p.
         """
+        stops, never = list(stop_ids(self.tokenizer)), list(never_sampled(self.tokenizer))
+        if not ends:
+            stops, never = [], sorted({*never, *stops})
         settings: dict[str, Any] = {"samples_per_prompt": 1, "temperature": 1.0, **options}
         generation, _ = generate_resumable(
-            self.kept(part), self.who, self.model, prompts, max_new_tokens, stop_ids=list(stop_ids(self.tokenizer)),
+            self.kept(part), self.who, self.model, prompts, max_new_tokens, stop_ids=stops,
             seed=self.seed, batch_size=self.batch_size, show=progress_line(what=part),
-            never=never_sampled(self.tokenizer), **settings,
+            never=never, **settings,
         )  # fmt: skip
         return generation
 

@@ -89,7 +89,9 @@ LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
 REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("data", "rlhf"))
-BIAS, REFUSALS = (f"tests/report/test_{name}.py::test_" for name in ("bias", "refusals"))
+BIAS, REFUSALS, TOXICITY, QUALITY, BESIDE = (
+    f"tests/report/test_{name}.py::test_" for name in ("bias", "refusals", "toxicity", "text_quality", "beside")
+)
 CHECKS = "tests/data/test_checks.py::test_"
 ANSWER = "tests/data/test_real_answer.py::test_"
 COMPARE, STUDY = (f"tests/report/test_{name}.py::test_" for name in ("compare", "study"))
@@ -1729,5 +1731,44 @@ MUTANTS = [
         'rf"\\b(?:i|we)(?: (?:really|simply|just|also|still))*(?: |(?=\'))(?:{NOT}){BETWEEN} {DO}",',
         'rf"\\b(?:{NOT}){BETWEEN} {DO}",',
         (f"{REFUSALS}answers_that_sound_like_refusals",),
+    ),
+    Mutant(
+        "toxicity", "a text is toxic only above one half", "report/measures/toxicity.py", "p >= TOXIC for p in prob",
+        "p > TOXIC for p in prob", (f"{TOXICITY}the_fraction_of_an_oracle_and_of_a_classifier_that_knows_one_word",),
+    ),
+    Mutant(
+        "toxicity", "false alarms are errors that were missed", "report/measures/toxicity.py",
+        "if toxic and not yes", "if yes and not toxic",
+        (f"{TOXICITY}the_fraction_of_an_oracle_and_of_a_classifier_that_knows_one_word",),
+    ),
+    Mutant(
+        "mauve", "the mixture is one of the two", "report/measures/mauve.py",
+        "r = w * p + (1 - w) * q", "r = w * p + (1 - w) * p + 0 * q",
+        (f"{QUALITY}the_area_of_equal_and_of_disjoint_histograms",
+         f"{QUALITY}the_area_against_a_sum_over_a_fine_grid_from_the_equations"),
+    ),
+    Mutant(
+        "mauve", "both sides of the frontier are of the same histogram", "report/measures/mauve.py",
+        "math.exp(-SCALE * kl(q, r)), math.exp", "math.exp(-SCALE * kl(p, r)), math.exp",
+        (f"{QUALITY}the_area_against_a_sum_over_a_fine_grid_from_the_equations",),
+    ),
+    Mutant(
+        "mauve", "the features are of the token before the last", "report/measures/text_quality.py",
+        "[packed.last]", "[packed.last - 1]",
+        (f"{QUALITY}the_features_of_a_text_are_the_last_state_of_a_forward_pass_over_it_alone",),
+    ),
+    Mutant(
+        "bertscore", "the marks at the ends count", "report/measures/bertscore.py", "~marks[there]",
+        "torch.ones_like(marks[there])", (f"{QUALITY}bert_scores_are_those_of_bert_score",),
+    ),
+    Mutant(
+        "self-repetition", "a gram counts as repeated the first time", "report/measures/text_quality.py",
+        "1 - len(set(grams)) / len(grams)", "1 - len(set(grams)) / (len(grams) + 1)",
+        (f"{QUALITY}self_repetition_by_hand",),
+    ),
+    Mutant(
+        "beside", "the interval of a change is that of the method alone", "report/beside.py",
+        'math.hypot(a["half"], b["half"])', 'a["half"]',
+        (f"{BESIDE}a_change_is_the_difference_to_the_base_with_both_intervals",), "change",
     ),
 ]  # fmt: skip
