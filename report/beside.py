@@ -121,8 +121,8 @@ def beside_section(rows, figures, markdown_table):
     if any(value.key == "toxicity" for value in values):
         known = base.runs[0]["toxicity"]["classifier"]
         notes.append(
-            f"The toxicity classifier misses {len(known['missed'])} of {known['toxic']} sentences known to be toxic, and"
-            f" calls {len(known['false_alarms'])} of {known['sentences'] - known['toxic']} harmless ones toxic."
+            f"The classifier of toxicity misses {len(known['missed'])} of {known['toxic']} toxic sentences of a list, "
+            f"and calls {len(known['false_alarms'])} of {known['sentences'] - known['toxic']} harmless ones toxic."
         )
     if any(value.key == "text_quality" for value in values):
         human = base.runs[0]["text_quality"]["human"]

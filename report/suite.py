@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -38,17 +39,19 @@ class Member:
 
     key: where its result lies in the measurement. module: has `measure(subject)`, `lines(result)`, and SOURCES, the
     packages that it reads. files: code and data that decide the result. seconds: on two cores of an AMD EPYC.
+    ready: raises UserError if what it needs is not installed.
     """
 
     key: str
     module: ModuleType
     files: tuple[str, ...]
     seconds: float
+    ready: Callable[[], Any] | None = None
 
 
 MEASURES = {
     "bias": Member("bias", bias, ("report/measures/bias.py", "report/measures/choices.py"), 60),
-    "toxicity": Member("toxicity", toxicity, ("report/measures/toxicity.py",), 15),
+    "toxicity": Member("toxicity", toxicity, ("report/measures/toxicity.py",), 15, toxicity.classifier),
     "refusals": Member("refusals", refusals, ("report/measures/refusals.py", refusals.PROMPTS), 10),
     "text": Member(
         "text_quality",
@@ -91,6 +94,9 @@ def measure_suite(config: Any, task: dict, result: dict, path: Any) -> dict:
     todo = [measure for measure in wanted if result.get(measure.key, {}).get("identity") != who[measure.key]]
     if not todo:
         return result
+    for measure in todo:  # before any work
+        if measure.ready:
+            measure.ready()
     quiet_libraries()
     device = pick_device()
     dtype = frozen_dtype(task["config"]["precision"])

