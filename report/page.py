@@ -210,6 +210,7 @@ def write_report(config, rows, notes=()):
     if next(row for row in rows if row.key == "base").measured["checks"]:
         checks_figure(rows, out / "figures" / "checks.png")
         checks_section = CHECKS_SECTION + checks_sentence(rows) + "\n\n"
+    beside = beside_section(rows, out / "figures", markdown_table)
     base, first = split_base(rows)[0], rows[0].runs[0]
     who, where, used = first["identity"], machine(), versions()
     scored_by = f"checks ({who['hashes']['checks']})"
@@ -264,7 +265,7 @@ Patterns that are known to mean something, looked for in the log of each run by
 
 {doctor_section(rows)}
 
-{checks_section}{beside_section(rows, out / "figures", markdown_table)}{targets_section(config, rows)}## What alignment cost
+{checks_section}{beside}{targets_section(config, rows)}## What alignment cost
 
 {cost_sentence(rows)} {fluency_sentence(rows)}
 
