@@ -14,7 +14,7 @@ from data.prompts import TASKS
 from data.rows import text_of
 from models.fetch import EMBEDDED_MODELS
 from report.beside import beside_section
-from report.intervals import interval, number_or_dash, plus_minus
+from report.intervals import number_or_dash, plus_minus
 from report.plots import checks_figure, curves_figure, gold_is, scores_figure
 from report.sentences import (
     checks_sentence,
@@ -32,6 +32,7 @@ from report.sentences import (
 from report.targets import missed_sentence, targets
 from runtime.console import duration, fold
 from runtime.files import in_root, read_manifest, write_atomically
+from runtime.means import interval
 from runtime.provenance import git_commit, machine, versions
 
 COLUMNS = (

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.config import UserError
-from report.intervals import interval, t975
+from runtime.means import interval, t975
 
 INTRASENTENCE, INTERSENTENCE, CROWS, BBQ = "stereoset_intrasentence", "stereoset_intersentence", "crows_pairs", "bbq"
 FILES = {

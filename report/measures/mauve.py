@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from report.intervals import t975
+from runtime.means import t975
 
 SCALE = 5.0  # c of the paper
 POINTS = 100  # mixtures of P and Q on the frontier

