@@ -41,7 +41,8 @@ class PairsConfig(TrainingConfig):
         notes: list[str] = []
         if data is None:
             bound = f"pairs count with max_length = {self.max_length} for each completion"
-            data = known(lambda: read_pairs(self, load_tokenizer(self.model_name))[0], notes, bound)
+            options = self.chat_template_kwargs
+            data = known(lambda: read_pairs(self, load_tokenizer(self.model_name, options))[0], notes, bound)
         return plan_pairs(self, data, notes, self.SCORE)
 
 

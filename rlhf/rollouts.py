@@ -397,7 +397,8 @@ def plan_stored(config: Any, groups: list[dict] | None) -> Plan:
     """The `Plan` of a run on stored groups. groups: None: read them."""
     notes: list[str] = []
     if groups is None:
-        tokenizer = known(lambda: load_tokenizer(config.model_name), notes, "no lengths are known")
+        options = config.chat_template_kwargs
+        tokenizer = known(lambda: load_tokenizer(config.model_name, options), notes, "no lengths are known")
         bound = f"groups count as 8 completions that fill max_length = {config.max_length}"
         groups = tokenizer and known(lambda: load_groups(config.groups, tokenizer, config.max_length)[0], notes, bound)
     return plan_groups(config, groups, notes)

@@ -151,7 +151,8 @@ def count_blocks(config, corpus, notes):
     """The number of training blocks of a corpus: by the model's tokenizer, or by characters where it is not here."""
     tokenizer = None
     if config.model_name != "scratch":
-        tokenizer = known(lambda: load_tokenizer(config.model_name), notes, "tokens are counted as 4 characters each")
+        options, bound = config.chat_template_kwargs, "tokens are counted as 4 characters each"
+        tokenizer = known(lambda: load_tokenizer(config.model_name, options), notes, bound)
     return (
         len(load_blocks(config, corpus, tokenizer)[0])
         if tokenizer

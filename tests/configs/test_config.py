@@ -94,7 +94,9 @@ SCRIPTS = {
     "train_base": "train.train_lm", "train_scratch": "train.train_lm", "sft": "train.train_lm_lora",
     "preferences": "data.generate_preferences", "preferences_multi": "data.generate_preferences_multi",
     "reward": "rlhf.train_reward_model", "dpo": "rlhf.dpo_train", "ppo": "rlhf.ppo_train", "grpo": "rlhf.grpo_train",
-    "grpo_offline": "rlhf.grpo_train", "evaluate": "report.evaluate", "compare": "report.compare",
+    **{f"gsm8k_{size}_{gpu}": "rlhf.grpo_train" for size in ("0.5b", "1.5b") for gpu in ("t4", "h100")},
+    "ultrafeedback_dpo": "rlhf.dpo_train", "grpo_offline": "rlhf.grpo_train",
+    "evaluate": "report.evaluate", "compare": "report.compare",
 }  # fmt: skip
 
 

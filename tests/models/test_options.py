@@ -7,11 +7,12 @@ import pytest
 from configs.config import ROOT, options, usage
 from models.options import ModelOptions
 
+NO_MODEL = ("demo", "study", "doctor", "token_view", "make_arithmetic")
 SCRIPTS = [
     f"{room}.{path.stem}"
     for room in ("train", "rlhf", "data", "inference", "report")
     for path in sorted((ROOT / room).glob("*.py"))
-    if "cli(" in path.read_text() and path.stem not in ("demo", "study", "make_arithmetic")  # they load no model
+    if "cli(" in path.read_text() and path.stem not in NO_MODEL
 ]
 
 

@@ -192,7 +192,9 @@ def test_every_place_that_loads_a_tokenizer_to_render_gives_it_the_options():
     for room in ("train", "rlhf", "data", "inference", "report"):
         for path in sorted((ROOT / room).glob("*.py")):
             calls = [line for line in path.read_text().splitlines() if "load_tokenizer(" in line]
-            bare[path.stem] = [line for line in calls if "options" not in line and "chat_template_kwargs" not in line]
+            bare[room, path.stem] = [
+                line for line in calls if "options" not in line and "chat_template_kwargs" not in line
+            ]
     assert {name for name, lines in bare.items() if lines} == set()
 
 
