@@ -193,7 +193,8 @@ def _verdict(config, plan):
     found = [f"does not fit: {_gb(peak)}, and there are {_gb(have)}. What needs less:"]
     for key, value, _ in lighter(config):
         less = dataclasses.replace(config, **{key: value}).plan()
-        found.append(f"  --{key} {_shown(value)}: saves {_gb(peak - less.peak())}, {_gb(less.peak())} remain")
+        if less.peak() < peak:
+            found.append(f"  --{key} {_shown(value)}: saves {_gb(peak - less.peak())}, {_gb(less.peak())} remain")
     n = plan.target.processes
     if plan.shards == 1 < n:
         found.append(f"  sharded over the {n} devices: {_gb(plan.peak(n))} on each")

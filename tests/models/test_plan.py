@@ -75,9 +75,9 @@ def test_weights_and_what_a_pass_keeps_are_those_of_the_real_model(name, precisi
 
     ids = torch.randint(3, 300, (3, 50))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(torch.device("cpu"), precision):
-        hidden_states(model, ids, position_ids=torch.arange(50).expand(3, 50))
-    [activations, _] = passes(planned, 150, 50, 3, checkpointing=False)
-    assert activations.bytes == pytest.approx(sum(size for size, _ in kept.values()), rel=0.06)
+        hidden_states(model, ids, position_ids=(torch.arange(50) % 25).expand(3, 50))  # two samples a row
+    both = sum(part.bytes for part in passes(planned, 150, 50, 3, checkpointing=False))
+    assert both == pytest.approx(sum(size for size, _ in kept.values()), rel=0.08)
 
 
 def test_what_a_layer_keeps_by_hand():

@@ -60,7 +60,12 @@ def extent(text, symbol):
     nodes = [ast.parse(text)]
     for name in symbol.split("."):
         kinds = ast.FunctionDef | ast.ClassDef
-        nodes = [x for node in nodes for x in node.body if isinstance(x, kinds) and x.name == name]
+        nodes = [x for node in nodes for x in node.body if isinstance(x, kinds) and x.name == name    Mutant(
+        "work-not-limits", "the plan forgets a moment of AdamW", "models/plan.py",
+        "2 * FLOAT * s.trained", "FLOAT * s.trained",
+        (f"{PLAN}the_state_of_adamw_has_two_moments",), "training_parts",
+    ),
+]
     if len(nodes) != 1:
         return 0, 0
     lines = text.splitlines(keepends=True)
@@ -115,6 +120,8 @@ FIRST_WAY = Mutant(
     "if far <= TOLERANCE[dtype]:", "if True:",
     (f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[opt, ignores positions]",), "_try_ways",
 )  # fmt: skip
+
+PLAN = "tests/models/test_plan.py::test_"
 
 MUTANTS = [
     # loss and gradient book-keeping

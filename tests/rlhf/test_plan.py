@@ -1,5 +1,6 @@
 """`--dry_run true` of every training script, and planned beside measured peaks."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -52,7 +53,7 @@ def test_a_dry_run_prints_a_table_in_80_columns_and_writes_nothing(module, confi
     assert all(len(line) <= plan.WIDTH for line in printed.splitlines())
     for words in ("steps", "tokens", "Python and torch", "weights", "gradients", "optimizer", "activations", "fits:"):
         assert words in printed
-    for words in ("KV cache", "value head", "reward model: adapter"):
+    for words in ("KV cache", "value head"):
         assert (words in printed) == (
             module == "rlhf.ppo_train" or (words == "KV cache" and module == "rlhf.grpo_train")
         )
@@ -65,11 +66,13 @@ def test_the_steps_of_a_dry_run_are_those_of_a_run(config):
     assert config("rlhf.dpo_train", "--max_steps", 3).plan().steps.startswith("3 of 4 pairs")
 
 
-@pytest.mark.parametrize("module", ["train.train_lm_ddp", "rlhf.dpo_train", "rlhf.ppo_train", "rlhf.grpo_train"])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["train.train_lm_ddp", "rlhf.ppo_train"])
 def test_a_7b_shape_without_weights_is_planned_for_cards_that_are_not_here(module, config, shape, capsys):
     words = ("--model_name", shape, "--dry_run", "true", "--dry_run_gb", 80, "--dry_run_devices", 8, "--lora_r", 0)
     assert plan.dry_run(config(module, *words))
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "saves -" not in printed
     assert "6,738.4 M weights" in printed and "does not fit" in printed and "sharded over 8 devices" in printed
     full, adapter = (config(module, *words[:-1], lora_r).plan() for lora_r in (0, 16))
     assert full.part("optimizer: two moments of AdamW") == pytest.approx(8 * 6.738e9, rel=1e-3)
@@ -80,6 +83,7 @@ def test_a_7b_shape_without_weights_is_planned_for_cards_that_are_not_here(modul
     assert sum(p.bytes for p in named) == pytest.approx(reference, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_each_option_that_saves_says_what_it_saves(config, shape, capsys):
     words = ("--model_name", shape, "--dry_run", "true", "--dry_run_gb", 16, "--lora_r", 0)
     asked = config("rlhf.dpo_train", *words)
@@ -95,7 +99,7 @@ def test_what_a_dry_run_cannot_do_is_said(config, tmp_path):
         plan.dry_run(config("rlhf.dpo_train", "--dry_run_gb", 80))
     with pytest.raises(UserError, match="dry_run_devices = 2 has no effect with dry_run_gb = none"):
         plan.dry_run(config("rlhf.dpo_train", "--dry_run_devices", 2, "--dry_run", "true"))
-    bound = config("rlhf.dpo_train", "--data", tmp_path / "none.jsonl").plan()
+    bound = dataclasses.replace(config("rlhf.dpo_train"), data=str(tmp_path / "none.jsonl")).plan()
     assert any("none.jsonl" in note and "max_length = 512" in note for note in bound.notes)
 
 
