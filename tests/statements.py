@@ -36,6 +36,7 @@ STATEMENTS = {
     "packed-apart": "Packed samples do not see each other: logits are those of each alone, gradients across are 0, "
     "positions restart.",
     "text-in-pieces": "A long text is tokenised in pieces; with any tokenizer its ids are those of the whole text.",
+    "planned-parts": "Each part of a plan is what torch allocates for it.",
     "cost-follows-work": "Memory and time of sampling follow the sampled tokens, not the limits that were set.",
     "shared-cores": "Threads wait shortly while other programs need the cores; the number of threads stays the same.",
     "resume-precision": "A run that goes on in another precision says so, and its numbers are of that precision.",

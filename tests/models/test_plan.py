@@ -117,6 +117,7 @@ def test_a_7b_shape_on_one_two_and_eight_cards_of_80_gb(config, weights, cache):
     assert sum(part.bytes for part in held) == pytest.approx(2 * weights + 16 * lora.trained, rel=1e-3)
 
 
+@pytest.mark.statement("planned-parts")
 def test_the_state_of_adamw_has_two_moments():
     model = real(CONFIGS["tied"]())
     optimizer = make_optimizer(model.parameters(), 1e-3)
@@ -130,6 +131,7 @@ def test_the_state_of_adamw_has_two_moments():
     assert held == {"m: weights, float32": gradients, "gradients": gradients, "optimizer: two moments of AdamW": state}
 
 
+@pytest.mark.statement("planned-parts")
 @pytest.mark.parametrize("name", ["tied", "learned positions"])
 def test_the_cache_is_that_of_a_real_decode(name):
     model, planned = real(CONFIGS[name]()), sizes(CONFIGS[name](), "fp32", torch.float32)

@@ -60,12 +60,7 @@ def extent(text, symbol):
     nodes = [ast.parse(text)]
     for name in symbol.split("."):
         kinds = ast.FunctionDef | ast.ClassDef
-        nodes = [x for node in nodes for x in node.body if isinstance(x, kinds) and x.name == name    Mutant(
-        "work-not-limits", "the plan forgets a moment of AdamW", "models/plan.py",
-        "2 * FLOAT * s.trained", "FLOAT * s.trained",
-        (f"{PLAN}the_state_of_adamw_has_two_moments",), "training_parts",
-    ),
-]
+        nodes = [x for node in nodes for x in node.body if isinstance(x, kinds) and x.name == name]
     if len(nodes) != 1:
         return 0, 0
     lines = text.splitlines(keepends=True)
@@ -101,6 +96,7 @@ CHECKS = "tests/data/test_checks.py::test_"
 ANSWER = "tests/data/test_real_answer.py::test_"
 COMPARE, STUDY = (f"tests/report/test_{name}.py::test_" for name in ("compare", "study"))
 PROCEDURAL, GSM8K = (f"tests/data/test_{name}.py::test_" for name in ("procedural", "gsm8k"))
+PLAN = "tests/models/test_plan.py::test_"
 CHECKPOINT = "tests/runtime/test_checkpoint.py::test_"
 CONSOLE = "tests/runtime/test_console.py::test_"
 CTRL_C = "tests/runtime/test_ctrl_c.py::test_"
@@ -120,8 +116,6 @@ FIRST_WAY = Mutant(
     "if far <= TOLERANCE[dtype]:", "if True:",
     (f"{ADMISSION}packed_samples_have_the_loss_that_they_have_alone[opt, ignores positions]",), "_try_ways",
 )  # fmt: skip
-
-PLAN = "tests/models/test_plan.py::test_"
 
 MUTANTS = [
     # loss and gradient book-keeping
@@ -1777,5 +1771,15 @@ MUTANTS = [
         "beside", "the interval of a change is that of the method alone", "report/beside.py",
         'math.hypot(a["half"], b["half"])', 'a["half"]',
         (f"{BESIDE}a_change_is_the_difference_to_the_base_with_both_intervals",), "change",
+    ),
+    Mutant(
+        "planned-parts", "the plan forgets a moment of AdamW", "models/plan.py",
+        "2 * FLOAT * s.trained", "FLOAT * s.trained",
+        (f"{PLAN}the_state_of_adamw_has_two_moments",), "training_parts",
+    ),
+    Mutant(
+        "planned-parts", "the plan counts keys and not values", "models/plan.py",
+        'for key in ("keys", "values")', 'for key in ("keys",)',
+        (f"{PLAN}the_cache_is_that_of_a_real_decode[tied]",), "_cache",
     ),
 ]  # fmt: skip
