@@ -155,16 +155,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
 
 @pytest.mark.slow
 def test_under_torchrun_one_voice_without_control_characters(tmp_path):
-    words = [
-        "--config",
-        "configs/smoke/train_base.yaml",
-        "--max_steps",
-        "3",
-        "--log_every",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    words = ["--config", "configs/smoke/train_base.yaml", "--max_steps", "3", "--log_every", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["train/train_lm_ddp.py", *words, "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
