@@ -160,9 +160,9 @@ def test_over_optimisation_is_seen_only_where_gold_falls_beyond_its_interval():
     assert "while the proxy rose: it broke." in broke and re.search("highest in part [56],", broke)
     rising = optimisation_sentence(made_up())
     assert "within these steps it did not break" in rising and "it broke" not in rising
-    flat = optimisation_sentence(made_up(gold=lambda step: 0.3))
-    assert "it broke" not in flat
-    assert "no break was seen" in flat or "did not break" in flat
+    # part 6, steps 21 to 24, is highest by 0.02, and the scores within a part lie 0.4 apart
+    noisy = optimisation_sentence(made_up(gold=lambda step: 0.3 + 0.2 * (-1) ** step + 0.02 * (21 <= step <= 24)))
+    assert "highest in part 6," in noisy and "no break was seen" in noisy and "it broke" not in noisy
     fell = optimisation_sentence(made_up(gold=lambda step: 0.6 - 0.01 * step, proxy=lambda step: -step))
     assert "and the proxy did not rise" in fell
 
