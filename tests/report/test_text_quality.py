@@ -89,7 +89,7 @@ def test_the_features_of_a_text_are_the_last_state_of_a_forward_pass_over_it_alo
 CANDIDATES = (
     "A cat sat on a mat.",
     "It rains.",
-    "",
+    "Sun",
     "Tea",
     "The bridge over the river was built in 1932 — by whom?",
     "x " * 700,
