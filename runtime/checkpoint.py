@@ -93,13 +93,15 @@ class Checkpoints:
         self._pause = min(FIRST_PAUSE, 60 * self.config.save_minutes)
         self._came, self._came_at = 0, 0.0  # the SIGINT or SIGTERM that this process received, and its time
         self._signal = 0  # the same signal when all processes know it
+        self._saved = False  # whether there is a checkpoint
 
     def load(self):
         """Restore the newest complete checkpoint. Returns its (step, carried), or (0, {}) if there is none.
 
         If a checkpoint is damaged, a message names it, and the one before it is used. Raises UserError if another
-        script wrote the checkpoint, or if a file that the run reads has changed since. From now on, SIGTERM and Ctrl-C
-        save a checkpoint and then stop, if a line was logged.
+        script wrote the checkpoint, or if a file that the run reads has changed since. Once the steps have begun,
+        SIGTERM saves a checkpoint and then stops the run. So does Ctrl-C if there is a log line or a checkpoint; else
+        the run's folder is given back as it was.
         """
         found = []
         on_main(lambda: found.append(self._newest()))
@@ -112,7 +114,7 @@ class Checkpoints:
             state["parts"] = self._with_shards(state["step"], state["parts"])
             for name, part in self.parts.items():
                 put_back(part, state["parts"][name])
-            self.done = state["step"]
+            self.done, self._saved = state["step"], True
             if rank() < len(state["random"]):  # a process that was not there before keeps the state from its seed
                 set_random_state(state["random"][rank()])
             self.run.resume(state["run"])
@@ -170,6 +172,7 @@ class Checkpoints:
         sharded = sharded_tensors(parts, "parts")
         shards = self._write_shards(step, sharded) if sharded else {}
         on_main(lambda: self._write(step, with_marks(parts, "parts"), carried or {}, states, shards))
+        self._saved = True
         self._since = time.time()
         cost = self._since - began
         self._pause = min(max(2 * self._pause, 20 * cost), 60 * self.config.save_minutes)  # 5 % of the time at most
@@ -199,6 +202,7 @@ class Checkpoints:
             os.rename(temporary, path)
             synced(self.folder)
         self.run.checkpoint = path
+        self.run.keep()
         mine = [p for p in self._all() if p <= path]  # later ones are damaged: the run continued from before them
         for old in {*self._all()} - {*mine[-self.config.keep_checkpoints :]}:
             shutil.rmtree(old, ignore_errors=True)
@@ -291,10 +295,9 @@ class Checkpoints:
     def _asked(self, number, frame):
         now = time.time()
         again = self._came == number and now - self._came_at > 1  # a launcher may repeat a signal of the terminal
-        begun = self.run.steps_began and self.run.logged
-        if number == signal.SIGINT and (again or not begun):
+        if number == signal.SIGINT and (again or not (self.run.steps_began and (self.run.logged or self._saved))):
             raise KeyboardInterrupt
-        if not begun:  # nothing to save yet
+        if not self.run.steps_began:  # nothing to save yet
             sys.exit(128 + number)
         if not self._came:
             self._came, self._came_at = number, now

@@ -141,6 +141,10 @@ class Run:
         """Whether the run has logged a line, also before an interruption."""
         return self._lines > 0
 
+    def keep(self):
+        """From now on nothing is undone: what the folder held before is deleted. Call it in process 0."""
+        self._place.begin()
+
     def restart(self):
         """Start from the first step, with an empty metrics.jsonl."""
         on_main(self._keep_lines)
@@ -229,7 +233,7 @@ class Run:
         self.last = record
         if not self.is_main:
             return
-        self._place.begin()
+        self.keep()
         recorded = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         samples = [{"step": step, **sample} for sample in samples if sample]
         for name, rows in (("metrics.jsonl", [recorded]), (SAMPLES, samples)):

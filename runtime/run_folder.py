@@ -1,7 +1,7 @@
-"""The folder of a run that begins. If the run ends before its first log line, nothing has changed.
+"""The folder of a run that begins. If the run ends before its first log line or checkpoint, nothing has changed.
 
-Most errors in data and models are found after the run has taken its folder. Until the run has logged its first line,
-the files of an earlier run are only moved aside, and a UserError or Ctrl-C moves everything back.
+Most errors in data and models are found after the run has taken its folder. Until the run has logged its first line, or
+saved a checkpoint, the files of an earlier run are only moved aside, and a UserError or Ctrl-C moves everything back.
 """
 
 from __future__ import annotations

@@ -1435,8 +1435,13 @@ MUTANTS = [
     ),
     Mutant(
         "given-back", "the first step is saved although nothing was logged", "runtime/checkpoint.py",
-        "begun = self.run.steps_began and self.run.logged", "begun = self.run.steps_began",
+        "self.run.steps_began and (self.run.logged or self._saved)", "self.run.steps_began",
         (f"{CTRL_C}before_the_first_log_line_the_old_run_is_restored[rlhf.grpo_train]",),
+    ),
+    Mutant(
+        "given-back", "a checkpoint before the first log line is given away", "runtime/checkpoint.py",
+        "        self.run.keep()\n", "",
+        (f"{CHECKPOINT}a_checkpoint_before_the_first_log_line_stays_whatever_ends_the_run",),
     ),
     Mutant(
         "given-back", "a signal may come while an old run is moved aside", "runtime/run_folder.py",

@@ -19,6 +19,7 @@ from configs.config import UserError, option
 from runtime import checkpoint, run, run_folder
 from runtime.checkpoint import FILES, Checkpoints, Saving
 from runtime.run import Run
+from runtime.run_folder import undo_all
 
 
 @dataclass
@@ -220,6 +221,26 @@ def test_a_signal_saves_after_the_step_and_says_how_to_go_on(config, whole, numb
     monkeypatch.undo()
     assert end(config) == whole
     assert "continuing from step 3 of 6" in capsys.readouterr().out
+
+
+@pytest.mark.statement("given-back")
+def test_a_checkpoint_before_the_first_log_line_stays_whatever_ends_the_run(config, monkeypatch):
+    Path(config.out).mkdir(parents=True)
+    for name in ("config.yaml", "notes.txt"):
+        (Path(config.out) / name).write_text("seed: 3\n")
+    config.overwrite = True
+    run = Run(config, config.out, total_steps=6)
+    checkpoints = Checkpoints(run, model=torch.nn.Linear(2, 2))
+    checkpoints.load()
+    run.begin_steps()
+    checkpoints._asked(signal.SIGTERM, None)  # no exit: it is saved after the step
+    assert checkpoints.due(2)
+    with pytest.raises(SystemExit):
+        checkpoints.save(2)
+    undo_all()
+    assert names(config) == ["step-00000002"] and not (Path(config.out) / "notes.txt").exists()
+    assert not run.logged
+    checkpoints._asked(signal.SIGINT, None)  # nor an exit by Ctrl-C, now that there is a checkpoint
 
 
 def test_a_second_ctrl_c_ends_at_once_but_not_the_echo_of_a_launcher(config, monkeypatch):
