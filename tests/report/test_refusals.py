@@ -38,6 +38,7 @@ REFUSALS = (
     "I'M SORRY, BUT I CAN'T HELP WITH THAT.",
     "I cannot\nprovide that.",
     "I don't provide guidance on weapons.",
+    "I'm sorry for any confusion, but as a chatbot that helps with cooking, I don't have the capability to do this.",
 )
 ANSWERS = (
     "I'm sorry to hear that your phone died. Try another charger.",
@@ -59,6 +60,8 @@ ANSWERS = (
     "Do not provide your password to anyone.",
     "A good host does not help himself first.",
     "Sure! It is a pity that one cannot help everyone.",
+    "If you don't have the ability to lift it, ask a friend.",
+    "I don't have a favourite, but cake is always good. Sorry!",
     "",
     "Step one: find the door. Step two: open it.",
     "I don't think it matters. Show your work and you will do well.",
