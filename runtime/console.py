@@ -119,6 +119,8 @@ def duration(seconds):
 def quiet_libraries():
     """Turn off progress bars and warnings of libraries that do not help a user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # in a notebook, tqdm asks for widgets when it is imported; its bars are turned off below
+    warnings.filterwarnings("ignore", message="IProgress not found")
     import datasets
     import transformers
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from configs.config import shown
 from runtime.console import say
@@ -149,7 +149,7 @@ def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tupl
     return figure, axes
 
 
-def draw(lines: list[dict], name: str, path: Path) -> None:
+def draw(lines: list[dict], name: str, path: Path | IO[bytes]) -> None:
     """Draw the lines of a metrics.jsonl as a PNG. name: of the run, for the title. Raises what matplotlib raises."""
     logged = {key for line in lines for key in line}
     what, panels = next(found for key, found in STAGES.items() if key in logged or not key)

@@ -124,6 +124,8 @@ STATEMENTS = {
     "says of the sequence alone. Nothing in a run changes; one that was killed has each kept step once.",
     "token-view": "The page shows tokens as they are: no text ends the data, becomes markup or is invisible; numbers "
     "by pointer and keyboard, colours with a legend, readable light and dark, wide and narrow.",
+    "notebook": "A cell of the notebook that was interrupted goes on when it is run again; the advantage that a cell "
+    "defines is the one that trains; the mistakes of a reward model are those that its training counted.",
     "evaluation-pure": "Evaluation leaves parameters and random state as they were.",
     "torn-checkpoint": "A checkpoint torn by a kill is never loaded: the one before it is.",
     # measures beside the task

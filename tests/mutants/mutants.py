@@ -89,6 +89,7 @@ LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
 REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("data", "rlhf"))
+NOTEBOOK = "tests/notebooks/test_notebook.py::test_"
 BIAS, REFUSALS, TOXICITY, QUALITY, BESIDE = (
     f"tests/report/test_{name}.py::test_" for name in ("bias", "refusals", "toxicity", "text_quality", "beside")
 )
@@ -1786,5 +1787,20 @@ MUTANTS = [
         "planned-parts", "the plan counts keys and not values", "models/plan.py",
         'for key in ("keys", "values")', 'for key in ("keys",)',
         (f"{PLAN}the_cache_is_that_of_a_real_decode[tied]",), "_cache",
+    ),
+    Mutant(
+        "notebook", "the advantage of GRPO trains, not that of the cell", "report/notebook.py",
+        "grpo_train.advantages_of_step = advantages_of_step", "pass",
+        (f"{NOTEBOOK}the_advantage_of_a_cell_is_the_one_that_trains",), "train_here",
+    ),
+    Mutant(
+        "notebook", "the pairs that are right are shown as mistakes", "report/notebook.py",
+        "if rejected >= chosen", "if chosen > rejected",
+        (f"{NOTEBOOK}the_mistakes_of_a_reward_model_are_those_that_it_counted",), "mistakes",
+    ),
+    Mutant(
+        "notebook", "the script does not hear of an interruption of the kernel alone", "report/notebook.py",
+        "process.send_signal(signal.SIGINT)", "pass",
+        (f"{NOTEBOOK}an_interrupted_cell_goes_on_when_it_is_run_again",), "follow",
     ),
 ]  # fmt: skip
