@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study verify architectures bench lm-eval test test-fast mutants chaos lint docs clean
+.PHONY: demo study verify notebook architectures bench lm-eval test test-fast mutants chaos lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python report/demo.py
@@ -21,6 +21,9 @@ test-fast: $(VENV)/installed-dev
 
 verify: $(VENV)/installed
 	$(BIN)/python proof/verify.py
+
+notebook: $(VENV)/installed-dev
+	$(BIN)/jupyter-execute --inplace notebooks/llm-training.ipynb
 
 architectures: $(VENV)/installed
 	$(BIN)/python proof/architectures.py

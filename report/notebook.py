@@ -139,7 +139,7 @@ def table(header, rows):
     return Markdown(markdown_table([list(header), *cells]).replace("---:", "---"))
 
 
-def token_page(folder, step, height=560):
+def token_page(folder, step, height=620):
     """The page of report/token_view.py on what a run kept of one step, in a frame."""
     groups = [group for group in read_tokens(in_root(folder)) if group["step"] == step]
     model = read_yaml(in_root(folder) / "config.yaml")["model_name"]
