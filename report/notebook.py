@@ -130,7 +130,8 @@ def follow(command, look):
         reader.join()
         look(printed, True)
     if process.returncode:
-        raise UserError(f"python {command} ended with status {process.returncode}; what it says stands above")
+        said = "\n".join(printed[-LINES:])
+        raise UserError(f"python {command} ended with status {process.returncode}:\n{said}")
 
 
 def table(header, rows):

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 
@@ -178,7 +179,8 @@ def test_the_cells_show_what_the_runs_left(executed):
     for name in ("reward", "dpo", "ppo", "grpo"):
         assert f"the curves of {name}, up to step 2" in outputs(shown[f"train_{name}"], "text/plain")
         assert "doctor: " in "".join(outputs(shown[f"train_{name}"], "text/plain"))
-    assert outputs(shown["ask_the_doctor"], "text/plain")[0].count("patterns looked for") == 4
+    doctor = " ".join(outputs(shown["ask_the_doctor"], "text/plain")[0].split())
+    assert doctor.count("patterns looked for") == 4
     group = read_lines(folder / "one_step/tokens.jsonl")[0]["sequences"]
     rewards = torch.tensor([sequence["scores"]["reward"] for sequence in group], dtype=torch.float64)
     expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
@@ -248,47 +250,46 @@ def test_the_curves_move_while_a_script_trains(displayed, monkeypatch, tmp_path)
     before = len(displayed)
     notebook.train(f"rlhf/grpo_train.py --config {SMOKE}/grpo.yaml --steps 60 --out {tmp_path}/run")  # finished
     again = displayed[before:]
-    assert again[-1] == pictures[-1] and "finished" in again[-2]["text/plain"]
+    assert pictures[-1] in again and "holds this very run, finished" in again[-1]["text/plain"]
 
 
 def test_a_script_that_fails_stops_the_notebook(displayed):
-    with pytest.raises(UserError, match="dpo_train.py --bta 1 ended with status 2"):
+    with pytest.raises(UserError, match="dpo_train.py --bta 1 ended with status 2:\nerror: .*Did you mean 'beta'"):
         notebook.run("rlhf/dpo_train.py --bta 1")
-    assert "Did you mean 'beta'" in displayed[-1]["text/plain"]
-
-
-DRIVER = """
-import sys
-from report import notebook
-notebook.display = lambda data, **settings: type("Handle", (), {"update": lambda self, data, **settings: None})()
-notebook.train(sys.argv[1])
-"""
+    assert displayed[-1]["text/plain"].startswith("error: unknown key 'bta'")
 
 
 @pytest.mark.statement("notebook")
-def test_an_interrupted_cell_goes_on_when_it_is_run_again(tmp_path):
-    """First as Jupyter interrupts, which signals the kernel's process group; then a signal to the kernel alone."""
-    folder, steps = tmp_path / "run", 150
+def test_an_interrupted_cell_goes_on_when_it_is_run_again(displayed, monkeypatch, tmp_path):
+    """Jupyter signals the kernel and its children; elsewhere the kernel alone may get the signal."""
+    folder, steps, started = tmp_path / "run", 200, []
     command = f"rlhf/grpo_train.py --config {SMOKE}/grpo.yaml --steps {steps} --out {folder}"
+    popen = subprocess.Popen
 
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, command], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+    def start(*words, **settings):
+        started.append(popen(*words, **settings))
+        return started[-1]
 
+    monkeypatch.setattr(notebook.subprocess, "Popen", start)
     logged = 0
-    for send in (os.killpg, os.kill):
-        driver = start()
-        while len(read_lines(folder / "metrics.jsonl")) <= logged:
-            assert driver.poll() is None, driver.stderr.read()
-            time.sleep(0.02)
-        send(driver.pid, signal.SIGINT)
-        _, error = driver.communicate(timeout=60)
-        assert "KeyboardInterrupt" in error
+    for children_too in (True, False):
+
+        def interrupt(logged=logged, children_too=children_too):
+            while len(read_lines(folder / "metrics.jsonl")) <= logged:
+                time.sleep(0.02)
+            if children_too:
+                started[-1].send_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt, daemon=True)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            notebook.train(command)
+        thread.join()
         logged = len(read_lines(folder / "metrics.jsonl"))
         assert logged < steps and list(folder.glob("checkpoints/step-*")) and read_manifest(folder) is None
-    driver = start()
-    assert driver.communicate(timeout=120) and driver.returncode == 0
+        assert any("SIGINT: stopped after step" in data["text/plain"] for data in displayed[-3:])
+    notebook.train(command)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, steps + 1))
 
 
@@ -334,8 +335,5 @@ def test_the_mistakes_of_a_reward_model_are_those_that_it_counted(executed, tmp_
     assert all(rejected >= chosen for _, _, chosen, _, rejected in rows)
     gaps = [rejected - chosen for _, _, chosen, _, rejected in rows]
     assert gaps == sorted(gaps, reverse=True)
-    texts = {
-        (row["chosen"][0]["content"], row["rejected"][0]["content"])
-        for row in read_lines(Path(folder, "preferences.jsonl"))
-    }
+    texts = {(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in read_lines(data)}
     assert {(row[1], row[3]) for row in rows} <= texts
