@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from html.parser import HTMLParser
@@ -322,14 +321,14 @@ def test_an_advantage_that_fails_leaves_everything_as_it_was(displayed):
 
 
 @pytest.mark.statement("notebook")
-def test_the_mistakes_of_a_reward_model_are_those_that_it_counted(executed, tmp_path):
+def test_the_mistakes_of_a_reward_model_are_those_that_it_counted(displayed, tmp_path):
     """Training says how often the score is right on held-out pairs; the rest are the mistakes."""
-    _, folder = executed
-    script, data = ROOT / "rlhf/train_reward_model.py", folder / "preferences.jsonl"
-    words = ["--config", SMOKE / "reward.yaml", "--data", data, "--heldout_fraction", "0.6", "--out", tmp_path]
-    subprocess.run([sys.executable, script, *words], cwd=ROOT, check=True, capture_output=True)
-    rows, pairs = notebook.mistakes(tmp_path)
-    result = read_manifest(tmp_path)["result"]
+    data, folder = tmp_path / "pairs.jsonl", tmp_path / "reward"
+    notebook.run(f"data/generate_preferences.py --config {SMOKE}/preferences.yaml --out {data}")
+    words = f"--config {SMOKE}/reward.yaml --data {data} --heldout_fraction 0.6 --out {folder}"
+    notebook.run(f"rlhf/train_reward_model.py {words}")
+    rows, pairs = notebook.mistakes(folder)
+    result = read_manifest(folder)["result"]
     assert pairs == result["heldout_pairs"] > 2
     assert len(rows) == round(pairs * (1 - result["heldout_accuracy"])) and 0 < len(rows) < pairs
     assert all(rejected >= chosen for _, _, chosen, _, rejected in rows)
