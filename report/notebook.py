@@ -32,7 +32,7 @@ from rlhf import grpo_train, train_reward_model
 from rlhf.pairs import read_pairs
 from rlhf.reward_model import RewardModel
 from rlhf.utils import score_completions
-from runtime.curves import STYLES, draw, new_figure
+from runtime.curves import NORM, STYLES, Panel, draw, new_figure
 from runtime.files import in_root, read_lines
 from runtime.memory import AT_START
 from runtime.run_folder import release, undo_all
@@ -215,23 +215,24 @@ def train_here(advantages_of_step, options):
 
 
 BESIDE = (
-    ("advantage", "Size of the advantages", "mean of |advantage|"),
-    ("grad_norm", "Gradient norm before clipping", "gradient norm"),
-    ("reward", "Reward", "mean over completions"),
+    Panel("Size of the advantages", "mean of |advantage|", {"advantage": ""}, limits=(0, None)),
+    NORM,
+    Panel("Reward", "mean over completions", {"reward": ""}),
 )
 
 
 def beside(runs):
     """A picture of several runs: {name: lines of metrics.jsonl}."""
     figure, axes = new_figure(11.7, 3.3, len(BESIDE))
-    for ax, (key, title, unit) in zip(axes, BESIDE):
+    for ax, panel in zip(axes, BESIDE):
+        [key] = panel.keys
         for style, (name, lines) in zip(STYLES, runs.items()):
             values = [line[key] for line in lines]
             ax.plot([line["step"] for line in lines], values, color=style[0], ls=style[1], lw=2, marker="o", label=name)
-        ax.set_ylim(bottom=0)
-        ax.set_title(title, fontsize=10)
+        ax.set_ylim(*panel.limits)
+        ax.set_title(panel.title, fontsize=10)
         ax.set_xlabel("rollout", fontsize=9)
-        ax.set_ylabel(unit, fontsize=9)
+        ax.set_ylabel(panel.unit, fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False, fontsize=8)
     picture = io.BytesIO()

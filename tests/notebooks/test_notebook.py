@@ -19,6 +19,7 @@ import torch
 
 from configs.config import ROOT, UserError, load_config
 from rlhf import grpo_train
+from runtime.curves import new_figure
 from runtime.files import as_lines, read_lines, read_manifest
 
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install nbclient ipykernel")
@@ -310,7 +311,29 @@ def test_the_advantage_of_a_cell_is_the_one_that_trains(displayed):
     original = notebook.train_here(own, OPTIONS)
     assert all(line["advantage"] > 0 for line in original) and original[0]["reward"] == without[0]["reward"]
     assert displayed[-1]["text/plain"].startswith("step     1/3") and displayed[-1]["text/plain"].count("step ") == 3
-    assert len(notebook.beside({"GRPO": original, "yours": original}).data) > 10_000
+
+
+def test_runs_beside_each_other_are_wholly_within_the_axes(monkeypatch):
+    seen = []
+
+    def watched(*size):
+        figure, axes = new_figure(*size)
+        seen.extend(axes)
+        return figure, axes
+
+    monkeypatch.setattr(notebook, "new_figure", watched)
+    runs = {
+        name: [
+            {"step": step, "advantage": 0.8, "grad_norm": 0.3 * step, "reward": reward + step / 10} for step in (1, 2)
+        ]
+        for name, reward in (("GRPO", -0.5), ("yours", -0.4))
+    }
+    assert len(notebook.beside(runs).data) > 10_000 and len(seen) == 3
+    for ax, key in zip(seen, ("advantage", "grad_norm", "reward")):
+        low, high = ax.get_ylim()
+        drawn = [list(line.get_ydata()) for line in ax.lines]
+        assert drawn == [[line[key] for line in lines] for lines in runs.values()]
+        assert all(low <= value <= high for values in drawn for value in values) and low < high
 
 
 def test_an_advantage_that_fails_leaves_everything_as_it_was(displayed):
