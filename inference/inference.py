@@ -39,7 +39,7 @@ from models.completions import (
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.generation import generate
 from models.loader import context_length, load_model, load_tokenizer, resolve_model
-from models.options import ModelOptions
+from models.options import ModelOptions, QuantisationOptions, check_quantisation, quantisation
 from models.tokens import never_sampled, prompt_ids, stop_ids
 from runtime.cli import cli
 from runtime.console import fold, quiet_libraries, say
@@ -53,7 +53,7 @@ EXAMPLES = (
 
 
 @dataclass
-class Config(PromptConfig, ModelOptions):
+class Config(PromptConfig, ModelOptions, QuantisationOptions):
     CONFIG: ClassVar[str] = "configs/inference.yaml"
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size"}
     model_name: str = option("smollm2-135m", "an embedded name, a folder (full model or adapter), or a hub id")
@@ -81,6 +81,9 @@ class Config(PromptConfig, ModelOptions):
             refuse_unused(self, ["prompt_column"], "prompt or chat: it is of a file")
         if self.temperature == 0:
             refuse_unused(self, ["top_k"], "temperature = 0, which takes the most probable token")
+        check_quantisation(self)
+        if self.merge:
+            refuse_unused(self, ["load_in_4bit", "load_in_8bit"], "merge = true, which makes plain weights")
         check_out(self.out, self.prompts)
 
 
@@ -93,7 +96,10 @@ def main(config):
     adapter = is_adapter(config.model_name)
     if config.merge and not adapter:
         raise UserError(f"merge = true: {config.model_name} holds no adapter, there is nothing to merge")
-    model = load_model(config.model_name, dtype=frozen_dtype(precision), device=device, merge_adapter=config.merge)
+    dtype = frozen_dtype(precision)
+    model = load_model(
+        config.model_name, dtype, device, merge_adapter=config.merge, quantisation=quantisation(config, dtype)
+    )
     tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     kind = "adapter, merged" if config.merge else "adapter" if adapter else "full model"
     how = f"temperature {config.temperature:g}" if config.temperature else "greedy"

@@ -25,6 +25,7 @@ import torch
 from configs.config import UserError, shown
 from models.fast.attention import takes_ragged, use_matmul_attention, windowed
 from models.fast.head import body, hidden_states, name_of, unsupported, unwrapped
+from models.fast.quantised import quantised_layers
 from models.loader import context_length
 from runtime.console import fold, say
 from runtime.provenance import note_admission
@@ -224,18 +225,24 @@ def _try_ways(model, kind, ways, check, lengths, began):
 def exact_weights(model: torch.nn.Module) -> Iterator[None]:
     """A context with the bf16 and fp16 weights of a model in float32, so that rounding hides no error.
 
-    Large models keep their dtype. Afterwards the weights are exactly the same as before.
+    Layers of 4 or 8 bits compute in float32, too. Large models keep their dtype. Afterwards the weights are exactly the
+    same as before.
     """
+    rounded = [(layer, layer.compute_dtype) for layer in quantised_layers(model)]
     half = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     kinds = [p.dtype for p in half]
     few = sum(p.numel() for p in half) <= MOST_IN_FLOAT32
     for p in half if few else ():
         p.data = p.data.float()
+    for layer, _ in rounded if few else ():
+        layer.compute_dtype = None
     try:
         yield
     finally:
         for p, kind in zip(half, kinds):
             p.data = p.data.to(kind)
+        for layer, dtype in rounded:
+            layer.compute_dtype = dtype
 
 
 def _attempt(check, way, lengths, errors):

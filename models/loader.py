@@ -19,6 +19,7 @@ from models.device import pick_device
 from models.fast.attention import use_matmul_attention
 from models.fast.head import unwrapped
 from models.fast.layers import use_memory_efficient_layers
+from models.fast.quantised import Quantisation, quantise
 from models.fetch import EMBEDDED_MODELS, fetch_model
 from models.tiny import TINY_MODELS, build_tiny
 from models.tokens import add_stop_ids, note_vocabulary, use_template_options, used_options
@@ -27,6 +28,8 @@ from runtime.files import in_root, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+QUANTISATION = "quantization_config.json"  # in the folder of an adapter: how the weights of its base are rounded
 
 
 def resolve_model(name: str | Path) -> str | Path:
@@ -58,6 +61,7 @@ def load_model(
     device: torch.device | str | None = None,
     merge_adapter: bool = False,
     trainable: bool = False,
+    quantisation: Quantisation | None = None,
     **options,
 ) -> Any:
     """Load a causal language model in eval mode.
@@ -65,6 +69,7 @@ def load_model(
     dtype: dtype of the weights; use float32 for weights that will be trained. device: default `pick_device()`.
     merge_adapter: if the folder holds an adapter, merge it into the base and return a plain model.
     trainable: if the folder holds an adapter, load it so that its weights have gradients.
+    quantisation: round the linear layers to 4 or 8 bits; None: as the adapter was trained. A merged model is plain.
     Raises UserError for a folder without a causal language model, for weights that are damaged, incomplete, of another
     shape or not safetensors, for an adapter of another base, and for a hub id that cannot be reached.
     """
@@ -73,17 +78,20 @@ def load_model(
 
     path = resolve_model(name)
     if _is_adapter(path):
-        model = load_model(adapter_base(path), dtype=dtype, device=device, **options)
+        from models.fast.lora import merged
+
+        how = _base_quantisation(path, quantisation)
+        model = load_model(adapter_base(path), dtype=dtype, device=device, quantisation=how, **options)
         model = _with_adapter(model, path, trainable)
         if merge_adapter:
-            model = model.merge_and_unload()
+            model = merged(model)
         return model.eval()
     architecture = (model_config(name).architectures or [None])[0]
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if architecture and not any(architecture in (kind if isinstance(kind, tuple) else (kind,)) for kind in known):
         raise UserError(f"{name} is a {architecture}; this takes a causal language model (LlamaForCausalLM, say)")
     model = read_weights(AutoModelForCausalLM, path, name, dtype=dtype, **options)
-    return model.to(device or pick_device()).eval()
+    return quantise(model.to(device or pick_device()).eval(), quantisation)
 
 
 def load_tokenizer(name: str | Path, chat_template_kwargs: dict | None = None) -> PreTrainedTokenizerBase:
@@ -194,6 +202,20 @@ def adapter_base(folder: str | Path) -> str:
 
 def _is_adapter(path):
     return isinstance(path, Path) and (path / "adapter_config.json").is_file()
+
+
+def read_quantisation(folder: Path) -> Quantisation | None:
+    """How the weights of the base of the adapter in `folder` were rounded while it trained; None: they were not."""
+    file = folder / QUANTISATION
+    return Quantisation.from_dict(read_json(file)) if file.is_file() else None
+
+
+def _base_quantisation(folder, asked):
+    """The `Quantisation` of the base of an adapter: that of its training. UserError if another one is asked for."""
+    trained = read_quantisation(folder)
+    if trained and asked and trained.words != asked.words:
+        raise UserError(f"the adapter in {shown(folder)} was trained on a base in {trained.words}, not {asked.words}")
+    return trained or asked
 
 
 def _with_adapter(model, folder, trainable):

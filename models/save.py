@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from models.fast.quantised import quantisation_of
+from models.loader import QUANTISATION
 from runtime.files import synced
 
-if TYPE_CHECKING:
-    pass
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write a model, or an adapter and how the weights of its base are rounded, by `save_pretrained`."""
+    how = quantisation_of(model)
+    model.save_pretrained(folder)
+    if how:
+        (folder / QUANTISATION).write_text(json.dumps(how.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -18,7 +26,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     temporary = folder / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        save_weights(model, temporary)
+        if not (temporary / QUANTISATION).is_file():
+            (folder / QUANTISATION).unlink(missing_ok=True)  # of a run that was replaced
         tokenizer.save_pretrained(temporary)
         last = ("config.json", "adapter_config.json")
         for path in sorted(temporary.iterdir(), key=lambda p: (p.name in last, p.name)):

@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from configs.config import ROOT, UserError, config_to_dict, names_with, option, shown
+from configs.config import ROOT, UserError, config_to_dict, names_with, option, options, shown
 from data.blocks import make_blocks
 from data.checks import asked_checks, passed, score
 from data.corpus import load_corpus
@@ -41,6 +41,7 @@ from models.device import cast_weights, frozen_dtype, pick_device, pick_precisio
 from models.fast.head import check_head
 from models.generation import generate
 from models.loader import (
+    QUANTISATION,
     adapter_base,
     context_length,
     load_model,
@@ -49,7 +50,7 @@ from models.loader import (
     same_tokens,
     weights_hash,
 )
-from models.options import ModelOptions
+from models.options import ModelOptions, QuantisationOptions, check_quantisation, quantisation
 from models.resumable import acquire_output, discard, generate_resumable, partial_path
 from models.tokens import completion_text, never_sampled, prompt_ids, stop_ids
 from report.intervals import keep_best, number_or_dash, plus_minus, summarise
@@ -102,7 +103,7 @@ class Measure(RewardConfig, PromptConfig, ModelOptions):
 
 
 @dataclass
-class Config(Measure):
+class Config(Measure, QuantisationOptions):
     CONFIG: ClassVar[str] = "configs/evaluate.yaml"
     model_name: str = option(
         "smollm2-135m",
@@ -115,6 +116,7 @@ class Config(Measure):
 
     def check(self):
         super().check()
+        check_quantisation(self)
         if self.best_of > 1 and self.suite != TASK:
             raise UserError(f"suite = {self.suite!r}: best_of = {self.best_of} is measured on the task alone")
 
@@ -128,6 +130,7 @@ def files_hash(name):
     if (path / "adapter_config.json").is_file():
         digest.update(files_hash(adapter_base(path)).encode())
         files = [path / "adapter_model.safetensors"]
+        files += [path / QUANTISATION] if (path / QUANTISATION).is_file() else []
     else:
         files = sorted(path.glob("*.safetensors"))
     for file in files:
@@ -162,6 +165,9 @@ def identity(config):
     free = names_with(config, identity=False)
     settings = {k: v for k, v in config_to_dict(config).items() if k not in free}
     settings["precision"] = pick_precision(config.precision, pick_device())
+    how = quantisation(config, frozen_dtype(settings["precision"]))
+    if how is None:
+        settings = {k: v for k, v in settings.items() if k not in options(QuantisationOptions)}
     reward = config.reward_model and in_root(config.reward_model)
     there = bool(reward) and reward.is_dir()
     _, prompts = prompts_and_hash(config.prompts, None, column=config.prompt_column)
@@ -171,7 +177,7 @@ def identity(config):
             "there. This makes it: python rlhf/train_reward_model.py"
         )
     hashes = {
-        "model": files_hash(config.model_name),
+        "model": files_hash(config.model_name) + (f" in {how.words}" if how else ""),
         "base": files_hash(config.base),
         "reward_model": files_hash(config.reward_model) if there else None,
         "prompts": prompts[:16],
@@ -230,8 +236,8 @@ def measure_task(config, who, path):
     reward = reward_functions(config)
     if reward:
         reward.check_columns(prompts)
-    options = json.dumps(config.chat_template_kwargs)  # text, because the blocks are cached by it
-    blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base, options)
+    template = json.dumps(config.chat_template_kwargs)  # text, because the blocks are cached by it
+    blocks = heldout_blocks(config.text, config.text_tokens, config.text_length, config.base, template)
     reward_model = None
     if who["hashes"]["reward_model"]:  # before sampling, so that an error in it is reported at once
         same_tokens(tokenizer, config.reward_model)
@@ -240,7 +246,8 @@ def measure_task(config, who, path):
 
     # 1. completions. An adapter is merged in float32 and the sum is cast, as for a model in use
     clock = time.time()
-    model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
+    how = quantisation(config, dtype)
+    model = load_model(config.model_name, torch.float32, device, merge_adapter=True, quantisation=how)
     check_head(model, config.model_name)
     model = cast_weights(model, dtype)
     context = context_length(model)

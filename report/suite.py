@@ -23,6 +23,7 @@ from models.device import cast_weights, frozen_dtype, pick_device
 from models.fast.head import check_head
 from models.fetch import SOURCES
 from models.loader import load_model, load_tokenizer
+from models.options import quantisation
 from models.resumable import discard
 from report.measures import bias, refusals, text_quality, toxicity
 from report.measures.subject import Subject
@@ -101,7 +102,8 @@ def measure_suite(config: Any, task: dict, result: dict, path: Any) -> dict:
     device = pick_device()
     dtype = frozen_dtype(task["config"]["precision"])
     tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
-    model = load_model(config.model_name, dtype=torch.float32, device=device, merge_adapter=True)
+    how = quantisation(config, dtype)
+    model = load_model(config.model_name, torch.float32, device, merge_adapter=True, quantisation=how)
     check_head(model, config.model_name)
     model = cast_weights(model, dtype)
     started, expected = time.time(), 0.0

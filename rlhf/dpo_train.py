@@ -41,6 +41,7 @@ class Config(PairsConfig):
     out: str = "models/dpo"
 
     def check(self):
+        super().check()
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise UserError(f"label_smoothing = {self.label_smoothing} has no effect with loss_type = {self.loss_type}")
 

@@ -11,7 +11,9 @@ from models.admission import check_training, known_as
 from models.device import frozen_dtype
 from models.fast.head import check_head, unwrapped
 from models.fast.lora import add_adapter
+from models.fast.quantised import count_quantised, quantise
 from models.loader import load_model, load_tokenizer, portable_name, resolve_model
+from models.options import quantisation
 from models.router import check_router, router_of
 from models.save import save_model
 from rlhf.rollouts import Minibatch
@@ -103,19 +105,21 @@ def load_policy(config, device, precision, out):
     With lora_r > 0, the base is frozen in the dtype of the precision, the adapter trains in float32, and the reference
     is the base with the adapter disabled (`reference` is None). With lora_r = 0, all weights train in float32, and the
     reference is a frozen copy. If model_name is an adapter, it is merged first. Its merged weights are saved in
-    `out`/base, so that the new adapter has a base that can be loaded.
+    `out`/base, so that the new adapter has a base that can be loaded. With load_in_4bit or load_in_8bit, the linear
+    layers of the base are rounded after that.
     """
     tokenizer = load_tokenizer(config.model_name, config.chat_template_kwargs)
     path = resolve_model(config.model_name)
     adapter_given = isinstance(path, Path) and (path / "adapter_config.json").is_file()
     dtype = frozen_dtype(precision) if config.lora_r else torch.float32
+    how = quantisation(config, dtype)
     model = load_model(config.model_name, dtype=dtype, device=device, merge_adapter=True)
     check_head(known_as(model, "policy"), config.model_name)
     base = path
     if adapter_given and config.lora_r:
         base = in_root(out) / "base"
         on_main(lambda: save_model(model, tokenizer, base))
-    model = prepare_training(model, config, "CAUSAL_LM")
+    model = prepare_training(quantise(model, how), config, "CAUSAL_LM")
     reference = None
     if config.lora_r:
         model.peft_config["default"].base_model_name_or_path = portable_name(base)
@@ -125,6 +129,7 @@ def load_policy(config, device, precision, out):
         reference.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained, all_of_them = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    all_of_them += count_quantised(model)
     say(f"{config.model_name} in {precision} on {device}: {trained:,} of {all_of_them:,} weights train")
     return model, reference, tokenizer, parameters
 

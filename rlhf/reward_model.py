@@ -20,8 +20,17 @@ from configs.config import UserError, shown
 from models.admission import known_as
 from models.device import pick_device
 from models.fast.head import hidden_states, unsupported, unwrapped
-from models.fast.lora import use_memory_efficient_adapters
-from models.loader import model_config, portable_name, read_weights, resolve_model, set_adapter_weights
+from models.fast.lora import merged, use_memory_efficient_adapters
+from models.fast.quantised import quantisation_of
+from models.loader import (
+    model_config,
+    portable_name,
+    read_quantisation,
+    read_weights,
+    resolve_model,
+    set_adapter_weights,
+)
+from models.save import save_weights
 from rlhf.utils import packed_scores
 from runtime.console import say
 from runtime.files import in_root, read_json
@@ -134,8 +143,8 @@ class RewardModel(torch.nn.Module):
         if model is not unwrapped(model):
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path = portable_name(base)
-            model.save_pretrained(folder / ADAPTER)
-            model = model.merge_and_unload()
+            save_weights(model, folder / ADAPTER)
+            model = merged(model)
         eos = tokenizer.eos_token_id
         if tokenizer.pad_token_id == eos and tokenizer.unk_token_id not in (None, eos):
             tokenizer.pad_token = tokenizer.unk_token
@@ -156,6 +165,7 @@ def place_reward_model(model, name, lora_r, device):
     if lora_r and adapter.is_dir():
         settings = read_json(adapter / "adapter_config.json")
         shared = settings.get("base_model_name_or_path") == model.peft_config["default"].base_model_name_or_path
+        shared = shared and read_quantisation(adapter) == quantisation_of(model)
     if not shared:
         say(f"reward model {shown(folder)}: a model of its own")
         reward_model = RewardModel.load(name, device=device)

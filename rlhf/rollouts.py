@@ -56,6 +56,7 @@ class RolloutConfig(RewardConfig, PromptConfig, TrainingConfig):
 
     def check(self):
         super().check()
+        TrainingConfig.check(self)
         if self.reward and self.reward_model:
             raise UserError("reward and reward_model both score the completions: give one of them")
         if self.minibatches > self.prompts_per_step:

@@ -11,7 +11,7 @@ from models.completions import acquire_out, check_out, keep_for, sample_completi
 from models.device import frozen_dtype, pick_device, pick_precision
 from models.fast.head import check_head
 from models.loader import adapter_base, load_model, load_tokenizer, resolve_model
-from models.options import ModelOptions
+from models.options import ModelOptions, QuantisationOptions, check_quantisation, quantisation
 from models.tokens import prompt_ids
 from rlhf.policy import as_reference
 from rlhf.utils import completion_logprobs
@@ -20,7 +20,7 @@ from runtime.files import in_root
 
 
 @dataclass
-class CompareConfig(PromptConfig, ModelOptions):
+class CompareConfig(PromptConfig, ModelOptions, QuantisationOptions):
     RENAMED: ClassVar[dict] = {"batch_size": "sampling_batch_size", "group_size": "samples_per_prompt"}
     model_name: str = option("", "the run's folder")
     prompt: str | None = option(None, "one prompt of your own, in place of the file's")
@@ -34,6 +34,7 @@ class CompareConfig(PromptConfig, ModelOptions):
     out: str | None = option(None, "JSONL file to write the completions to")
 
     def check(self):
+        check_quantisation(self)
         check_out(self.out, self.prompts)
         if self.prompt is not None:
             refuse_unused(self, ["prompts", "prompt_column", "limit"], "a prompt of your own")
@@ -63,14 +64,15 @@ class SideBySide:
         self.prompts = [row["prompt"] for row in self.rows]
         self.device = pick_device()
         self.dtype = frozen_dtype(pick_precision(config.precision, self.device))
-        self.model = load_model(self.folder, dtype=self.dtype, device=self.device)
+        how = quantisation(config, self.dtype)
+        self.model = load_model(self.folder, dtype=self.dtype, device=self.device, quantisation=how)
         check_head(self.model, self.folder)
         self.tokenizer = load_tokenizer(self.folder, config.chat_template_kwargs)
         if (self.folder / "adapter_config.json").is_file():
             self.base, self.reference = adapter_base(self.folder), None
         else:
             self.base = run_value(self.folder, "model_name")
-            self.reference = load_model(self.base, dtype=self.dtype, device=self.device)
+            self.reference = load_model(self.base, dtype=self.dtype, device=self.device, quantisation=how)
 
     def answers(self, samples=1):
         """(completions of the model, completions of the base), each a list with `samples` Completions per prompt."""

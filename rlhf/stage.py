@@ -9,7 +9,7 @@ import torch
 
 from configs.config import option
 from models.device import autocast, pick_device, pick_precision
-from models.options import ModelOptions
+from models.options import ModelOptions, QuantisationOptions, check_quantisation
 from runtime.checkpoint import Checkpoints, Saving
 from runtime.console import quiet_libraries
 from runtime.processes import join_processes
@@ -17,7 +17,7 @@ from runtime.run import Run
 
 
 @dataclass
-class TrainingConfig(ModelOptions, Saving):
+class TrainingConfig(ModelOptions, QuantisationOptions, Saving):
     """The common options of the scripts of rlhf/. Each script adds the options of its algorithm."""
 
     model_name: str = option("smollm2-135m", "the model that training starts from", reads=True)
@@ -33,6 +33,9 @@ class TrainingConfig(ModelOptions, Saving):
     log_every: int = option(1, "steps between log lines", at_least=1, identity=False)
     out: str = option("", "the run's folder", identity=False)
     overwrite: bool = option(False, "replace the run that the folder holds", identity=False)
+
+    def check(self):
+        check_quantisation(self, self.lora_r)
 
 
 class Stage:

@@ -20,7 +20,9 @@ import torch
 
 from configs.config import UserError, option, shown
 from models.device import frozen_dtype
+from models.fast.quantised import quantise
 from models.loader import load_tokenizer, resolve_model
+from models.options import quantisation
 from models.router import router_of
 from rlhf.pairs import Pairs, PairsConfig, pack_pairs
 from rlhf.policy import prepare_training
@@ -141,8 +143,11 @@ def heldout_differences(reward_model, pairs, tokenizer, stage):
 def build(config, device, precision):
     """The reward model to train: a frozen base with an adapter and a new head, or all weights in float32."""
     dtype = frozen_dtype(precision) if config.lora_r else torch.float32
+    how = quantisation(config, dtype)
     reward_model = RewardModel.load(config.model_name, dtype=dtype, device=device, new_head=True)
-    reward_model.model = prepare_training(reward_model.model, config, "SEQ_CLS", modules_to_save=["score"])
+    reward_model.model = prepare_training(
+        quantise(reward_model.model, how), config, "SEQ_CLS", modules_to_save=["score"]
+    )
     reward_model.head.float()
     trained = sum(p.numel() for p in reward_model.parameters() if p.requires_grad)
     say(f"{config.model_name} in {precision} on {device}: {trained:,} weights train")

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from configs.config import UserError
 from models.fast.head import hidden_states, unsupported
 from models.fast.layers import product_dtype
+from models.fast.quantised import QuantisedLinear, dequantise
 
 
 def add_adapter(model: torch.nn.Module, r: int, alpha: float, **options) -> Any:
@@ -38,7 +39,8 @@ def add_adapter(model: torch.nn.Module, r: int, alpha: float, **options) -> Any:
 
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
     # a router of experts is a subclass that returns more than x @ W^T + bias
-    exclude = [name for name, layer in linear if type(layer).forward is not torch.nn.Linear.forward]
+    plain = (torch.nn.Linear.forward, QuantisedLinear.forward)
+    exclude = [name for name, layer in linear if type(layer).forward not in plain]
     model.requires_grad_(False)
     try:
         found = adapted(exclude)
@@ -70,15 +72,22 @@ def without_effect(model: Any) -> list[str]:
         hidden_states(model, row)
     for hook in hooks:
         hook.remove()
-    silent: dict[str, Any] = {name: x.base_layer.weight for name, x in layers.items() if name not in called}
+    silent = [name for name in layers if name not in called]
     if not silent:
         return []
-    for weight in silent.values():  # of idle experts, too: those get no gradient
+    odd = next((name for name in silent if isinstance(layers[name].base_layer, QuantisedLinear)), None)
+    if odd:
+        raise UserError(
+            f"a forward pass of {type(base).__name__} does not call its layer {odd}: such a model cannot be trained "
+            "on a base of 4 or 8 bits"
+        )
+    weights: list[Any] = [layers[name].base_layer.weight for name in silent]
+    for weight in weights:  # of idle experts, too: those get no gradient
         weight.requires_grad_(True)
     with torch.enable_grad():
         states = hidden_states(model, row).float().square().sum()
-        gradients = torch.autograd.grad(states, list(silent.values()), allow_unused=True)
-    for weight in silent.values():
+        gradients = torch.autograd.grad(states, weights, allow_unused=True)
+    for weight in weights:
         weight.requires_grad_(False)
     return [name for name, gradient in zip(silent, gradients) if gradient is not None]
 
@@ -86,9 +95,15 @@ def without_effect(model: Any) -> list[str]:
 def use_memory_efficient_adapters(model: torch.nn.Module) -> Any:
     """Give the plain LoRA layers of a PEFT model the forward pass of this file. Returns `model`."""
     for layer in model.modules():
-        if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear:
+        if type(layer) is Linear and type(layer.base_layer) in (torch.nn.Linear, QuantisedLinear):
             layer.__class__ = MemoryEfficientLinear
     return model
+
+
+def merged(model: Any) -> Any:
+    """The plain transformers model with the adapter of a PEFT model folded in. A base of 4 or 8 bits is made plain."""
+    dtype = model.get_input_embeddings().weight.dtype
+    return dequantise(model, dtype).merge_and_unload()
 
 
 class MemoryEfficientLinear(Linear):
@@ -99,31 +114,41 @@ class MemoryEfficientLinear(Linear):
         if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs or not self._plain(names[0], x):
             return super().forward(x, *args, **kwargs)
         base, a, b = self.base_layer, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+        if isinstance(base, QuantisedLinear):
+            return _Lora.apply(x, base, base.bias, a, b, self.scaling[names[0]], base.matmul_dtype(x)).to(
+                product_dtype(x)
+            )
         return _Lora.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]], product_dtype(x))
 
     def _plain(self, name, x):
         """Whether the plain equation applies: no dropout, bias or peft variant, a frozen base that takes x uncast."""
-        dropout, weight = self.lora_dropout[name], self.base_layer.weight
+        dropout, base = self.lora_dropout[name], self.base_layer
+        takes = torch.is_autocast_enabled(x.device.type) or isinstance(base, QuantisedLinear)
         return (
             (isinstance(dropout, torch.nn.Identity) or not dropout.training)
             and name not in self.lora_variant
             and not self.lora_bias[name]
-            and not weight.requires_grad
-            and (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype)
+            and (isinstance(base, QuantisedLinear) or not base.weight.requires_grad)
+            and (takes or x.dtype == base.weight.dtype)
         )
 
 
 class _Lora(torch.autograd.Function):
-    """x W^T + bias + scaling x A^T B^T. It keeps x and x A^T for the backward pass. All matmuls are in `dtype`."""
+    """x W^T + bias + scaling x A^T B^T. It keeps x and x A^T for the backward pass. All matmuls are in `dtype`.
+
+    base: W, or the `QuantisedLinear` that makes it, once more in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling, dtype):
-        rows, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
+    def forward(ctx, x, base, bias, a, b, scaling, dtype):
+        ctx.base = base if isinstance(base, QuantisedLinear) else None
+        weight = base.to(dtype) if ctx.base is None else base.dequantised(dtype)
+        rows = x.flatten(0, -2).to(dtype)
         a_cast, b_cast = a.to(dtype), (b * scaling).to(dtype)
         inner = rows @ a_cast.T  # (n, r)
         # in the shape of x from the start: the model may change this output in place, which autograd denies to a view
         out = torch.nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
-        ctx.save_for_backward(rows, inner, weight, a_cast, b_cast)
+        ctx.save_for_backward(rows, inner, weight if ctx.base is None else None, a_cast, b_cast)
         ctx.scaling, ctx.types = scaling, (x.dtype, a.dtype, b.dtype)
         out.view(len(rows), -1).addmm_(inner, b_cast.T)
         return out
@@ -136,6 +161,7 @@ class _Lora(torch.autograd.Function):
         g = gradient.flatten(0, -2)
         of_inner = g @ b
         if ctx.needs_input_grad[0]:
+            weight = weight if ctx.base is None else ctx.base.dequantised(g.dtype)
             of_x = (g @ weight).addmm_(of_inner, a).view(*gradient.shape[:-1], -1).to(x_type)
         if ctx.needs_input_grad[3]:
             of_a = (of_inner.T @ rows).to(a_type)

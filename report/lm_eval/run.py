@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.config import ROOT, UserError, option, shown
-from models.loader import adapter_base, load_tokenizer, resolve_model
+from models.loader import adapter_base, load_tokenizer, read_quantisation, resolve_model
 from runtime.cli import cli
 from runtime.console import say
 from runtime.files import in_root
@@ -37,6 +37,8 @@ def model_args(name: str, dtype: str) -> str:
     """lm-eval's `--model_args` of a model: for an adapter also its base."""
     path = resolve_model(name)
     if isinstance(path, Path) and (path / "adapter_config.json").is_file():
+        if read_quantisation(path):
+            raise UserError(f"{name} was trained on a base of 4 or 8 bits: save it with --merge true and measure that")
         return f"pretrained={resolve_model(adapter_base(path))},peft={path},dtype={dtype}"
     return f"pretrained={path},dtype={dtype}"
 
