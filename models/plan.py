@@ -11,7 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from models.fast.attention import causal_mask, use_matmul_attention
 from models.fast.head import HELD, PIECE, hidden_states, unsupported, unwrapped
 from models.fast.layers import use_memory_efficient_layers
 from models.fast.lora import add_adapter
+from models.fast.quantised import Quantisation, can_be_quantised
 from models.fetch import EMBEDDED_MODELS
 from models.flops import Cost
 from models.generation import ROOM
@@ -50,6 +51,7 @@ class Sizes:
     cast: float  # for the backward pass, by no token: copies of weights in the dtype of the matmuls
     cache: int  # keys and values of one token
     cost: Cost
+    quantised: int = 0  # weights that are kept in 4 or 8 bits
 
     @property
     def base(self) -> int:
@@ -93,15 +95,24 @@ def named(config: Any) -> str:
     return (config.architectures or [type(config).__name__])[0]
 
 
-def sizes(config: Any, precision: str, dtype: torch.dtype, lora_r: int = 0, score: bool = False) -> Sizes:
+def sizes(
+    config: Any,
+    precision: str,
+    dtype: torch.dtype,
+    lora_r: int = 0,
+    score: bool = False,
+    how: Quantisation | None = None,
+) -> Sizes:
     """The `Sizes` of the model of a configuration.
 
-    precision: of the forward passes (their autocast). dtype: of the weights. lora_r, score: see `build_meta`.
+    precision: of the forward passes (their autocast). dtype: of the weights. lora_r, score: see `build_meta`. how: the
+    linear layers are rounded.
     Raises UserError that names the architecture if it cannot be built or run without data.
     """
     try:
         with torch.random.fork_rng(devices=[]):
-            return _sizes(config, precision, dtype, lora_r, score)
+            found = _sizes(config, precision, dtype, lora_r, score)
+            return _rounded(found, build_meta(config, dtype, 0, score), how) if how else found
     except Exception as error:
         if not unsupported(error) and not isinstance(error, NotImplementedError):
             raise
@@ -130,6 +141,20 @@ def _sizes(config, precision, dtype, lora_r, score):
         cast=cast,
         cache=cache,
         cost=_cost(config, lora_r),
+    )
+
+
+def _rounded(s, model, how):
+    """The sizes `s` with the linear layers of `model` in 4 or 8 bits. A pass makes the weight of one of them."""
+    weights = list({id(x): x.weight for x in can_be_quantised(model).values()}.values())
+    plain = sum(w.numel() * w.itemsize for w in weights)
+    rounded = sum(how.size(*w.shape) for w in weights)
+    largest = max((w.numel() * w.itemsize for w in weights), default=0)
+    return replace(
+        s,
+        frozen_bytes=s.frozen_bytes - plain + rounded,
+        quantised=sum(w.numel() for w in weights),
+        cast=s.cast + largest,
     )
 
 
@@ -225,7 +250,9 @@ def training_parts(s: Sizes, name: str, dtype: torch.dtype, processes: int = 1, 
     parts = []
     if s.frozen_bytes:
         parts += [
-            Part(f"{name}: frozen weights, {_kind(dtype)}", s.frozen_bytes, True),
+            Part(
+                f"{name}: frozen weights, {'rounded and ' if s.quantised else ''}{_kind(dtype)}", s.frozen_bytes, True
+            ),
             Part(f"{name}: adapter, float32", FLOAT * s.trained, True),
         ]
     else:

@@ -17,6 +17,7 @@ from models.flops import Part as Work
 from models.flops import rows, sampled
 from models.generation import common_prefix
 from models.loader import model_config
+from models.options import quantisation
 from models.plan import (
     FLOAT,
     Sizes,
@@ -47,7 +48,8 @@ class Roles:
         self.precision = planned_precision(config.precision, self.target)
         self.itemsize = PRECISIONS[self.precision].itemsize
         self.dtype = frozen_dtype(self.precision) if config.lora_r else torch.float32
-        self.sizes: Sizes = sizes(planned_model(config), self.precision, self.dtype, config.lora_r, score)
+        how = quantisation(config, self.dtype)
+        self.sizes: Sizes = sizes(planned_model(config), self.precision, self.dtype, config.lora_r, score, how)
         name = "reward model" if score else "policy"
         self.held = training_parts(self.sizes, name, self.dtype, self.processes)
         if self.processes > 1:  # all gradients end to end, while they are summed: in place of the buckets of DDP
@@ -62,8 +64,11 @@ class Roles:
     def checks(self) -> dict[str, list[Part]]:
         """The float32 copy of the frozen weights, bf16 or fp16, that the checks of a small model make."""
         small = self.sizes.weights <= MOST_IN_FLOAT32 and self.itemsize < FLOAT
-        copy = Part("weights in float32", FLOAT * self.sizes.base)
-        return {"loading and checks": [copy]} if small else {}
+        copy = Part("weights in float32", FLOAT * (self.sizes.base - self.sizes.quantised))
+        found = {"loading and checks": [copy]} if small else {}
+        if self.sizes.quantised:
+            found["rounding of the weights"] = [Part("weights before", self.dtype.itemsize * self.sizes.base)]
+        return found
 
     def passes(self, tokens: int, width: int, rows: int, targets: int, score: bool = False) -> list[Part]:
         """The parts of one forward and backward pass. targets: tokens through the head."""

@@ -104,8 +104,8 @@ STATEMENTS = {
     "verifier": "On prompts that a program makes, the gold score is what the task's own verifier gives.",
     "chosen-ended": "Where a run asks for it, no completion that was cut is chosen for a pair.",
     # LoRA, checkpoints
-    "qlora": "Weights of 4 and 8 bits are those that bitsandbytes makes, and QLoRA is LoRA on them, bitwise: loss and all "
-    "gradients, before and after an evaluation; what trains is what samples, what is saved and what is resumed.",
+    "qlora": "Weights of 4 and 8 bits are those that bitsandbytes makes, and QLoRA is LoRA on them, bitwise: loss and "
+    "all gradients, before and after an evaluation; what trains is what samples, what is saved and what is resumed.",
     "checkpointing": "Gradient checkpointing computes activations again, moves every LoRA B, and changes no gradient.",
     "tied-merged": "Tied embeddings survive saving, loading and merging; a merged model has the adapter's logits.",
     "resume": "Interrupted and resumed is uninterrupted, bit by bit, in every trainer.",

@@ -12,6 +12,7 @@ from configs.config import UserError
 from models.admission import MOST_IN_FLOAT32
 from models.device import PRECISIONS
 from models.flops import Part as Work
+from models.options import QuantisationOptions, quantisation
 from models.plan import (
     FLOAT,
     in_words,
@@ -44,13 +45,14 @@ def plan_lm(config: Any, blocks: int | None, notes: list[str]) -> Plan:
         precision = "fp32"
     dtype = PRECISIONS[precision] if lora_r else torch.float32
     matmuls = precision if config.AUTOCAST else "fp32"
-    s = sizes(planned_model(config, lambda: scratch(config)), matmuls, dtype, lora_r)
+    how = quantisation(config, dtype) if isinstance(config, QuantisationOptions) else None
+    s = sizes(planned_model(config, lambda: scratch(config)), matmuls, dtype, lora_r, how=how)
     rows = min(config.micro_batch_size, config.batch_size)
     tokens, itemsize = rows * config.max_length, PRECISIONS[precision].itemsize
     loading = []
     if lora_r:  # it is loaded in float32; the check of a small model makes it float32 once more
         whole = FLOAT * s.base
-        again = whole if s.weights <= MOST_IN_FLOAT32 and dtype != torch.float32 else 0
+        again = FLOAT * (s.base - s.quantised) if s.weights <= MOST_IN_FLOAT32 and dtype != torch.float32 else 0
         loading.append(Part("weights in float32", whole + again if to.kind == "cpu" else whole))
     in_passes = passes(s, tokens, config.max_length, rows, checkpointing)
     in_passes += logits(s, rows * (config.max_length - 1), to.kind, itemsize, not lora_r)

@@ -16,6 +16,8 @@ CASES = {
     "dpo": ("rlhf.dpo_train", ["--config", "configs/smoke/dpo.yaml", "--data", "PAIRS", *PAIRS]),
     "dpo, all weights": ("rlhf.dpo_train", ["--config", "configs/smoke/dpo.yaml", "--data", "PAIRS", *PAIRS,
                          "--lora_r", 0, "--precompute_reference", "false"]),
+    "dpo, 4 bits": ("rlhf.dpo_train", ["--config", "configs/smoke/dpo.yaml", "--data", "PAIRS", *PAIRS,
+                    "--load_in_4bit", "true"]),
     "ppo": ("rlhf.ppo_train", ["--config", "configs/smoke/ppo.yaml", "--reward_model", "REWARD", *STEPS,
             "--kl_controller", "adaptive", "--kl_target", 3, "--kl_horizon", 20, "--kl_coef", 0.1, "--log_every", 3]),
     "grpo": ("rlhf.grpo_train", ["--config", "configs/smoke/grpo.yaml", *STEPS, "--lr", 1e-2]),

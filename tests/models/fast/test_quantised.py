@@ -22,7 +22,8 @@ from models.fast.quantised import (
     quantisation_of,
     quantised_layers,
 )
-from models.loader import load_model
+from models.loader import load_model, model_config
+from models.plan import sizes
 from models.save import save_model
 
 pytest.importorskip("bitsandbytes")
@@ -212,3 +213,18 @@ def test_what_cannot_be_is_refused_in_words(monkeypatch):
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     with pytest.raises(UserError, match="This installs it: pip install bitsandbytes"):
         load_model("tiny-llama", quantisation=Quantisation(load_in_4bit=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.statement("planned-parts")
+def test_the_planned_bytes_of_frozen_weights_are_those_that_are_held(way):
+    how = Quantisation(**WAYS[way], dtype="bfloat16")
+    planned = sizes(model_config("tiny-llama"), "bf16", torch.bfloat16, lora_r=4, how=how)
+    model = adapted(base("bfloat16", **WAYS[way]))
+    held = [p for p in model.parameters() if not p.requires_grad]
+    held += [x for layer in quantised_layers(model) for x in layer.buffers()]
+    held += [layer.state.state2.absmax for layer in quantised_layers(model) if "double" in way]
+    assert planned.frozen_bytes == sum(x.numel() * x.itemsize for x in held)
+    assert planned.quantised == count_quantised(model) > 0
+    plain = sizes(model_config("tiny-llama"), "bf16", torch.bfloat16, lora_r=4)
+    assert planned.weights == plain.weights and planned.frozen_bytes < plain.frozen_bytes
