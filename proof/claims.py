@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from data.pairs import load_groups
 from models.fast import head as loss_head
 from models.fast.head import body, hidden_states
+from models.fast.lora import add_adapter
+from models.fast.quantised import Quantisation, dequantise, quantise
 from models.generation import generate
 from models.loader import load_model
 from models.save import save_model
@@ -250,6 +252,32 @@ def adapter_off_is_base(lab, name, dtype):
             with as_reference(policy) as reference:
                 found["PPO"] = deviation([packed_logprobs(reference, packed)], [expected])
             found["PPO's policy after scoring"] = deviation([packed_logprobs(policy, packed)], [trained])
+    return found
+
+
+def qlora_is_lora(lab, name, dtype):
+    """LoRA on weights of 4 or 8 bits (QLoRA) against LoRA on the same rounded weights in a plain model: log-probs and
+    all gradients, and both again after a pass without gradients. Bitwise."""
+    packed, found = lab.packed(), {}
+    for way, more in (("4 bits", {"load_in_4bit": True}), ("8 bits", {"load_in_8bit": True})):
+        frozen = lab.frozen(dtype)
+        how = Quantisation(**more, dtype=str(frozen).removeprefix("torch."))
+        models = []
+        for plain in (False, True):
+            model = quantise(load_model(lab.folder / name, dtype=frozen, device=lab.device), how)
+            torch.manual_seed(0)
+            model = add_adapter(dequantise(model, frozen) if plain else model, 4, 8, init_lora_weights=False)
+            models.append(model)
+        for when in ("before", "after"):
+            computed = []
+            for model in models:
+                with lab.autocast(dtype):
+                    logprobs = packed_logprobs(model.train(), packed)
+                    computed.append(([logprobs.detach()], gradients(model, [logprobs])))
+                with lab.autocast(dtype), torch.no_grad():
+                    packed_logprobs(model.eval(), packed)
+            (values, slopes), (expected, expected_slopes) = computed
+            found[f"{way}, {when} an evaluation"] = max(deviation(values, expected), deviation(slopes, expected_slopes))
     return found
 
 

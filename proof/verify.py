@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -67,6 +68,7 @@ class Claim:
     why: str  # the tolerance is what it is
     models: tuple[str, ...] = trainers.MODELS  # of those of trainers.KINDS, each in its dtypes
     whole_runs: bool = False  # whether it is measured on runs of the scripts
+    package: str = ""  # an optional one, without which it is not measured
 
 
 @dataclass
@@ -119,6 +121,8 @@ CLAIMS = (
     Claim("sampler's log-probs = trainer's, at 1 and 0.7", claims.sampler_is_trainer, SHORT, SHORT_WHY, **KINDS),
     Claim("LoRA at its start = base", claims.lora_starts_as_base, BITWISE, BITWISE_WHY, **KINDS),
     Claim("adapter off after training = base", claims.adapter_off_is_base, BITWISE, BITWISE_WHY, **KINDS),
+    Claim("QLoRA = LoRA on the rounded weights", claims.qlora_is_lora, BITWISE, BITWISE_WHY, models=("tiny-llama",),
+        package="bitsandbytes"),
     Claim("merged adapter = adapter", claims.merged_is_adapter, SHORT, SHORT_WHY, **KINDS),
     Claim("saved and loaded = in memory", claims.saved_is_in_memory, BITWISE, BITWISE_WHY),
     Claim("accumulation = full batch", claims.accumulation_is_full_batch, RUNS, RUNS_WHY, **WHOLE),
@@ -189,6 +193,9 @@ def main(config):
     quiet_libraries()
     began, device = time.time(), pick_device()
     chosen = [claim for claim in CLAIMS if config.only is None or config.only in claim.words]
+    for claim in [claim for claim in chosen if claim.package and not find_spec(claim.package)]:
+        say(f"not measured, because {claim.package} is not installed: {claim.words}")
+        chosen.remove(claim)
     if any(claim.whole_runs or claim.measure is claims.adapter_off_is_base for claim in chosen):
         trainers.server()
     threads = torch.get_num_threads()

@@ -27,6 +27,7 @@ from models.fast.layers import product_dtype
 from runtime.console import say
 
 INSTALL = "pip install bitsandbytes"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of kernels of its layers
 BLOCK = 64  # weights with a common scale, in 4 bits
 BLOCK_OF_SCALES = 256  # scales with a common scale, with double quantisation
 
@@ -74,7 +75,6 @@ class Quantisation:
 
 def library() -> Any:
     """bitsandbytes.functional. Raises UserError with the command that installs it."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for layers that are not used here
     try:
         import bitsandbytes.functional
     except ImportError as error:

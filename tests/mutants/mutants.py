@@ -88,6 +88,8 @@ ROUTER, ROUTER_STEPS = (f"tests/{room}/test_router.py::test_" for room in ("mode
 LEAN, ATTENTION, LORA, DECODING, LOGPROBS = (
     f"tests/models/fast/test_{name}.py::test_" for name in ("layers", "attention", "lora", "decoder", "head")
 )
+QUANTISED, QLORA = "tests/models/fast/test_quantised.py::test_", "tests/rlhf/test_qlora.py::test_"
+IS_LORA = f"{QUANTISED}qlora_is_lora_on_the_rounded_weights_before_and_after_an_evaluation[nf4-float32]"
 REWARDS, REWARD_STEPS = (f"tests/{room}/test_rewards.py::test_" for room in ("data", "rlhf"))
 NOTEBOOK = "tests/notebooks/test_notebook.py::test_"
 BIAS, REFUSALS, TOXICITY, QUALITY, BESIDE = (
@@ -844,7 +846,7 @@ MUTANTS = [
     ),
     Mutant(
         "architectures", "a router gets an adapter", "models/fast/lora.py",
-        "if type(layer).forward is not torch.nn.Linear.forward]", "if False]", (f"{KINDS}[phimoe]",),
+        "if type(layer).forward not in plain]", "if False]", (f"{KINDS}[phimoe]",),
     ),
     Mutant(
         "architectures", "an adapted layer returns a view", "models/fast/lora.py",
@@ -1308,8 +1310,8 @@ MUTANTS = [
     ),
     Mutant(
         "tied-merged", "the head is saved untied", "models/save.py",
-        "        model.save_pretrained(temporary)\n",
-        "        model.config.tie_word_embeddings = False\n        model.save_pretrained(temporary)\n",
+        "        save_weights(model, temporary)\n",
+        "        model.config.tie_word_embeddings = False\n        save_weights(model, temporary)\n",
         (f"{COMMON}tied_embeddings_survive_saving_and_loading",),
     ),
     Mutant(
@@ -1802,5 +1804,42 @@ MUTANTS = [
         "notebook", "the script does not hear of an interruption of the kernel alone", "report/notebook.py",
         "process.send_signal(signal.SIGINT)", "pass",
         (f"{NOTEBOOK}an_interrupted_cell_goes_on_when_it_is_run_again",), "follow",
+    ),
+    Mutant(
+        "qlora", "an evaluation packs the weights, as the layers of bitsandbytes do", "models/fast/quantised.py",
+        "        dtype = self.matmul_dtype(x)\n",
+        "        if not (self.training or torch.is_grad_enabled()):\n"
+        "            self.codes, self.state = library()._convert_weight_packed_for_cpu(self.codes, self.state)\n"
+        "        dtype = self.matmul_dtype(x)\n",
+        (IS_LORA,), "QuantisedLinear.forward",
+    ),
+    Mutant(
+        "qlora", "blocks go on over the ends of rows", "models/fast/quantised.py",
+        "F.pad(weight.flatten(), (0, padding)).view(-1, BLOCK)", "weight",
+        (f"{QUANTISED}nf4_takes_the_nearest_number_of_the_paper_in_each_block_of_64[shape0]",),
+    ),
+    Mutant(
+        "qlora", "the gradient of the input passes through rounded numbers", "models/fast/lora.py",
+        "ctx.base.dequantised(g.dtype)", "ctx.base.dequantised(torch.bfloat16).to(g.dtype)", (IS_LORA,),
+    ),
+    Mutant(
+        "qlora", "an adapter is merged into weights that are made at each access", "models/fast/lora.py",
+        "return dequantise(model, dtype).merge_and_unload()", "return model.merge_and_unload()",
+        (f"{QUANTISED}a_saved_adapter_names_its_base_and_gives_the_same_numbers",),
+    ),
+    Mutant(
+        "qlora", "an adapter is loaded on the base as it is", "models/loader.py",
+        "return trained or asked", "return asked",
+        (f"{QUANTISED}a_saved_adapter_names_its_base_and_gives_the_same_numbers",),
+    ),
+    Mutant(
+        "qlora", "a reward model shares a base that is rounded otherwise", "rlhf/reward_model.py",
+        "shared and read_quantisation(adapter) == quantisation_of(model)", "shared",
+        (f"{QLORA}a_reward_model_is_saved_plain_and_shared_only_by_a_policy_with_the_same_base",),
+    ),
+    Mutant(
+        "qlora", "checks run in the dtype of the matmuls", "models/admission.py",
+        "        layer.compute_dtype = None\n", "        pass\n",
+        (f"{QLORA}checks_are_exact_where_matmuls_have_another_dtype",),
     ),
 ]  # fmt: skip
