@@ -124,7 +124,8 @@ class QuantisedLinear(torch.nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """W (out, in) in `dtype`: a new tensor."""
         if self.how.load_in_8bit:
-            return self.codes.to(self.dtype).mul_(self.scales[:, None] * (1 / 127)).to(dtype)
+            made = self.codes.float().mul_(self.scales[:, None] * (1 / 127))
+            return made.to(self.dtype).to(dtype)
         made = library().dequantize_4bit(self.codes, self.state).flatten()[: self.out_features * self.in_features]
         return made.view(self.out_features, self.in_features).to(dtype)
 

@@ -1840,6 +1840,6 @@ MUTANTS = [
     Mutant(
         "qlora", "checks run in the dtype of the matmuls", "models/admission.py",
         "        layer.compute_dtype = None\n", "        pass\n",
-        (f"{QLORA}checks_are_exact_where_matmuls_have_another_dtype",),
+        (f"{QUANTISED}a_check_computes_in_float32_where_matmuls_have_another_dtype",),
     ),
 ]  # fmt: skip

@@ -18,7 +18,6 @@ from rlhf.policy import as_reference, load_policy
 from rlhf.reward_model import RewardModel, place_reward_model
 from rlhf.sampler import Sampler
 from rlhf.utils import packed_logprobs, packed_scores
-from runtime.files import read_json
 from train import train_lm_lora
 
 pytest.importorskip("bitsandbytes")
@@ -159,15 +158,6 @@ def test_language_model_then_inference_and_evaluation_load_the_same_base(tmp_pat
     assert nats[0] == pytest.approx(nats[1], abs=1e-6) and nats[0] < nats[2] != nats[3]
     assert found[2]["measured"]["kl"]["mean"] != 0 == found[3]["measured"]["kl"]["mean"]  # to the base as it is
     assert "load_in_4bit" not in found[3]["identity"]["config"] and found[2]["identity"]["config"]["load_in_4bit"]
-
-
-@pytest.mark.statement("qlora")
-def test_checks_are_exact_where_matmuls_have_another_dtype(train):
-    folder, lines = train("dpo", load_in_4bit="true", bnb_4bit_compute_dtype="bfloat16", max_steps=1)
-    checks = read_json(folder / "manifest.json")["admission"]
-    assert {check["kind"].split()[0] for check in checks} >= {"gradients", "completions"}
-    assert all(check["deviation"] < 2e-5 and not check["differed"] for check in checks)
-    assert lines[0]["loss"] == torch.tensor(math.log(2)).item()
 
 
 def test_with_the_package_a_command_prints_nothing_more():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from configs.config import UserError, load_config
+from models.admission import exact_weights
 from models.fast.head import unwrapped
 from models.fast.lora import MemoryEfficientLinear, add_adapter
 from models.fast.quantised import (
@@ -154,6 +155,16 @@ def test_matmuls_have_the_dtype_that_is_asked_for():
     x = torch.randn(3, layer.in_features)
     assert torch.equal(layer(x), (x.bfloat16() @ plain.weight.bfloat16().T).float())
     assert torch.equal(plain(x), x @ plain.weight.T)
+
+
+@pytest.mark.statement("qlora")
+def test_a_check_computes_in_float32_where_matmuls_have_another_dtype():
+    asked, plain = base(**WAYS["nf4"], bnb_4bit_compute_dtype="bfloat16"), base(**WAYS["nf4"])
+    with torch.no_grad():
+        before, expected = asked(IDS).logits, plain(IDS).logits
+        with exact_weights(asked):
+            assert torch.equal(asked(IDS).logits, expected)
+        assert torch.equal(asked(IDS).logits, before) and not torch.equal(before, expected)
 
 
 @pytest.mark.statement("qlora")
