@@ -24,6 +24,7 @@ from configs.config import ROOT
 from models import admission
 from models.admission import window_of
 from models.fast import attention, head, layers
+from models.fast.quantised import QuantisedLinear
 from proof import claims, trainers, verify
 from proof.lab import PAD, Lab, deviation
 from report.methods import METHODS
@@ -155,6 +156,15 @@ true_pack, true_lm_loss, true_generate = proof.lab.pack, claims.lm_loss, claims.
 true_pieces, true_token_logprobs, true_pad_rows = head.pieces, claims.token_logprobs, claims.pad_rows
 true_packed_logprobs, true_add_lora, true_load_model = claims.packed_logprobs, claims.add_lora, claims.load_model
 true_save_policy, true_backward_gated = claims.save_policy, layers._backward_gated
+true_dequantised = QuantisedLinear.dequantised
+
+
+def packed_in_evaluation(layer, dtype):
+    """As the 4-bit layers of bitsandbytes on a CPU: after an evaluation pass the weights are others."""
+    layer.packed = vars(layer).get("packed") or not (layer.training or torch.is_grad_enabled())
+    return true_dequantised(layer, dtype).flip(0) if layer.packed else true_dequantised(layer, dtype)
+
+
 BROKEN = {  # what is wrong: (the claim, its model, the module, the function, what stands for it, where it shows)
     "completions see each other": ("packed rows", ROTARY, proof.lab, "pack", completions_see_each_other, "PPO"),
     "positions do not restart": ("packed rows", LEARNED, claims, "lm_loss", positions_do_not_restart, "LM"),
@@ -169,6 +179,7 @@ BROKEN = {  # what is wrong: (the claim, its model, the module, the function, wh
     "the adapter stays on": ("adapter off", LEARNED, claims, "as_reference", contextlib.nullcontext, "DPO"),
     "merged in bf16": ("merged adapter", ROTARY, claims, "load_model", merging_is_lossy, "loading"),
     "saved in bf16": ("saved and loaded", LEARNED, claims, "save_policy", saved_in_half, "DPO"),
+    "packed weights": ("QLoRA", ROTARY, QuantisedLinear, "dequantised", packed_in_evaluation, "4 bits, after"),
     "no window": ("packed rows", WINDOWED, claims, "packed_logprobs", window_is_forgotten, "DPO"),
     "no soft cap": ("loss in chunks", CAPPED, head.OutputHead, "logits", caps_are_forgotten, "DPO"),
     "experts merged twice": ("merged adapter", MIXTURE, claims, "Sampler", ExpertsAreMergedTwice, "sampler"),
@@ -289,6 +300,14 @@ def test_as_a_command_a_broken_script_is_found_out_and_nothing_is_written(tmp_pa
     others = f"({len(verify.CLAIMS) - 1} others were not measured)"
     assert f"FAILED: 1 of 1 claims do not hold {others}: cached reference = fresh" in " ".join(done.stdout.split())
     assert sorted(tmp_path.iterdir()) == [program]
+
+
+def test_a_claim_whose_package_is_not_installed_is_not_measured_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainers, "prepare", lambda folder: None)
+    with pytest.raises(SystemExit):
+        verify.main(verify.Config(only="QLoRA"))
+    assert "not measured, because bitsandbytes is not installed: QLoRA" in capsys.readouterr().out
 
 
 def test_every_script_that_trains_a_method_has_runs():
