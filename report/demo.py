@@ -27,6 +27,7 @@ from runtime.memory import AT_START
 from runtime.run_folder import hold_output
 
 # Seconds of each stage on two cores of an AMD EPYC with avx512_bf16. They are rescaled by the pace of this machine.
+# GRPO online was timed with other work of low priority beside it.
 MEASURED = {"fetch": 26, "preferences": 110, "groups": 30, "lm": 41, "reward": 50, "compare": 274}
 MEASURED |= {method.key: method.seconds for method in METHODS if method.script}
 THERE = 444e9  # FLOP/s of those cores in a bf16 matmul

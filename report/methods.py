@@ -51,7 +51,7 @@ METHODS = (
         tiny={"inner_epochs": 2},
     ),
     Method(
-        "grpo", "GRPO online", "#009E73", "*", "rlhf/grpo_train.py", "rollouts", seconds=220,
+        "grpo", "GRPO online", "#009E73", "*", "rlhf/grpo_train.py", "rollouts", seconds=263,
         tiny={"samples_per_prompt": 4, "inner_epochs": 2},
     ),
 )  # fmt: skip
