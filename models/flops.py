@@ -11,6 +11,7 @@ it, not how busy the machine is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,11 +27,11 @@ class Part:
     pairs: int = 0
     head: int = 0
 
-    def __add__(self, other):
+    def __add__(self, other: Part) -> Part:
         return Part(self.tokens + other.tokens, self.pairs + other.pairs, self.head + other.head)
 
 
-def row(prompt, completions, head=True, known=0):
+def row(prompt: int, completions: list[int], head: bool = True, known: int = 0) -> Part:
     """A prompt of so many tokens, once, and completions of these lengths; each sees the prompt and itself.
 
     The head counts for each token of the completions. known: tokens at the start of the prompt that are counted
@@ -41,14 +42,14 @@ def row(prompt, completions, head=True, known=0):
     return Part(prompt - known + sum(completions), pairs, sum(completions) if head else 0)
 
 
-def rows(prompts, completions, head=True):
+def rows(prompts: list[list[int]], completions: list[list[int]], head: bool = True) -> Part:
     """A step: the common prefix of the prompts (token ids) once, then each prompt with its completions (lengths)."""
     shared = common_prefix(prompts)
     parts = [row(len(p), c, head, known=shared) for p, c in zip(prompts, completions, strict=True)]
     return sum(parts, row(shared, []))
 
 
-def sampled(prompts, new, samples):
+def sampled(prompts: list[list[int]], new: int, samples: int) -> Part:
     """Sampling: prompts (token ids) once, then `new` tokens a completion; the model does not read the last one."""
     read = rows(prompts, [[new - 1] * samples] * len(prompts), head=False)
     return Part(read.tokens, read.pairs, new * samples * len(prompts))
@@ -64,7 +65,7 @@ class Cost:
     lora: int = 0
 
     @classmethod
-    def of(cls, model_name, lora_r=0):
+    def of(cls, model_name: str, lora_r: int = 0) -> Cost:
         """The cost of a model by name, with an adapter of rank lora_r on all linear layers of the body."""
         from transformers import AutoModelForCausalLM
 
@@ -72,7 +73,7 @@ class Cost:
             return cls.of_model(AutoModelForCausalLM.from_config(model_config(model_name)), lora_r)
 
     @classmethod
-    def of_model(cls, model, lora_r=0):
+    def of_model(cls, model: Any, lora_r: int = 0) -> Cost:
         """The cost of a model without an adapter, which may be on the meta device. Of experts, those that are used."""
         config = model.config.get_text_config()
         embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -86,11 +87,11 @@ class Cost:
         lora = sum(lora_r * sum(w.shape) for w in weights)
         return cls(sum(w.numel() for w in weights) + used, head, attention, lora)
 
-    def forward(self, part):
+    def forward(self, part: Part) -> int:
         """FLOP of a forward pass."""
         return 2 * (self.body + self.lora) * part.tokens + self.attention * part.pairs + 2 * self.head * part.head
 
-    def training(self, part):
+    def training(self, part: Part) -> int:
         """FLOP of a forward and a backward pass."""
         frozen = bool(self.lora)
         weights = (4 if frozen else 6) * (self.body * part.tokens + self.head * part.head)

@@ -110,6 +110,7 @@ def test_a_completion_that_was_cut_has_no_stop_token_in_pairs_and_in_fine_tuning
         load_pairs(write(tmp_path, {**row, "rejected_finish_reason": "cut"}), tokenizer, 64)
 
 
+@pytest.mark.statement("stop-token")
 def test_a_group_says_how_its_completions_ended_and_text_that_was_cut_has_no_stop_token(tmp_path):
     tokenizer = load_tokenizer("tiny-llama")
     stop = tokenizer.eos_token_id

@@ -458,8 +458,8 @@ MUTANTS = [
     ),
     Mutant(
         "one-renderer", "a second place renders prompts", "rlhf/rollouts.py",
-        'prompt_ids(tokenizer, row["prompt"]) for row',
-        'tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}]) for row',
+        'self.ids = [prompt_ids(tokenizer, row["prompt"]) for row',
+        'self.ids = [tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}]) for row',
         (f"{LOADER}chat_templates_are_rendered_in_one_function_only",),
     ),
     Mutant(
@@ -815,7 +815,8 @@ MUTANTS = [
     ),
     Mutant(
         "data-order", "the tokens of the other processes are not counted", "rlhf/pairs.py",
-        "sum(map(pair_length, pairs))", "sum(map(pair_length, self.stage.processes.share(pairs)))",
+        "count_tokens(sum(pair_length(self.train[i]) for i in self.indices(step)))",
+        "count_tokens(sum(map(pair_length, self.mine(step))))",
         ("tests/rlhf/test_rates.py::test_a_step_on_pairs_counts_the_pairs_of_all_processes",),
     ),
     Mutant(
@@ -986,7 +987,8 @@ MUTANTS = [
     ),
     Mutant(
         "score-format", "rollouts ask in another form", "rlhf/rollouts.py",
-        'prompt_ids(tokenizer, row["prompt"]) for row', 'tokenizer(row["prompt"]).input_ids for row',
+        'self.ids = [prompt_ids(tokenizer, row["prompt"]) for row',
+        'self.ids = [tokenizer(row["prompt"]).input_ids for row',
         (f"{TRAINERS}an_answer_is_scored_in_the_form_in_which_the_model_was_trained",),
     ),
     Mutant(

@@ -16,6 +16,7 @@ def stage_of(processes):
     return SimpleNamespace(processes=processes, run=run, device="cpu", counted=counted)
 
 
+@pytest.mark.statement("data-order")
 def test_a_step_on_pairs_counts_the_pairs_of_all_processes():
     rows = [{"prompt": [1] * n, "chosen": [2] * 3, "rejected": [3] * n} for n in range(1, 7)]
     for processes in (Processes(), Processes(0, 4), Processes(3, 4)):

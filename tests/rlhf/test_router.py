@@ -141,6 +141,7 @@ def test_two_processes_in_small_passes_take_the_steps_of_one_in_large_passes(two
 
 
 @pytest.mark.slow
+@pytest.mark.statement("token-mean")
 def test_completions_without_an_advantage_train_the_router(train, sgd, mixtral, monkeypatch, module):
     monkeypatch.setattr(module("grpo"), "advantages_of_step", lambda groups, _: [torch.zeros_like(g) for g in groups])
     _, lines = train("grpo", **options("grpo", mixtral / "0.5"))

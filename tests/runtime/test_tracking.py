@@ -333,6 +333,7 @@ def test_modes_that_cannot_be(wanted, environment, message, fresh):
 
 
 @pytest.mark.parametrize("service", ["3-12345-unix-/tmp/ended.sock", "no token"])
+@pytest.mark.statement("tracked-once")
 def test_a_service_that_has_ended_is_one_sentence(service, fresh):
     fresh.setenv("WANDB_SERVICE", service)
     with pytest.raises(UserError, match="^wandb cannot start .*unset it, or train without it: --wandb off$") as refusal:
