@@ -3,6 +3,7 @@
 The model is built on the meta device, where tensors have shapes and no memory. To learn what a forward pass keeps for
 the backward pass, the model's own layers, those of models/fast/ among them, run on fake tensors of torch, which have a
 device and a dtype, too. So the sizes hold for every architecture that transformers builds, and they follow our layers.
+Of layers that are the same but for their place, two are run: the others need what the last one needs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from models.loader import model_config
 from runtime.files import in_root
 from runtime.plan import Part, Target, planned_target
 
-PROBE = 64  # tokens of the rows by which the kept bytes are found
+PROBE = 32  # tokens of the shorter rows by which the kept bytes are found; the longer ones have twice as many
+PLACES = ("layer_idx", "layer_id", "layer_number")  # what transformers calls the place of a layer
 SHARE = 0.55  # of the fastest matmul, in LM training, DPO, GRPO and sampling: 49 to 64 % (report/benchmarks.md)
 FLOAT = 4  # bytes of a float32
 
@@ -46,9 +48,12 @@ class Sizes:
     vocabulary: int  # rows of the output embedding
     width: int  # of the states that the head reads
     layers: int
+    layer: int  # weights of the largest layer
+    rest: int  # weights outside the layers: embedding, head, last norm
     state: int  # bytes of one number of the hidden states
     kept: float  # for the backward pass, by each token
     cast: float  # for the backward pass, by no token: copies of weights in the dtype of the matmuls
+    mask: float  # for the backward pass, by each token of a row and each token that it could see
     cache: int  # keys and values of one token
     cost: Cost
     quantised: int = 0  # weights that are kept in 4 or 8 bits
@@ -72,27 +77,75 @@ def planned_model(config: Any, scratch: Callable | None = None) -> Any:
     return model_config(name)
 
 
-def build_meta(config: Any, dtype: torch.dtype, lora_r: int = 0, score: bool = False) -> Any:
-    """The model of a configuration as a run trains it, on the meta device: our layers, an adapter of rank lora_r.
-
-    score: with the head of a reward model in place of the language model's.
-    """
+def build_meta(config: Any, dtype: torch.dtype, score: bool = False) -> Any:
+    """The model of a configuration with our layers, on the meta device. score: with the head of a reward model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if score else AutoModelForCausalLM
     if score:
         config.num_labels = 1
     with torch.device("meta"):
-        model = use_matmul_attention(use_memory_efficient_layers(kind.from_config(config, dtype=dtype)))
-        if lora_r:
-            task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if score else {"task_type": "CAUSAL_LM"}
-            model = add_adapter(model, lora_r, 2 * lora_r, **task)
-    return model
+        return use_matmul_attention(use_memory_efficient_layers(kind.from_config(config, dtype=dtype)))
+
+
+def outer_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a transformers model that are in no other layer. FSDP gathers these one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inner:
+            found[name] = module
+    return list(found.values())
+
+
+def leave_two(layers: list[torch.nn.Module]) -> dict[torch.nn.Module, int]:
+    """Of layers that are the same but for their place, empty all but the first and the last.
+
+    An empty layer has no weights and returns the states that it gets. Returns {last one: layers that it stands for}.
+    """
+    alike: dict[tuple, list] = {}
+    for layer in layers:
+        alike.setdefault(_description(layer), []).append(layer)
+    for first, *between, _ in (same for same in alike.values() if len(same) > 2):
+        pass_on = _passing_like(first)
+        for layer in between:
+            layer._modules.clear()
+            layer._parameters.clear()
+            layer.forward = pass_on
+    return {same[-1]: len(same) - 1 for same in alike.values() if len(same) > 1}
+
+
+def _description(layer):
+    """All that two layers which are the same have in common: parts, settings, shapes of the weights."""
+    found = []
+    for name, module in layer.named_modules():
+        settings = {
+            k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None) and k not in PLACES
+        }
+        tensors = [(key, x.shape, x.dtype) for key, x in module.named_parameters(recurse=False)]
+        found.append((name, type(module), *sorted(settings.items()), *tensors))
+    return tuple(found)
+
+
+def _passing_like(first):
+    """A forward pass that gives its states on, in the form in which `first` returned its own: with more in a tuple."""
+    more = {}
+    first.register_forward_hook(lambda _, __, out: more.update(of=out[1:] if isinstance(out, tuple) else None))
+
+    def pass_on(hidden_states, *_, **__):
+        return hidden_states if more["of"] is None else (hidden_states, *more["of"])
+
+    return pass_on
 
 
 def named(config: Any) -> str:
     """The architecture in a configuration, for messages."""
     return (config.architectures or [type(config).__name__])[0]
+
+
+_known: dict[tuple, Sizes] = {}  # {arguments of `sizes`: its result}: what would need less is asked of the same model
 
 
 def sizes(
@@ -105,14 +158,16 @@ def sizes(
 ) -> Sizes:
     """The `Sizes` of the model of a configuration.
 
-    precision: of the forward passes (their autocast). dtype: of the weights. lora_r, score: see `build_meta`. how: the
-    linear layers are rounded.
+    precision: of the forward passes (their autocast). dtype: of the weights. lora_r: rank of an adapter on it; 0: none.
+    score: with the head of a reward model in place of the language model's. how: the linear layers are rounded.
     Raises UserError that names the architecture if it cannot be built or run without data.
     """
+    key = config.to_json_string(use_diff=False), precision, dtype, lora_r, score
     try:
-        with torch.random.fork_rng(devices=[]):
-            found = _sizes(config, precision, dtype, lora_r, score)
-            return _rounded(found, build_meta(config, dtype, 0, score), how) if how else found
+        if key not in _known:
+            with torch.random.fork_rng(devices=[]):
+                _known[key] = _sizes(config, precision, dtype, lora_r, score)
+        return _rounded(_known[key], build_meta(config, dtype, 0, score), how) if how else _known[key]
     except Exception as error:
         if not unsupported(error) and not isinstance(error, NotImplementedError):
             raise
@@ -121,26 +176,38 @@ def sizes(
 
 
 def _sizes(config, precision, dtype, lora_r, score):
-    model = build_meta(config, dtype, lora_r, score)
-    inner, text = unwrapped(model), config.get_text_config()
-    weights = list(model.parameters())
-    trained = sum(p.numel() for p in weights if p.requires_grad)
-    frozen = sum(p.numel() * p.itemsize for p in weights if not p.requires_grad)
-    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings().weight
-    kept, cast, state, cache = probe(model, precision)
+    cost = _cost(config, lora_r)
+    model = build_meta(config, dtype, score)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+    weights, layers = list(model.parameters()), outer_layers(model)
+    total, size = sum(p.numel() for p in weights), sum(p.nbytes for p in weights)
+    inside = {p for layer in layers for p in layer.parameters()}
+    largest = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
+    times = leave_two(layers)
+    trained = total
+    if lora_r:
+        task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if score else {"task_type": "CAUSAL_LM"}
+        with torch.device("meta"):
+            model = add_adapter(model, lora_r, 2 * lora_r, **task)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained += sum((n - 1) * p.numel() for layer, n in times.items() for p in layer.parameters() if p.requires_grad)
+    kept, cast, mask, state, cache = probe(model, times, precision)
     return Sizes(
         architecture=named(config),
-        weights=sum(p.numel() for p in weights),
+        weights=total + (trained if lora_r else 0),
         trained=trained,
-        frozen_bytes=frozen,
+        frozen_bytes=size if lora_r else 0,
         vocabulary=len(embedding) if head is None else len(head.weight),
         width=embedding.shape[1] if head is None else head.weight.shape[1],
-        layers=text.num_hidden_layers,
+        layers=config.get_text_config().num_hidden_layers,
+        layer=largest,
+        rest=total - sum(p.numel() for p in inside),
         state=state,
         kept=kept,
         cast=cast,
+        mask=mask,
         cache=cache,
-        cost=_cost(config, lora_r),
+        cost=cost,
     )
 
 
@@ -162,8 +229,8 @@ def _cost(config, lora_r):
     return Cost.of_model(build_meta(config, torch.bfloat16), lora_r)
 
 
-def probe(model: Any, precision: str) -> tuple[float, float, int, int]:
-    """(bytes kept by each token, bytes kept by none, bytes of a number of the states, bytes of a token in the cache).
+def probe(model: Any, times: dict[torch.nn.Module, int], precision: str) -> tuple[float, float, float, int, int]:
+    """`kept`, `cast`, `mask`, `state` and `cache` of the `Sizes` of a model. times: see `leave_two`.
 
     The layers run on fake tensors. The fused kernel of experts takes bf16 only there: such models are run in bf16, and
     where a run computes in float32, what they keep counts twice. torch raises an error for layers whose shapes depend
@@ -183,15 +250,22 @@ def probe(model: Any, precision: str) -> tuple[float, float, int, int]:
         with FakeTensorMode():
             fake_weights(model)
             model.eval()
-            one, states = _kept(model, 1, precision)
-            two, _ = _kept(model, 2, precision)
-            cache = _cache(model)
+            (a, states), (b, _), (c, _), (d, _) = (
+                _kept(model, times, rows, width, precision) for width in (PROBE, 2 * PROBE) for rows in (1, 2)
+            )
+            cache = _cache(model, times)
     finally:
         causal_mask.cache_clear()  # the mask that it remembers is fake
         loud.setLevel(level)
         model.train(training)
-    token = (two - one) / PROBE
-    return token * twice, max(one - token * PROBE, 0.0) * twice, states.dtype.itemsize * twice, cache
+    # bytes = cast + kept * rows * width + (mask of each row * rows + mask of all rows) * width^2
+    square = PROBE**2
+    of_row = ((d - c) - 2 * (b - a)) / (2 * square)
+    token = (b - a - of_row * square) / PROBE
+    of_all = (c - a - token * PROBE) / (3 * square) - of_row
+    mask = of_row + of_all  # a run gives each row a mask of its own
+    cast = a - token * PROBE - mask * square
+    return token * twice, max(cast, 0.0) * twice, mask * twice, states.dtype.itemsize * twice, cache
 
 
 def fake_weights(model: torch.nn.Module) -> None:
@@ -212,34 +286,43 @@ def fake_weights(model: torch.nn.Module) -> None:
                     tensors[key] = replaced(x)
 
 
-def _kept(model, rows, precision):
-    """(bytes of the tensors that a pass over rows of PROBE tokens keeps for the backward pass, its hidden states)."""
+def _kept(model, times, rows, width, precision):
+    """(bytes of the tensors that a pass over rows x width tokens keeps for the backward pass, its hidden states)."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
+    kept, stands_for = {}, [1]
 
     def pack(x):
         storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes(), x
+        if storage._cdata not in own and storage._cdata not in kept:
+            kept[storage._cdata] = storage.nbytes() * stands_for[-1], x
         return x
 
-    ids = torch.zeros(rows, PROBE, dtype=torch.long)
-    places = torch.arange(PROBE).expand(rows, PROBE)
+    hooks = []
+    for layer, n in times.items():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, n=n: stands_for.append(n)))
+        hooks.append(layer.register_forward_hook(lambda *_: stands_for.pop() and None))
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    places = torch.arange(width).expand(rows, width)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(torch.device("cpu"), precision):
         states = hidden_states(model, ids, position_ids=places)
+    for hook in hooks:
+        hook.remove()
     return sum(size for size, _ in kept.values()), states
 
 
 @torch.no_grad()
-def _cache(model):
+def _cache(model, times):
     """Bytes of the keys and values of one token. 0 for a model without a cache of keys and values."""
     inner = unwrapped(model)
     if inner.get_output_embeddings() is None:
         return 0
     found = inner(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=True).get("past_key_values")
-    layers = [] if found is None else [vars(layer) for layer in found.layers]
-    pairs = [layer[key] for layer in layers for key in ("keys", "values") if layer.get(key) is not None]
-    return sum(x.numel() * x.itemsize for x in pairs) // 8
+    if found is None:
+        return 0
+    stands_for = [times.get(layer, 1) for layer in outer_layers(inner.get_decoder())]
+    layers = [(vars(layer), n) for layer, n in zip(found.layers, stands_for, strict=True)]
+    pairs = [(layer[key], n) for layer, n in layers for key in ("keys", "values") if layer.get(key) is not None]
+    return sum(x.nbytes * n for x, n in pairs) // 8
 
 
 def training_parts(s: Sizes, name: str, dtype: torch.dtype, processes: int = 1, ddp: bool = False) -> list[Part]:
@@ -275,8 +358,21 @@ def passes(s: Sizes, tokens: int, width: int, rows: int, checkpointing: bool) ->
     kept = s.kept * tokens
     if checkpointing:  # what enters each layer, and all of one layer
         kept = s.layers * s.width * s.state * tokens + kept / s.layers
-    mask = rows * width * width * (1 + s.state)
+    mask = rows * width * width * (1 + s.mask)  # as bool, and as numbers that are added to the scores
     return [Part("activations", kept + s.cast), Part("attention mask", mask)]
+
+
+def gathered(s: Sizes, itemsize: int) -> list[Part]:
+    """What FSDP holds in whole during a pass: two layers, as one is gathered ahead, and all that is in no layer.
+
+    itemsize: bytes of a number of what is gathered. Gradients are added up over the devices in float32.
+    """
+    sums = FLOAT if itemsize < FLOAT else 0
+    return [
+        Part("gathered: two layers", 2 * s.layer * itemsize),
+        Part("gathered: embedding, head and last norm", s.rest * itemsize),
+        Part("gradients of a layer, or of these", max(s.layer, s.rest) * (itemsize + sums)),
+    ]
 
 
 def logits(s: Sizes, rows: int, kind: str, itemsize: int, trained: bool, entropy: bool = False) -> list[Part]:

@@ -78,7 +78,16 @@ class Roles:
         kind, trained = self.target.kind, not self.config.lora_r
         return found + logits(self.sizes, targets, kind, self.itemsize, trained, entropy=True)
 
-    def plan(self, steps: str, tokens: str, work: dict[str, list[Part]], notes: list[str], flops: float) -> Plan:
+    def plan(
+        self,
+        steps: str,
+        tokens: str,
+        work: dict[str, list[Part]],
+        notes: list[str],
+        flops: float,
+        at_most: bool = False,
+    ) -> Plan:
+        """The `Plan` of the run, of these parts. at_most: whether it may need fewer FLOP."""
         return Plan(
             target=self.target,
             model=f"{in_words(self.sizes, self.config.model_name)}, {self.precision}",
@@ -88,6 +97,7 @@ class Roles:
             work=work,
             notes=notes,
             flops=flops,
+            at_most=at_most,
             seconds_of=pace(self.sizes, self.precision, self.target),
         )
 
@@ -115,7 +125,9 @@ def plan_pairs(config: Any, train: list[dict] | None, notes: list[str], score: b
     most, width, _ = largest
     work = roles.checks()
     reference = None if score else roles.reference()
-    if reference and config.precompute_reference:
+    if reference and config.precompute_reference and roles.target.kind == "cuda":
+        notes.append("the reference goes before gradients and moments come, which are larger: it does not count")
+    elif reference and config.precompute_reference:
         work["log-probs of the reference, before training"] = [reference]
     elif reference:
         roles.held.append(reference)
@@ -186,7 +198,7 @@ def plan_rollouts(config: Any, prompts: list[list[int]] | None, notes: list[str]
     made = config.prompts_per_step * samples * new
     read = (config.prompts_per_step * prompt + made) * config.inner_epochs
     tokens_said = f"{config.steps * made:,} sampled, {config.steps * read:,} trained, at most"
-    return roles.plan(said, tokens_said, work, notes, config.steps * flops)
+    return roles.plan(said, tokens_said, work, notes, config.steps * flops, at_most=True)
 
 
 def plan_groups(config: Any, groups: list[dict] | None, notes: list[str]) -> Plan:

@@ -85,6 +85,7 @@ class Plan:
     base: float = BASE
     notes: list[str] = field(default_factory=list)
     flops: float = 0.0
+    at_most: bool = False
     seconds_of: Callable | None = None
     shards: int = 1
 
@@ -180,7 +181,8 @@ def _time(plan):
     if plan.seconds_of is None:
         return f"{plan.flops:.1e} FLOP in matrix products; how long they take is not known, the device is not here"
     seconds, how = plan.seconds_of(plan.flops / plan.target.processes)
-    return f"about {duration(seconds)}: {plan.flops:.1e} FLOP in matrix products, {how}"
+    about = "at most" if plan.at_most else "about"
+    return f"{about} {duration(seconds)}: {plan.flops:.1e} FLOP in matrix products, {how}"
 
 
 def _verdict(config, plan):

@@ -40,6 +40,7 @@ class LMConfig(ModelOptions, Saving):
     AUTOCAST: ClassVar[bool] = True  # `precision`, where it is an option, is that of the matmuls by autocast
     DDP: ClassVar[bool] = False
     SHARDED: ClassVar[bool] = False  # whether weights, gradients and the optimizer's state are divided among processes
+    GATHERS: ClassVar[bool] = False  # whether each layer is put together for its pass; else it stays divided
     RENAMED: ClassVar[dict] = {
         "accumulation_steps": "batch_size (blocks an optimizer step) and micro_batch_size (blocks in one pass)"
     }

@@ -15,6 +15,7 @@ from models.flops import Part as Work
 from models.options import QuantisationOptions, quantisation
 from models.plan import (
     FLOAT,
+    gathered,
     in_words,
     logits,
     pace,
@@ -43,17 +44,18 @@ def plan_lm(config: Any, blocks: int | None, notes: list[str]) -> Plan:
     lora_r, checkpointing = options.get("lora_r", 0), options.get("gradient_checkpointing", False)
     if lora_r and not config.AUTOCAST and precision == "fp16":
         precision = "fp32"
-    dtype = PRECISIONS[precision] if lora_r else torch.float32
+    dtype = PRECISIONS[precision] if lora_r or config.GATHERS else torch.float32
     matmuls = precision if config.AUTOCAST else "fp32"
     how = quantisation(config, dtype) if isinstance(config, QuantisationOptions) else None
     s = sizes(planned_model(config, lambda: scratch(config)), matmuls, dtype, lora_r, how=how)
     rows = min(config.micro_batch_size, config.batch_size)
     tokens, itemsize = rows * config.max_length, PRECISIONS[precision].itemsize
     loading = []
-    if lora_r:  # it is loaded in float32; the check of a small model makes it float32 once more
+    if lora_r and dtype != torch.float32:  # loaded in float32, and cast weight by weight
         whole = FLOAT * s.base
-        again = FLOAT * (s.base - s.quantised) if s.weights <= MOST_IN_FLOAT32 and dtype != torch.float32 else 0
-        loading.append(Part("weights in float32", whole + again if to.kind == "cpu" else whole))
+        # the check of a small model makes it float32 once more
+        again = FLOAT * (s.base - s.quantised) if s.weights <= MOST_IN_FLOAT32 else 0
+        loading.append(Part("weights in float32", whole + again if to.kind == "cpu" else whole - s.frozen_bytes))
     in_passes = passes(s, tokens, config.max_length, rows, checkpointing)
     in_passes += logits(s, rows * (config.max_length - 1), to.kind, itemsize, not lora_r)
     work = {"loading and checks": loading} if loading else {}
@@ -64,8 +66,11 @@ def plan_lm(config: Any, blocks: int | None, notes: list[str]) -> Plan:
     if config.max_steps:
         steps = min(steps or config.max_steps, config.max_steps)
     shards = to.processes if config.SHARDED else 1
-    if shards > 1:
-        notes.append("the layer that is computed is gathered, in whole or in part: a little more than this")
+    if shards > 1 and config.GATHERS:
+        in_passes += gathered(s, itemsize)
+        notes.append("a layer is gathered before its pass and freed after it; the embedding and the head stay")
+    elif shards > 1:
+        notes.append("activations count in whole; those within a layer are split, too, and the norms are not")
     each = config.batch_size * config.max_length
     work_a_step = Work(each, each * config.max_length // 2, each)
     return Plan(
@@ -73,7 +78,7 @@ def plan_lm(config: Any, blocks: int | None, notes: list[str]) -> Plan:
         model=f"{in_words(s, config.model_name)}, {precision}",
         steps=f"{steps:,} of {config.batch_size} blocks" if steps else "not known",
         tokens=f"{each * steps:,} trained, at most" if steps else "not known",
-        held=training_parts(s, "model", dtype, to.processes, config.DDP),
+        held=training_parts(s, "model", dtype, to.processes // shards, config.DDP),
         work=work,
         notes=notes,
         flops=s.cost.training(work_a_step) * (steps or 0),

@@ -37,6 +37,7 @@ from train.updates import Updates
 
 @dataclass
 class Config(ShardedConfig):  # FSDP: precision and checkpointing are options
+    GATHERS = True  # FSDP: for the memory that --dry_run predicts
     out: str = "models/lm_fsdp"  # FSDP: a folder of its own
 
 
