@@ -57,6 +57,7 @@ CONFIGS = {
 KINDS = [("fp32", torch.float32, 0), ("bf16", torch.float32, 0), ("bf16", torch.bfloat16, 4)]
 
 
+@pytest.mark.statement("planned-parts")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("precision, dtype, lora_r", KINDS)
 def test_weights_and_what_a_pass_keeps_are_those_of_the_real_model(name, precision, dtype, lora_r):
@@ -89,6 +90,7 @@ def test_of_layers_that_are_the_same_two_are_run():
     assert [bool(list(layer.parameters())) for layer in layers] == [True, *4 * [False], True, True]
 
 
+@pytest.mark.statement("planned-parts")
 def test_a_seventh_layer_is_a_layer_more():
     two, six, seven = (sizes(LlamaConfig(**SMALL | {"num_hidden_layers": n}), "bf16", torch.float32) for n in (2, 6, 7))
     for key in ("kept", "cast", "cache", "weights", "trained"):

@@ -1844,4 +1844,15 @@ MUTANTS = [
         "        layer.compute_dtype = None\n", "        pass\n",
         (f"{QUANTISED}a_check_computes_in_float32_where_matmuls_have_another_dtype",),
     ),
+    Mutant(
+        "planned-parts", "the last layer stands for itself alone", "models/plan.py",
+        "same[-1]: len(same) - 1", "same[-1]: 1",
+        (f"{PLAN}a_seventh_layer_is_a_layer_more",), "leave_two",
+    ),
+    Mutant(
+        "planned-parts", "the mask of a row counts as what its tokens keep", "models/plan.py",
+        "token = (b - a - of_row * square) / PROBE", "token = (b - a) / PROBE",
+        (f"{PLAN}weights_and_what_a_pass_keeps_are_those_of_the_real_model[bf16-dtype1-0-learned positions]",),
+        "probe",
+    ),
 ]  # fmt: skip
