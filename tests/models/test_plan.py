@@ -78,8 +78,12 @@ def test_weights_and_what_a_pass_keeps_are_those_of_the_real_model(name, precisi
     ids = torch.randint(3, 300, (3, 50))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(torch.device("cpu"), precision):
         hidden_states(model, ids, position_ids=(torch.arange(50) % 25).expand(3, 50))  # two samples a row
-    both = sum(part.bytes for part in passes(planned, 150, 50, 3, checkpointing=False))
-    assert both == pytest.approx(sum(size for size, _ in kept.values()), rel=0.08)
+    real_size = sum(size for size, _ in kept.values())
+    assert planned.kept * 150 + planned.cast + planned.mask * 3 * 50 * 50 == pytest.approx(real_size, rel=0.02)
+    masks = sum(size for size, x in kept.values() if x.shape[-2:] == (50, 50))
+    assert planned.mask * 3 * 50 * 50 == pytest.approx(masks, rel=0.05)  # GPT-2's position ids, one row, count as mask
+    both = sum(part.bytes for part in passes(planned, 150, 50, 3, checkpointing=False))  # with each mask as bool, too
+    assert both == pytest.approx(real_size, rel=0.08)
 
 
 def test_of_layers_that_are_the_same_two_are_run():
