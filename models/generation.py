@@ -30,6 +30,7 @@ from models.fast.decoder import CudaGraphDecoder, decoder_for
 from models.fast.head import unwrapped
 from models.loader import context_length
 from models.router import without_router_logits
+from runtime.memory import bound_freed_memory
 
 GRAPHED = ("cuda",)  # device types on which one decoding step runs as a CUDA graph
 ROOM = 256  # new tokens for which a cache gets memory at once; a longer completion lets it grow
@@ -103,6 +104,8 @@ def generate(
                     _sample(batch, index, uniforms, temperature, top_k, top_p, set(stop_ids), on_token, never)
                     for row, ids, values, reason in batch.results:
                         completions[row], logprobs[row], reasons[row] = ids, values, reason
+                    del batch  # its cache, before that of the next one is made
+                    bound_freed_memory()
                 if progress:
                     progress(done * samples_per_prompt, rows)
     finally:

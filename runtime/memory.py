@@ -9,6 +9,9 @@ The C library also keeps freed pieces under a kilobyte in a separate cache. The 
 merged, so tensors do not fit into it and take new memory. Without this cache the peak of LM training was an eighth
 lower, and that of other jobs up to a twelfth lower. The cache can only be turned off by the environment in which a
 process starts.
+
+Where the sizes of tensors differ all the time, as in sampling, whose rows end at different times, kept pieces are
+seldom used again: a process grew by 0.4 GB with every 240 completions. So they are given back once they are many.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import platform
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's settings; mallopt(3)
+GROWTH = 10**9  # bytes that a process may grow until `bound_freed_memory` gives freed memory back
 # environment of the processes that we start (stages of the demo, benchmarks); the user's own settings override it
 AT_START = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 
@@ -34,7 +38,25 @@ def keep_freed_memory():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     no_mappings, no_trimming = mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)
-    return bool(no_mappings and no_trimming)
+    global _kept
+    _kept = bool(no_mappings and no_trimming)
+    return _kept
+
+
+_kept = False  # whether this process keeps freed memory
+_level = 0  # its bytes in memory when freed memory was given back the last time
+
+
+def bound_freed_memory() -> None:
+    """Give freed memory back to the system if this process has grown by GROWTH bytes since that was done last.
+
+    Call it where tensors of many sizes have been freed. Without `keep_freed_memory` it does nothing. 0.05 s for 1 GB.
+    """
+    global _level
+    now = resident_memory() if _kept else None
+    if now is not None and now - _level >= GROWTH:
+        ctypes.CDLL(None).malloc_trim(0)
+        _level = resident_memory() or 0
 
 
 def memory_of_machine() -> tuple[int, int] | None:

@@ -613,6 +613,11 @@ MUTANTS = [
         ("tests/models/fast/test_decoder.py::test_a_cache_that_grows_is_recorded_again",),
     ),
     Mutant(
+        "cost-follows-work", "freed pieces are never given back", "runtime/memory.py",
+        "now - _level >= GROWTH", "now - _level >= 1e18",
+        ("tests/runtime/test_memory.py::test_pieces_that_nothing_fits_into_are_given_back_once_they_are_many",),
+    ),
+    Mutant(
         "cost-follows-work", "a group is never cut", "rlhf/rollouts.py",
         "for i in range(0, len(group), size)):", "for i in range(0, len(group), 10**6)):",
         (f"{TRAINERS}a_pass_holds_at_most_micro_batch_size_completions[grpo]",),

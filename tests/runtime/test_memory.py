@@ -37,6 +37,38 @@ def test_what_is_freed_is_used_again():
     assert faults("") > 1000
 
 
+GAPS = """
+import ctypes
+from runtime import memory
+{call}
+memory.GROWTH = 200 << 20
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+memory.bound_freed_memory()
+pieces = []
+for _ in range(40):  # a large piece and a small one that stays behind it
+    pieces.append(libc.malloc(8 << 20))
+    ctypes.memset(pieces[-1], 1, 8 << 20)
+    libc.malloc(4096)
+for place in pieces:
+    libc.free(place)
+before = memory.resident_memory()
+memory.bound_freed_memory()
+print(before - memory.resident_memory())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+@pytest.mark.statement("cost-follows-work")
+def test_pieces_that_nothing_fits_into_are_given_back_once_they_are_many():
+    def given_back(call):
+        command = [sys.executable, "-c", GAPS.format(call=call)]
+        return int(subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+
+    assert given_back("assert memory.keep_freed_memory()") > 300 << 20
+    assert abs(given_back("pass")) < 10 << 20  # nothing is kept, so nothing is done
+
+
 CACHED = """
 import ctypes
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free top".split()
