@@ -31,6 +31,7 @@ from models.admission import admitted, apart, plain_logits
 from models.fast.head import body
 from models.generation import generate
 from models.loader import load_model, load_tokenizer
+from models.options import QuantisationOptions
 from models.tiny import byte_tokenizer
 from rlhf.packing import pack
 from rlhf.policy import load_policy, prepare_training, save_policy
@@ -159,8 +160,9 @@ def decoding(model, folder):
 def policy_of(folder):
     """A policy with an adapter on the model in `folder`, moved away from 0: (config, policy, tokenizer, parameters)."""
     config = SimpleNamespace(
-        model_name=str(folder), chat_template_kwargs=None, lora_r=4, precision="fp32", gradient_checkpointing=False
-    )
+        model_name=str(folder), chat_template_kwargs=None, lora_r=4, precision="fp32", gradient_checkpointing=False,
+        **vars(QuantisationOptions()),
+    )  # fmt: skip
     policy, _, tokenizer, parameters = load_policy(config, torch.device("cpu"), "fp32", folder / "run")
     generator = torch.Generator().manual_seed(1)
     for p in parameters:

@@ -157,7 +157,7 @@ def mistakes(folder):
     completion, its score, rejected completion, its score). folder: of the run of rlhf/train_reward_model.py.
     """
     config = load_config(train_reward_model.Config, ["--config", str(in_root(folder) / "config.yaml")])
-    tokenizer, device = load_tokenizer(folder), pick_device()
+    tokenizer, device = load_tokenizer(folder, config.chat_template_kwargs), pick_device()
     _, pairs, _, _ = read_pairs(config, tokenizer)
     model = RewardModel.load(folder, dtype=frozen_dtype(pick_precision(config.precision, device)), device=device)
     prompts = [pair["prompt"] for pair in pairs for _ in range(2)]

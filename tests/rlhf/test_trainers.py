@@ -120,6 +120,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(train, sgd, monke
 
     monkeypatch.setattr(GatedMLP, "forward", counted)
     monkeypatch.setattr(policy_module, "check_training", lambda model: None)  # it runs the layers, too
+    for module in (pairs_module, rollouts):
+        monkeypatch.setattr(module, "note_plan", lambda plan: None)  # and so does the plan
     shape = {"steps": 1} if name in ("ppo", "grpo") else {"max_steps": 1}
     shape |= {"kl_coef": 0} if name == "grpo" else {}  # without a pass of the reference
     passes, found = {}, {}
