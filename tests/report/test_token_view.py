@@ -201,7 +201,7 @@ def opened(browser, folder):
 
     def open_page(width=1280, scheme="light", hash=""):
         tab = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
+            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True, has_touch=width < 600
         ).new_page()
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.on("console", lambda message: errors.append(message.text))
@@ -344,6 +344,7 @@ def test_on_a_phone_nothing_is_wider_than_the_page(opened):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     cards = tab.locator("article.card")
     assert cards.nth(0).bounding_box()["y"] < cards.nth(1).bounding_box()["y"]
-    cards.nth(0).locator(".t").nth(1).click()
+    cards.nth(0).locator(".t").nth(1).tap()
     panel = tab.locator("#panel").bounding_box()
+    assert cards.nth(0).locator(".t").nth(1).bounding_box()["y"] < panel["y"]
     assert rows(tab)["ratio"] == "1.500" and panel["y"] + panel["height"] == 800 and panel["width"] == 390
