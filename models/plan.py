@@ -167,7 +167,7 @@ def sizes(
         if key not in _known:
             with torch.random.fork_rng(devices=[]):
                 _known[key] = _sizes(config, precision, dtype, lora_r, score)
-        return _rounded(_known[key], build_meta(config, dtype, 0, score), how) if how else _known[key]
+        return _rounded(_known[key], build_meta(config, dtype, score), how) if how else _known[key]
     except Exception as error:
         if not unsupported(error) and not isinstance(error, NotImplementedError):
             raise
