@@ -167,12 +167,12 @@ def sizes(
         if key not in _known:
             with torch.random.fork_rng(devices=[]):
                 _known[key] = _sizes(config, precision, dtype, lora_r, score)
-        return _rounded(_known[key], build_meta(config, dtype, score), how) if how else _known[key]
     except Exception as error:
-        if not unsupported(error) and not isinstance(error, NotImplementedError):
+        if not unsupported(error):
             raise
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"a {named(config)} cannot be planned: {why}") from None
+    return _rounded(_known[key], build_meta(config, dtype, score), how) if how else _known[key]
 
 
 def _sizes(config, precision, dtype, lora_r, score):

@@ -29,7 +29,11 @@ BASE = 0.5e9  # bytes of Python, torch, transformers and a tokenizer, where this
 
 @dataclass
 class Planning:
-    """The options of a dry run. They do not change the results of a run."""
+    """The options of a dry run. They do not change the results of a run.
+
+    A configuration with them has a method plan(data=None), which returns the `Plan` of its run. data: what the run has
+    read already; None: read it, or use bounds.
+    """
 
     dry_run: bool = option(
         False, "print steps, tokens, memory by part and time, and end; nothing is loaded or written", identity=False
@@ -38,10 +42,6 @@ class Planning:
         None, "dry run: plan for GPUs of so many GB; none: for this machine", above=0, identity=False
     )
     dry_run_devices: int | None = option(None, "dry run: so many of these GPUs; none: one", at_least=1, identity=False)
-
-    def plan(self, data: Any = None) -> Plan:
-        """The `Plan` of this run. data: what a run has read already; None: read it, or use bounds."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
