@@ -23,3 +23,8 @@ def step_indices(total: int, count: int, step: int, seed: int) -> list[int]:
             order_of[epoch] = epoch_order(total, seed, epoch, stride=100_003)
         found.append(order_of[epoch][offset])
     return found
+
+
+def in_batches(rows: list, size: int) -> list[list]:
+    """A list in pieces of `size`; the last one may be shorter."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from configs.config import UserError
 from data.corpus import FINISH_REASONS, finish_reason_of
 from data.encoding import encode
+from data.order import in_batches
 from data.rows import in_one_form, read_rows, text_of
 from models.tokens import completion_ids, prompt_ids
 from runtime.console import fold, say
@@ -223,3 +224,8 @@ def describe_pairs(train: list[dict], heldout: list[dict], counts: dict[str, int
 def pair_length(pair: dict) -> int:
     """The number of tokens computed for a pair: its prompt once, and both completions."""
     return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])
+
+
+def batches_by_length(pairs: list[dict], size: int) -> list[list[dict]]:
+    """Lists of `size` pairs, sorted by length, so that a batch has little padding."""
+    return in_batches(sorted(pairs, key=pair_length), size)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from configs.config import UserError, option
-from data.pairs import pair_length
-from rlhf.pairs import Pairs, PairsConfig, in_batches, pack_pairs
+from data.pairs import batches_by_length, pair_length
+from rlhf.pairs import Pairs, PairsConfig, pack_pairs
 from rlhf.policy import Policy, as_reference
 from rlhf.stage import Stage
 from rlhf.steps import Meter, RunningMeter, measure_router
@@ -186,7 +186,7 @@ def cache_reference(reference_logps, pairs, batch_size, known=None):
 
     known: the result from before an interruption; it is stored again without computing it.
     """
-    batches = [] if known is not None else list(in_batches(pairs, batch_size))
+    batches = [] if known is not None else batches_by_length(pairs, batch_size)
     progress = Progress({"batch": len(batches)}, name="batches of reference log-probs")
     for batch in batches:
         for pair, chosen, rejected in zip(batch, *(x.tolist() for x in reference_logps(batch))):
@@ -236,7 +236,7 @@ def measure_tokens(pairs, policy, reference, config, stage):
 def evaluate(policy, reference, pairs, config, stage):
     """The same means on held-out pairs, as a dict. Each pair is read by one process. {} if there are no pairs."""
     meter = Meter()
-    for batch in in_batches(stage.processes.share(sorted(pairs, key=pair_length)), config.micro_batch_size):
+    for batch in batches_by_length(stage.processes.share(sorted(pairs, key=pair_length)), config.micro_batch_size):
         chosen, rejected = policy_logps(policy, batch, config, stage)
         losses = dpo_loss(
             chosen, rejected, *reference.logps(batch), config.beta, config.loss_type, config.label_smoothing

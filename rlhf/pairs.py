@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 
 from configs.config import option
 from data.order import step_indices
-from data.pairs import count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
+from data.pairs import batches_by_length, count_steps, describe_pairs, load_pairs, pair_length, split_by_prompt
 from models.loader import check_length, load_tokenizer
 from rlhf.packing import pack
-from rlhf.plan import in_batches, plan_pairs
+from rlhf.plan import plan_pairs
 from rlhf.stage import TrainingConfig
 from rlhf.steps import in_words
 from runtime.plan import Plan
@@ -83,7 +83,7 @@ class Pairs:
         The tokens of the whole step are counted, those of the other processes too.
         """
         self.stage.run.count_tokens(sum(pair_length(self.train[i]) for i in self.indices(step)))
-        return in_batches(self.mine(step), self.config.micro_batch_size)
+        return batches_by_length(self.mine(step), self.config.micro_batch_size)
 
     def where(self, step):
         """A text that names the rows of a step, for messages."""

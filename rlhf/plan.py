@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data.order import step_indices
-from data.pairs import count_steps, pair_length
+from data.pairs import batches_by_length, count_steps, pair_length
 from models.admission import MOST_IN_FLOAT32
 from models.device import PRECISIONS, frozen_dtype
 from models.flops import Part as Work
@@ -117,7 +117,7 @@ def plan_pairs(config: Any, train: list[dict] | None, notes: list[str], score: b
         batches = [
             batch
             for step in chosen
-            for batch in in_batches([train[i] for i in _indices(train, config, step)][:: roles.processes], n)
+            for batch in batches_by_length([train[i] for i in _indices(train, config, step)][:: roles.processes], n)
         ]
         largest = max(map(_extent, batches))
         each = _mean(rows([p["prompt"] for p in train], [[len(p["chosen"]), len(p["rejected"])] for p in train]), train)
@@ -150,12 +150,6 @@ def _mean(work, items):
 
 def _indices(train, config, step):
     return step_indices(len(train), config.batch_size, step, config.seed)
-
-
-def in_batches(pairs, size):
-    """Lists of `size` pairs, sorted by length, so that a batch has little padding."""
-    ordered = sorted(pairs, key=pair_length)
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def _extent(pairs):

@@ -11,7 +11,7 @@ import torch
 from configs.config import UserError, option, refuse_unused, shown
 from data.blocks import gives_samples, make_blocks
 from data.corpus import load_corpus, split_heldout
-from data.order import epoch_order
+from data.order import epoch_order, in_batches
 from models.admission import check_training
 from models.fast.head import check_head, head_nll, output_head
 from models.generation import generate
@@ -199,11 +199,6 @@ def step_rows(step, rows, config):
     epoch, place = divmod(step - 1, steps_in_epoch(rows, config))
     size, piece = config.batch_size, config.micro_batch_size
     return in_batches(epoch_order(rows, config.seed, epoch)[place * size : (place + 1) * size], piece)
-
-
-def in_batches(rows, size):
-    """A list in pieces of `size`; the last one may be shorter."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def lm_loss(model, batch, compiled=False, nll=head_nll):
