@@ -22,9 +22,9 @@ import torch
 
 from configs.config import UserError, config_to_dict, names_with, option, shown
 from data.checks import is_degenerate, passed, score
-from data.prompts import ARITHMETIC, TASKS, PromptConfig, load_prompts, plain, prompts_and_hash
+from data.prompts import ARITHMETIC, TASKS, PromptConfig, load_prompts, prompts_and_hash
 from data.rewards import RewardConfig, RewardFunctions, columns_of, in_numbers, reward_functions
-from data.rows import text_of
+from data.rows import plain, text_of
 from models.completions import Completion, as_completions, mean, progress_line, rate
 from models.device import cast_weights, frozen_dtype, pick_device, pick_precision
 from models.loader import load_model, load_tokenizer, weights_hash

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from configs.config import UserError
+from data.rows import plain
 
 PREFIX = "reasoning_gym:"
 INSTALL = "pip install reasoning-gym"
@@ -48,7 +49,7 @@ def procedural_rows(source: str) -> tuple[list[dict], str]:
         for entry in drawn(task, options, wanted * TRIES, seed, source):
             if len(mine) == wanted:
                 break
-            text = " ".join(entry["question"].casefold().split())
+            text = plain(entry["question"])
             if text not in seen:
                 seen.add(text)
                 check = {"name": "verified", "task": task, "options": options, "entry": entry}

@@ -19,7 +19,7 @@ from configs.config import UserError, option
 from data.checks import CHECKS, GATES, words
 from data.jsonl import BYTE_ORDER_MARK, parse_jsonl
 from data.procedural import is_procedural, procedural_rows
-from data.rows import in_one_form, kind_of_file, read_rows, refuse_beyond, text_of
+from data.rows import in_one_form, kind_of_file, plain, read_rows, refuse_beyond
 from runtime.console import quiet_libraries
 from runtime.files import in_root, sha256_file
 
@@ -159,11 +159,6 @@ def _decoded(content, where):
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def plain(prompt: str | list[dict]) -> str:
-    """A prompt in lower case with single spaces. Two prompts with the same result count as equal."""
-    return " ".join(text_of(prompt).casefold().split())
 
 
 ARITHMETIC = "data/arithmetic.json"  # made by data/make_arithmetic.py

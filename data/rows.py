@@ -194,3 +194,8 @@ def _split_pair(row):
 def text_of(value: str | list[dict]) -> str:
     """The plain text of a prompt or a completion (a text, or a list of messages), for reward functions and printing."""
     return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
+
+
+def plain(prompt: str | list[dict]) -> str:
+    """A prompt in lower case with single spaces. Two prompts with the same result count as equal."""
+    return " ".join(text_of(prompt).casefold().split())
